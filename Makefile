@@ -1,0 +1,42 @@
+# Two commands are enough on a fresh machine: `make smoke` and `make test`.
+PYTHON ?= python3
+BIN    := .venv/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: help smoke test lint format env env-dev clean
+
+help:            ## show this list
+	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
+
+smoke: env       ## set up .venv, build the sample corpus, train the smoke experiment
+	$(BIN)/python -m megatron_lite.train experiment=smoke
+
+test: env-dev    ## set up .venv with [dev] and run the tests
+	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu"
+
+lint: env-dev    ## ruff, mypy, import-linter
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: env-dev  ## let ruff rewrite the files
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+env: .venv/.env        ## .venv with what training needs
+env-dev: .venv/.env-dev  ## the same .venv with what the tests need
+
+# torch comes first and alone: whatever is installed after it finds it there and pulls no second one.
+.venv/.env: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(PIP) install -q -c constraints.txt torch
+	$(PIP) install -q -c constraints.txt -e .
+	touch $@
+
+.venv/.env-dev: .venv/.env
+	$(PIP) install -q -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:           ## remove .venv and caches (runs/ and data/ stay)
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache build dist

@@ -1,0 +1,117 @@
+"""The chain of steps that a recipe stands for: who reads whose folder, and what their names are.
+
+    read -> lines -> normalise -> filter -> exact -> near -> decontaminate -> tokenizer -> tokenise
+
+A step's folder is `work/<step>-<fingerprint>`: the fingerprint covers its settings and all steps before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from data_tools.decontaminate import DecontaminateStep
+from data_tools.documents import Corpus
+from data_tools.exact_dedup import ExactStep, HashStep
+from data_tools.filtering import FilterStep
+from data_tools.near_dedup import CandidateStep, NearStep, SignatureStep
+from data_tools.normalising import CountLinesStep, NormaliseStep
+from data_tools.reading import ReadStep
+from data_tools.recipe import RecipeConfig
+from data_tools.sources import plan_source
+from data_tools.steps import Step, fingerprint
+from data_tools.tokenise import EncodeStep, MergeStep
+from data_tools.tokenizer_stage import SampleStep, TokenizerStep, recipe_groups
+
+STAGES = ("read", "normalise", "filter", "exact", "near", "decontaminate", "tokenizer", "tokenise")
+
+
+class Pipeline:
+    """The steps of a recipe in order. `stages` maps a stage to its steps; `final` names the steps that the report reads."""
+
+    def __init__(self, recipe: RecipeConfig, output: Path) -> None:
+        self.recipe = recipe
+        self.output = output
+        self.steps: dict[str, Step] = {}
+        self.stages: dict[str, list[Step]] = {stage: [] for stage in STAGES}
+        self._last = ""
+        self._build()
+
+    def _add(self, stage: str, name: str, key: Any, make: Callable[[str, Path], Step]) -> Path:
+        """Append the step that `make(name, folder)` gives; `key` is all that its output depends on besides earlier steps."""
+        self._last = fingerprint(key, self._last)
+        folder = self.output / "work" / f"{name}-{self._last}"
+        self.steps[name] = make(name, folder)
+        self.stages[stage].append(self.steps[name])
+        return folder
+
+    def _build(self) -> None:
+        recipe = self.recipe
+        pieces = [piece for name, source in recipe.sources.items() for piece in plan_source(name, source, recipe.read.shard_bytes)]
+        stamps = [[file, _stamp(file)] for piece in pieces if piece.type != "datasets" for file in piece.files]
+        sources = {name: asdict(source) for name, source in recipe.sources.items()}
+        read = self._add(
+            "read",
+            "read",
+            [asdict(recipe.read), list(sources.items()), stamps],
+            lambda name, folder: ReadStep(name, folder, recipe.read, recipe.sources, pieces),
+        )
+        settings = recipe.normalise
+        lines = self._add("normalise", "lines", asdict(settings), lambda n, f: CountLinesStep(n, f, settings, read))
+        normalised = self._add("normalise", "normalise", "", lambda n, f: NormaliseStep(n, f, settings, read, lines))
+        filtered = self._add(
+            "filter", "filter", asdict(recipe.filter), lambda n, f: FilterStep(n, f, recipe.filter, normalised)
+        )
+        corpus = self._deduplicate(Corpus(normalised, [filtered]))
+        if recipe.decontaminate.files:
+            key = [asdict(recipe.decontaminate), [_stamp(file) for file in recipe.decontaminate.files.values()]]
+            folder = self._add(
+                "decontaminate", "decontaminate", key, lambda n, f: DecontaminateStep(n, f, recipe.decontaminate, corpus)
+            )
+            corpus = Corpus(normalised, [*corpus.dropped_by, folder])
+        self.corpus = corpus
+        self._tokenise(corpus)
+
+    def _deduplicate(self, corpus: Corpus) -> Corpus:
+        exact, near = self.recipe.exact, self.recipe.near
+        if exact.enabled:
+            before = corpus
+            hashes = self._add("exact", "exact_hash", asdict(exact), lambda n, f: HashStep(n, f, exact, before))
+            folder = self._add("exact", "exact", "", lambda n, f: ExactStep(n, f, exact, before, hashes))
+            corpus = Corpus(corpus.folder, [*corpus.dropped_by, folder])
+        if near.enabled:
+            rest = corpus
+            signatures = self._add("near", "near_signatures", asdict(near), lambda n, f: SignatureStep(n, f, near, rest))
+            pairs = self._add("near", "near_candidates", "", lambda n, f: CandidateStep(n, f, near, rest, signatures))
+            folder = self._add("near", "near", "", lambda n, f: NearStep(n, f, near, pairs))
+            corpus = Corpus(corpus.folder, [*corpus.dropped_by, folder])
+        return corpus
+
+    def _tokenise(self, corpus: Corpus) -> None:
+        recipe = self.recipe
+        settings, tokens = recipe.tokenizer, recipe.tokenise
+        groups = recipe_groups(recipe)
+        sample = self._add(
+            "tokenizer",
+            "tokenizer_sample",
+            [asdict(settings), tokens.held_out],
+            lambda n, f: SampleStep(n, f, settings, corpus, groups, tokens.held_out),
+        )
+        taken = _stamp(settings.path) if settings.path else ""
+        tokenizer = self._add("tokenizer", "tokenizer", taken, lambda n, f: TokenizerStep(n, f, settings, sample))
+        encoded = self._add(
+            "tokenise",
+            "tokenise_encode",
+            [asdict(tokens), recipe.seed],
+            lambda n, f: EncodeStep(n, f, tokens, corpus, tokenizer, recipe.seed),
+        )
+        self._add("tokenise", "tokenise_merge", "", lambda n, f: MergeStep(n, f, tokens, encoded, tokenizer))
+
+
+def _stamp(path: str) -> list[Any]:
+    """Size and time of a file, of every file of a folder; what does not exist is told by the stage that reads it."""
+    place = Path(path)
+    files = sorted(place.rglob("*")) if place.is_dir() else [place]
+    return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.is_file()]

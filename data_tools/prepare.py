@@ -1,0 +1,152 @@
+"""The door: `python -m data_tools.prepare data_recipe=<name>` turns sources into a tokenised corpus.
+
+    read -> normalise -> filter -> exact -> near -> decontaminate -> tokenizer -> tokenise -> <output>/
+
+    <output>/tokenizer/                          Hugging Face form
+    <output>/<dataset>[.validation].{bin,idx,json}   token files and their side-cars
+    <output>/report.{md,json} timing.json        counts, reasons, examples; times
+    <output>/quarantine.jsonl                    rows that could not be used: where and why
+    <output>/corpus.json                         written last: the corpus is whole
+    <output>/work/                               the stages' files, by which a killed run goes on
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.console import Console
+
+from data_tools.atomic import OutputLock, atomic_path, write_json, write_text
+from data_tools.configuration import ConfigError, compose, help_text
+from data_tools.execution import is_done, run_step
+from data_tools.pipeline import STAGES, Pipeline
+from data_tools.recipe import ExecutorConfig, RecipeConfig
+from data_tools.report import collect, timing, to_markdown
+from data_tools.steps import Step
+
+
+@dataclass
+class PrepareConfig:
+    """The door's own keys. `stages`: which to run (the ones before must be finished); `keep_work=false` removes `work/` at the end."""
+
+    data_recipe: RecipeConfig = field(default_factory=RecipeConfig)
+    executor: ExecutorConfig = field(default_factory=ExecutorConfig)
+    stages: list[str] = field(default_factory=lambda: list(STAGES))
+    keep_work: bool = True
+
+
+def prepare(config: PrepareConfig, console: Console | None = None) -> Path:
+    """Run the stages of `config` that are not finished; returns the output folder.
+
+    Raises:
+        ValueError: a setting, a source or a file that cannot be used, with the way out.
+    """
+    console = console or Console(stderr=True)
+    recipe = config.data_recipe
+    recipe.validate()
+    if unknown := [stage for stage in config.stages if stage not in STAGES]:
+        raise ValueError(f"stages={unknown} are none; the stages are {', '.join(STAGES)}")
+    output = Path(recipe.output).absolute()
+    with OutputLock(output):
+        # Read before any step runs: a source or tokenizer that is not there is told at once.
+        pipeline = Pipeline(recipe, output)
+        seconds: dict[str, float] = {}
+        for stage in STAGES:
+            for step in pipeline.stages[stage]:
+                if stage in config.stages:
+                    _require_earlier(pipeline, step)
+                    seconds[step.name] = run_step(step, config.executor, console)
+                    _tell(step, seconds[step.name], console)
+                    _check(pipeline, step)
+        if all(is_done(step) for step in pipeline.steps.values()):
+            _publish(pipeline, seconds, max(1, config.executor.workers), console)
+            if not config.keep_work:
+                shutil.rmtree(output / "work")
+    return output
+
+
+def _require_earlier(pipeline: Pipeline, step: Step) -> None:
+    for earlier in pipeline.steps.values():
+        if earlier is step:
+            return
+        if not is_done(earlier):
+            raise ValueError(
+                f"stages: {step.name} needs {earlier.name}, which is not finished with these settings; run the stages in order"
+            )
+
+
+def _tell(step: Step, seconds: float, console: Console) -> None:
+    console.print(f"{step.name:20} {f'{seconds:8.1f} s' if seconds else '  finished before'}", highlight=False)
+
+
+def _check(pipeline: Pipeline, step: Step) -> None:
+    """A source without a single document is a mistake in the recipe, and is told before hours of work."""
+    if step.name != "read":
+        return
+    found = {path.name.split("-")[0] for path in step.folder.glob("*.jsonl.zst")}
+    pieces = step.pieces  # type: ignore[attr-defined]
+    for name in pipeline.recipe.sources:
+        if not any(f"{i:05d}" in found for i, piece in enumerate(pieces) if piece.source == name):
+            (step.folder / "DONE.json").unlink()
+            raise ValueError(
+                f"data_recipe.sources.{name}: no document in {pipeline.recipe.sources[name].path} (empty files, or every row "
+                f"unusable: see {step.folder}/*.quarantine.jsonl)"
+            )
+
+
+def _publish(pipeline: Pipeline, seconds: dict[str, float], cores: int, console: Console) -> None:
+    """Link the finished files into the output folder; `corpus.json` goes first and comes back last."""
+    output, steps = pipeline.output, pipeline.steps
+    report = collect(pipeline)
+    (output / "corpus.json").unlink(missing_ok=True)
+    merged = sorted(path for path in steps["tokenise_merge"].folder.glob("*.*") if path.suffix in (".bin", ".idx", ".json"))
+    merged = [path for path in merged if path.name != "DONE.json"]
+    for stale in [*output.glob("*.bin"), *output.glob("*.idx"), *output.glob("*.json")]:
+        if stale.name not in {path.name for path in merged} and stale.name != "timing.json":
+            stale.unlink()
+    for path in merged:
+        _link(path, output / path.name)
+    for path in sorted((steps["tokenizer"].folder / "tokenizer").iterdir()):
+        _link(path, output / "tokenizer" / path.name)
+    quarantine = sorted(steps["read"].folder.glob("*.quarantine.jsonl"))
+    write_text(output / "quarantine.jsonl", "".join(path.read_text(encoding="utf-8") for path in quarantine))
+    write_json(output / "report.json", report)
+    write_text(output / "report.md", to_markdown(report))
+    if any(seconds.values()):
+        write_json(output / "timing.json", timing(pipeline, seconds, cores))
+    write_json(output / "corpus.json", {key: report[key] for key in ("recipe", "datasets")} | {"tokenizer": report["tokenizer"]["fingerprint"]})
+    tokens = sum(facts["tokens"] for facts in report["datasets"].values())
+    console.print(f"{len(report['datasets'])} datasets, {tokens:,} tokens in {output}; see report.md", highlight=False)
+
+
+def _link(source: Path, target: Path) -> None:
+    """`source` under a second name, or a copy where the file system has no links; atomically either way."""
+    with atomic_path(target) as temporary:
+        try:
+            os.link(source, temporary)
+        except OSError:
+            shutil.copyfile(source, temporary)
+
+
+def main(arguments: list[str]) -> int:
+    """Compose the configuration, run, and turn a refusal into one clear line and exit status 2."""
+    if {"-h", "--help"} & set(arguments):
+        print(help_text("prepare", PrepareConfig, __doc__ or ""))
+        return 0
+    try:
+        prepare(compose("prepare", PrepareConfig, arguments))
+    except (ConfigError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on with the unfinished tasks", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

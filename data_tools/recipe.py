@@ -1,0 +1,208 @@
+"""What a corpus is made of and how: the typed tree behind `configs/data_recipe/*.yaml`.
+
+A recipe is data only. Every stage gets its own section, and the name of a stage's work folder holds a hash of that section
+and of everything before it: a changed filter runs again from the filter, an unchanged one is found finished.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from data_tools.filter_code import CodeFilterConfig
+from data_tools.filter_prose import ProseFilterConfig
+
+SOURCE_TYPES = ("auto", "jsonl", "parquet", "text", "datasets")
+KINDS = ("prose", "code")
+
+
+@dataclass
+class Columns:
+    """Which columns of a source hold what; an empty name means that the source's own value is used for every document."""
+
+    text: str = "text"
+    language: str = ""
+    licence: str = ""
+    id: str = ""
+
+
+@dataclass
+class SourceConfig:
+    """One source: where it lies and what every document of it is.
+
+    `path` is a file, a folder, a glob, or (type=datasets) a hub name or builder. `language` is a tag such as "en" or
+    "python", or "auto" for identification. `dataset` names the .bin/.idx pair: "{source}", "{group}" and "{language}" are replaced.
+    """
+
+    path: str = "???"
+    type: str = "auto"
+    group: str = "english"
+    kind: str = "prose"
+    language: str = "auto"
+    licence: str = "unknown"
+    dataset: str = "{source}"
+    columns: Columns = field(default_factory=Columns)
+    limit: int | None = None
+    encodings: list[str] = field(default_factory=lambda: ["utf-8"])
+    name: str | None = None  # type=datasets: the configuration
+    split: str = "train"  # type=datasets
+    data_files: str | None = None  # type=datasets
+
+
+@dataclass
+class ReadConfig:
+    """`shard_bytes`: text in one shard, which is also the unit of restart and what a worker holds in memory at most a few times over."""
+
+    shard_bytes: int = 32_000_000
+    max_document_bytes: int = 8_000_000
+    max_bad_share: float = 0.1
+    on_damaged_file: str = "stop"  # or "keep_rows"
+
+
+@dataclass
+class NormaliseConfig:
+    """Unicode repair and removal of what is no text. Code keeps its white space and its characters."""
+
+    unicode_form: str = "NFC"
+    fix_encoding: bool = True
+    strip_licence_headers: bool = True
+    mask_pii: bool = False
+    boilerplate_documents: int = 20
+    boilerplate_min_chars: int = 12
+
+
+@dataclass
+class FilterConfig:
+    """`languages` changes single thresholds of `prose` for a language, e.g. `ja: {min_words: 20}`."""
+
+    prose: ProseFilterConfig = field(default_factory=ProseFilterConfig)
+    code: CodeFilterConfig = field(default_factory=CodeFilterConfig)
+    languages: dict[str, dict[str, Any]] = field(default_factory=dict)
+    examples: int = 3
+
+
+@dataclass
+class ExactConfig:
+    """Exact duplicates, by a 128-bit hash of the text without letter case (prose) and runs of white space."""
+
+    enabled: bool = True
+
+
+@dataclass
+class NearConfig:
+    """MinHash-LSH over word n-grams. `bands` x `rows` hashes; pairs below `threshold` (estimated from all hashes) are kept."""
+
+    enabled: bool = True
+    ngram: int = 5
+    bands: int = 20
+    rows: int = 6
+    threshold: float = 0.75
+    seed: int = 1
+
+
+@dataclass
+class DecontaminateConfig:
+    """`files`: name -> JSONL, Parquet or text file of an evaluation. One shared run of `ngram` words drops a document."""
+
+    files: dict[str, str] = field(default_factory=dict)
+    column: str = "text"
+    ngram: int = 13
+    max_hits: int = 0
+
+
+@dataclass
+class TokenizerSection:
+    """`path`: an existing tokenizer (Hugging Face folder or tokenizer.json, SentencePiece .model); without it one is trained.
+
+    `upsample` multiplies a group's share of the training text; `sample_bytes` is the size of that text.
+    """
+
+    path: str | None = None
+    vocab_size: int = 32_000
+    sample_bytes: int = 100_000_000
+    upsample: dict[str, float] = field(default_factory=lambda: {"multilingual": 2.0})
+    compare: bool = True
+
+
+@dataclass
+class TokeniseConfig:
+    """`held_out` of every dataset's documents (by hash of the text) go to `<dataset>.validation`; `merge_bytes` bounds memory."""
+
+    held_out: float = 0.01
+    merge_bytes: int = 256_000_000
+
+
+@dataclass
+class ExecutorConfig:
+    """Where tasks run. `workers`: at a time; `arguments` go to datatrove's executor as they are (slurm: partition, time...)."""
+
+    kind: str = "local"
+    workers: int = 1
+    poll_seconds: float = 5.0
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class RecipeConfig:
+    """Everything that the corpus in `output` is a function of."""
+
+    name: str = "???"
+    folder: str = ""  # for recipes to build paths from: `${data_recipe.folder}/english.jsonl`
+    output: str = "data/corpora/${data_recipe.name}"
+    seed: int = 0
+    sources: dict[str, SourceConfig] = field(default_factory=dict)
+    read: ReadConfig = field(default_factory=ReadConfig)
+    normalise: NormaliseConfig = field(default_factory=NormaliseConfig)
+    filter: FilterConfig = field(default_factory=FilterConfig)
+    exact: ExactConfig = field(default_factory=ExactConfig)
+    near: NearConfig = field(default_factory=NearConfig)
+    decontaminate: DecontaminateConfig = field(default_factory=DecontaminateConfig)
+    tokenizer: TokenizerSection = field(default_factory=TokenizerSection)
+    tokenise: TokeniseConfig = field(default_factory=TokeniseConfig)
+
+    def validate(self) -> None:
+        """ValueError naming the first key that cannot be."""
+        if not self.sources:
+            raise ValueError(f"data_recipe.sources of {self.name} is empty; name at least one source")
+        for name, source in self.sources.items():
+            _validate_source(name, source)
+        near, read = self.near, self.read
+        _require("near.threshold", near.threshold, 0.5 <= near.threshold <= 1, "0.5 to 1")
+        _require("near.bands", near.bands, near.bands >= 1, "at least 1")
+        _require("near.rows", near.rows, near.rows >= 1, "at least 1")
+        _require("near.ngram", near.ngram, near.ngram >= 1, "at least 1")
+        _require("decontaminate.ngram", self.decontaminate.ngram, self.decontaminate.ngram >= 3, "at least 3")
+        _require("read.shard_bytes", read.shard_bytes, read.shard_bytes >= 1000, "at least 1000")
+        _require("read.max_bad_share", read.max_bad_share, 0 <= read.max_bad_share <= 1, "0 to 1")
+        modes = ("stop", "keep_rows")
+        _require("read.on_damaged_file", read.on_damaged_file, read.on_damaged_file in modes, " or ".join(modes))
+        forms = ("NFC", "NFKC", "none")
+        _require("normalise.unicode_form", self.normalise.unicode_form, self.normalise.unicode_form in forms, ", ".join(forms))
+        _require("tokenise.held_out", self.tokenise.held_out, 0 <= self.tokenise.held_out < 0.5, "0 to 0.5")
+        known = {item.name for item in fields(ProseFilterConfig)}
+        for language, changes in self.filter.languages.items():
+            if unknown := set(changes) - known:
+                raise ValueError(
+                    f"data_recipe.filter.languages.{language} sets {sorted(unknown)}, which is no key of filter.prose: {sorted(known)}"
+                )
+
+
+def _validate_source(name: str, source: SourceConfig) -> None:
+    key = f"sources.{name}"
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+        raise ValueError(f"data_recipe.{key}: a source's name becomes part of file names; use letters, digits, '_' and '-'")
+    _require(f"{key}.type", source.type, source.type in SOURCE_TYPES, " or ".join(SOURCE_TYPES))
+    _require(f"{key}.kind", source.kind, source.kind in KINDS, " or ".join(KINDS))
+    _require(f"{key}.limit", source.limit, source.limit is None or source.limit > 0, "a number of rows above 0, or null")
+    try:
+        source.dataset.format(source=name, group=source.group, language="en")
+    except (KeyError, IndexError, ValueError):
+        raise ValueError(
+            f"data_recipe.{key}.dataset={source.dataset}: only {{source}}, {{group}} and {{language}} are replaced"
+        ) from None
+
+
+def _require(key: str, value: Any, holds: bool, allowed: str) -> None:
+    if not holds:
+        raise ValueError(f"data_recipe.{key}={value} cannot be; allowed: {allowed}")

@@ -1,0 +1,115 @@
+"""A tokenizer that exists already, in Hugging Face form: from a folder, a `tokenizer.json`, or a SentencePiece `.model`."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+_PROBES = ("Hello, world 2024!", "  two spaces\tand a tab\n", "naïve café, Привет мир, 你好, नमस्ते", "def f(x):\n    return x ** 2\n")
+
+
+def take_tokenizer(path: Path, folder: Path) -> None:
+    """Copy or convert the tokenizer at `path` into `folder`.
+
+    Raises:
+        ValueError: nothing usable lies there, or a converted tokenizer does not give the original's ids.
+    """
+    if path.is_dir():
+        for file in sorted(path.iterdir()):
+            if file.is_file() and file.suffix in (".json", ".model", ".txt", ".jinja"):
+                shutil.copyfile(file, folder / file.name)
+    elif path.suffix == ".model":
+        _convert_sentencepiece(path, folder)
+    elif path.is_file():
+        shutil.copyfile(path, folder / "tokenizer.json")
+        neighbour = path.with_name("tokenizer_config.json")
+        if neighbour.is_file():
+            shutil.copyfile(neighbour, folder / neighbour.name)
+    else:
+        raise ValueError(
+            f"data_tools: data_recipe.tokenizer.path={path} does not exist; name a folder with tokenizer.json, that file, or a "
+            "SentencePiece .model (a hub name is not looked up: download it first)"
+        )
+    if not (folder / "tokenizer.json").is_file():
+        from megatron_lite.data.tokenizer import load_tokenizer
+
+        load_tokenizer(folder).save_pretrained(str(folder))
+    if not (folder / "tokenizer.json").is_file():
+        raise ValueError(f"data_recipe.tokenizer.path={path} has no fast form (tokenizer.json), so it cannot encode in parallel")
+
+
+def _convert_sentencepiece(path: Path, folder: Path) -> None:
+    """BPE or unigram `.model` to `tokenizer.json`, checked against sentencepiece itself on a few texts."""
+    import sentencepiece
+
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    backend = _backend(path)
+    backend.save(str(folder / "tokenizer.json"))
+    end = processor.id_to_piece(processor.eos_id()) if processor.eos_id() >= 0 else None
+    if end is None:
+        raise ValueError(f"data_recipe.tokenizer.path={path} has no end-of-sentence piece, which ends every document")
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end, "clean_up_tokenization_spaces": False}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    for text in _PROBES:
+        theirs, ours = processor.encode(text), backend.encode(text, add_special_tokens=False).ids
+        if theirs != ours:
+            raise ValueError(
+                f"data_recipe.tokenizer.path={path}: converted to Hugging Face form it encodes {text!r} as {ours}, sentencepiece "
+                f"gives {theirs}; its normalisation has no counterpart, so train one or take a tokenizer.json"
+            )
+
+
+def _backend(path: Path):  # type: ignore[no-untyped-def]
+    from sentencepiece import sentencepiece_model_pb2 as schema
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+    proto = schema.ModelProto()
+    proto.ParseFromString(path.read_bytes())
+    pieces = [(piece.piece, piece.score) for piece in proto.pieces]
+    kinds = [piece.type for piece in proto.pieces]
+    fallback = proto.trainer_spec.byte_fallback
+    unknown = proto.trainer_spec.unk_id
+    if proto.trainer_spec.model_type == schema.TrainerSpec.UNIGRAM:
+        model = models.Unigram(pieces, unk_id=unknown, byte_fallback=fallback)
+    else:
+        vocabulary = {piece: index for index, (piece, _) in enumerate(pieces)}
+        model = models.BPE(
+            vocabulary, _merges(pieces, vocabulary), unk_token=pieces[unknown][0], fuse_unk=True, byte_fallback=fallback
+        )
+    tokenizer = Tokenizer(model)
+    steps = []
+    if proto.normalizer_spec.precompiled_charsmap:
+        steps.append(normalizers.Precompiled(proto.normalizer_spec.precompiled_charsmap))
+    if proto.normalizer_spec.remove_extra_whitespaces:
+        steps += [normalizers.Strip(), normalizers.Replace(_spaces(), " ")]
+    if proto.normalizer_spec.add_dummy_prefix:
+        steps.append(normalizers.Prepend("▁"))
+    steps.append(normalizers.Replace(" ", "▁"))
+    tokenizer.normalizer = normalizers.Sequence(steps)
+    if proto.trainer_spec.model_type == schema.TrainerSpec.UNIGRAM:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="never")
+    tail = [decoders.Strip(" ", 1, 0)] if proto.normalizer_spec.add_dummy_prefix else []
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *tail]
+    )
+    special = (schema.ModelProto.SentencePiece.CONTROL, schema.ModelProto.SentencePiece.UNKNOWN)
+    tokenizer.add_special_tokens([AddedToken(p, special=True, normalized=False) for (p, _), k in zip(pieces, kinds) if k in special])
+    return tokenizer
+
+
+def _spaces():  # type: ignore[no-untyped-def]
+    from tokenizers import Regex
+
+    return Regex(" {2,}")
+
+
+def _merges(pieces: list[tuple[str, float]], vocabulary: dict[str, int]) -> list[tuple[str, str]]:
+    """A SentencePiece BPE model holds scores, not merges: every split of a piece into two pieces, best score first."""
+    found = []
+    for index, (piece, score) in enumerate(pieces):
+        for cut in range(1, len(piece)):
+            left, right = piece[:cut], piece[cut:]
+            if left in vocabulary and right in vocabulary:
+                found.append((-score, index, vocabulary[left], vocabulary[right], (left, right)))
+    return [pair for *_, pair in sorted(found)]

@@ -1,0 +1,200 @@
+"""Text to tokens, documents shuffled over the whole dataset, `.bin/.idx` and side-car.
+
+    encode   a task a shard     token ids of every document; per dataset and split one file, documents sorted by their key
+    merge    a task a dataset   the sorted files merged into one `.bin/.idx` pair
+
+The order is that of a hash of (seed, text): a global shuffle that depends on nothing but the documents, needs no second pass, and
+reads every file from front to back. Memory of a merge is `merge_bytes`, whatever the size of the dataset.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import xxhash
+
+from data_tools.atomic import read_json, write_array, write_json
+from data_tools.documents import Corpus, Document
+from data_tools.recipe import TokeniseConfig
+from data_tools.steps import Progress, Step
+from data_tools.tokenizer_stage import is_held_out, tokenizer_identity
+from megatron_lite.data.indexed import IndexedWriter, best_dtype
+from megatron_lite.data.manifest import Manifest, write_manifest
+from megatron_lite.data.tokenizer import encode_documents
+
+BATCH_DOCUMENTS = 512
+BATCH_CHARS = 2_000_000
+ENTRY = np.dtype([("key", "<u8"), ("ordinal", "<i8"), ("tokens", "<i8")])
+
+
+class FastTokenizer:
+    """The Rust tokenizer of a folder without the seconds and hundreds of megabytes that importing transformers takes."""
+
+    def __init__(self, folder: Path, end: int | None = None) -> None:
+        from tokenizers import Tokenizer
+
+        self.backend_tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self.eos_token_id = 0 if end is None else end
+
+    def __len__(self) -> int:
+        return self.backend_tokenizer.get_vocab_size()
+
+    def encode(self, texts: list[str]) -> Iterator[np.ndarray]:
+        """Ids of each text with the end token behind it, in the smallest dtype that holds the vocabulary."""
+        return encode_documents(self, texts, chunk=len(texts))  # type: ignore[arg-type]
+
+
+@dataclass
+class EncodeStep(Step):
+    """Writes `<dataset>/<split>/<shard>.{tokens,documents}.npy` and `<shard>.datasets.json`."""
+
+    settings: TokeniseConfig
+    corpus: Corpus
+    tokenizer: Path
+    seed: int
+
+    def tasks(self) -> int:
+        """One a shard."""
+        return len(self.corpus.shards())
+
+    def run_task(self, rank: int, progress: Progress) -> None:
+        """Encode shard `rank`."""
+        identity = tokenizer_identity(self.tokenizer)
+        tokenizer = FastTokenizer(self.tokenizer / "tokenizer", identity["eod"])
+        dtype = best_dtype(identity["vocab_size"])
+        offset = int(self.corpus.offsets()[rank])
+        entries: dict[tuple[str, str], list[tuple[int, int, int]]] = defaultdict(list)
+        tokens: dict[tuple[str, str], list[np.ndarray]] = defaultdict(list)
+        facts: dict[str, dict] = {}
+        for batch in _batches(self.corpus.read(rank)):
+            for (row, document), ids in zip(batch, tokenizer.encode([document.text for _, document in batch])):
+                split = "validation" if is_held_out(document, self.settings.held_out) else "train"
+                key = xxhash.xxh3_64_intdigest(document.text.encode(), seed=self.seed)
+                entries[document.dataset, split].append((key, offset + row, len(ids)))
+                tokens[document.dataset, split].append(ids.astype(dtype, copy=False))
+                _note(facts.setdefault(f"{document.dataset}/{split}", {}), document, len(ids))
+            progress.add(sum(len(document.text.encode()) for _, document in batch))
+        for (dataset, split), found in entries.items():
+            order = sorted(range(len(found)), key=found.__getitem__)
+            folder = self.folder / dataset / split
+            parts = tokens[dataset, split]
+            write_array(folder / f"{rank:05d}.tokens.npy", np.concatenate([parts[i] for i in order]))
+            write_array(folder / f"{rank:05d}.documents.npy", np.array([found[i] for i in order], ENTRY))
+        write_json(self.folder / f"{rank:05d}.datasets.json", facts)
+
+
+def _batches(documents: Iterator[tuple[int, Document]]) -> Iterator[list[tuple[int, Document]]]:
+    """Batches bounded in documents and in characters: a batch of books must not take gigabytes."""
+    batch: list[tuple[int, Document]] = []
+    size = 0
+    for item in documents:
+        batch.append(item)
+        size += len(item[1].text)
+        if len(batch) == BATCH_DOCUMENTS or size >= BATCH_CHARS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _note(facts: dict, document: Document, tokens: int) -> None:
+    for name, value in (("languages", document.language), ("licences", document.licence)):
+        counts = facts.setdefault(name, {})
+        counts[value] = counts.get(value, 0) + 1
+    facts["group"] = document.group
+    facts["bytes"] = facts.get("bytes", 0) + len(document.text.encode())
+    facts["tokens"] = facts.get("tokens", 0) + tokens
+    facts["documents"] = facts.get("documents", 0) + 1
+
+
+def merged_facts(encoded: Path) -> dict[str, dict]:
+    """`dataset/split` -> group, languages, licences (with documents each), bytes, tokens, documents."""
+    total: dict[str, dict] = {}
+    for path in sorted(encoded.glob("*.datasets.json")):
+        for name, facts in read_json(path).items():
+            entry = total.setdefault(name, {"group": facts["group"], "languages": {}, "licences": {}})
+            for kind in ("languages", "licences"):
+                for value, count in facts[kind].items():
+                    entry[kind][value] = entry[kind].get(value, 0) + count
+            for kind in ("bytes", "tokens", "documents"):
+                entry[kind] = entry.get(kind, 0) + facts[kind]
+    for entry in total.values():
+        for kind in ("languages", "licences"):
+            entry[kind] = dict(sorted(entry[kind].items(), key=lambda item: (-item[1], item[0])))
+    return dict(sorted(total.items()))
+
+
+def prefix_name(dataset: str, split: str) -> str:
+    """The name of the pair of a dataset and split, without folder and suffix."""
+    return dataset if split == "train" else f"{dataset}.validation"
+
+
+@dataclass
+class MergeStep(Step):
+    """Writes `<dataset>[.validation].{bin,idx,json}`."""
+
+    settings: TokeniseConfig
+    encoded: Path
+    tokenizer: Path
+
+    def tasks(self) -> int:
+        """One a dataset and split."""
+        return len(merged_facts(self.encoded))
+
+    def run_task(self, rank: int, progress: Progress) -> None:
+        """Merge dataset `rank`."""
+        name, facts = list(merged_facts(self.encoded).items())[rank]
+        dataset, split = name.rsplit("/", 1)
+        identity = tokenizer_identity(self.tokenizer)
+        prefix = self.folder / prefix_name(dataset, split)
+        for stale in self.folder.glob(f".{prefix.name}.*.tmp-*"):
+            stale.unlink()
+        with IndexedWriter(prefix, best_dtype(identity["vocab_size"])) as writer:
+            for document in merge_sorted(self.encoded / dataset / split, self.settings.merge_bytes):
+                writer.add_document(document)
+                progress.add(document.nbytes)
+        manifest = Manifest(
+            tokenizer=identity["fingerprint"],
+            tokenizer_name=identity["name"],
+            eod=identity["eod"],
+            vocab_size=identity["vocab_size"],
+            documents=facts["documents"],
+            tokens=facts["tokens"],
+            languages=facts["languages"],
+            licences=facts["licences"],
+        )
+        write_manifest(prefix, manifest)
+
+
+def merge_sorted(folder: Path, memory_bytes: int) -> Iterator[np.ndarray]:
+    """The documents of all sorted files of `folder` in the order of their keys; a range of keys at a time in memory."""
+    entries = [np.load(path, mmap_mode="r") for path in sorted(folder.glob("*.documents.npy"))]
+    tokens = [np.load(path, mmap_mode="r") for path in sorted(folder.glob("*.tokens.npy"))]
+    total = sum(part.nbytes for part in tokens)
+    ranges = max(1, -(-total // memory_bytes))
+    edges = [(i << 64) // ranges for i in range(ranges + 1)]
+    read = [[0, 0] for _ in entries]  # per file: documents and tokens consumed
+    for upper in edges[1:]:
+        found, texts = [], []
+        for part, (keys, position) in enumerate(zip(entries, read)):
+            first, at = position
+            last = len(keys) if upper >> 64 else int(np.searchsorted(keys["key"], np.uint64(upper)))
+            lengths = keys["tokens"][first:last]
+            size = int(lengths.sum())
+            ends = np.cumsum(lengths)
+            found += zip(
+                keys["key"][first:last].tolist(),
+                keys["ordinal"][first:last].tolist(),
+                itertools.repeat(part),
+                (ends - lengths).tolist(),
+                ends.tolist(),
+            )
+            texts.append(np.array(tokens[part][at : at + size]))
+            read[part] = [last, at + size]
+        for _, _, part, start, end in sorted(found):
+            yield texts[part][start:end]

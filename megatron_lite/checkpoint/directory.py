@@ -1,0 +1,113 @@
+"""The directory `checkpoints/`: which steps are there, which may go, and how one appears and disappears at
+once.
+
+Names: `step_XXXXXXXX` is a whole checkpoint. Everything that begins with `.tmp-` is on its way in or out:
+    `.tmp-step_X` is being written, `.tmp-delete-step_X` being deleted, `.tmp-replaced-step_X` was replaced
+    by a newer save of the same step, `.tmp-abandoned-step_X` lay after the step a run went back to.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Collection
+from pathlib import Path
+
+from megatron_lite.checkpoint.manifest import step_name, step_of
+from megatron_lite.checkpoint.verify import checkpoint_problem, fsync_directory
+
+logger = logging.getLogger(__name__)
+
+_TEMPORARY = ".tmp-"
+_REPLACED = ".tmp-replaced-"
+
+
+def list_steps(directory: Path) -> list[int]:
+    """The steps whose checkpoints are visible, ascending; none when there is no directory."""
+    if not directory.is_dir():
+        return []
+    return sorted(step for entry in directory.iterdir() if (step := step_of(entry.name)) is not None)
+
+
+def expendable(steps: Collection[int], *, last: int, keep: int, keep_every: int | None) -> list[int]:
+    """The steps that retention lets go, ascending.
+
+    Kept are the `keep` newest up to `last`, the step saved last, and every multiple of `keep_every`. Steps
+    after `last` belong to a history that a run went back behind; they count for nothing and are left alone.
+    """
+    history = sorted(step for step in steps if step <= last)
+    return [step for step in history[:-keep] if not keep_every or step % keep_every]
+
+
+def prune(directory: Path, *, last: int, keep: int, keep_every: int | None, damaged: Collection[int] = ()) -> list[int]:
+    """Delete what `expendable` names, but never the newest sound checkpoint. Returns the deleted steps."""
+    steps = list_steps(directory)
+    going = expendable(steps, last=last, keep=keep, keep_every=keep_every)
+
+    def sound(step: int) -> bool:
+        return step not in damaged and checkpoint_problem(directory / step_name(step), hashed=False) is None
+
+    staying = [step for step in steps if step <= last and step not in going]
+    if going and not any(sound(step) for step in reversed(staying)):
+        spared = next((step for step in reversed(going) if sound(step)), None)
+        going = [step for step in going if step != spared]
+    for step in going:
+        remove(directory, step)
+    return going
+
+
+def remove(directory: Path, step: int) -> None:
+    """Delete a checkpoint: gone from sight at once, then from the disk."""
+    hidden = _move(directory, step_name(step), f".tmp-delete-{step_name(step)}")
+    shutil.rmtree(hidden, ignore_errors=True)
+
+
+def abandon_after(directory: Path, step: int) -> list[int]:
+    """Hide the checkpoints after `step`; the next save that succeeds deletes them. Returns their steps."""
+    newer = [found for found in list_steps(directory) if found > step]
+    for found in newer:
+        _move(directory, step_name(found), f".tmp-abandoned-{step_name(found)}")
+    return newer
+
+
+def publish(temporary: Path, final: Path) -> None:
+    """Rename a whole checkpoint into sight, replacing one of the same step, and make that durable."""
+    directory = final.parent
+    replaced = None
+    if final.exists():
+        # a crash between the two renames leaves the old one under this name; `recover` puts it back
+        replaced = _move(directory, final.name, _REPLACED + final.name)
+    os.rename(temporary, final)
+    fsync_directory(directory)
+    if replaced is not None:
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+def recover(directory: Path) -> None:
+    """Put a replaced checkpoint back whose successor never came into sight."""
+    if directory.is_dir():
+        for entry in list(directory.glob(f"{_REPLACED}*")):
+            final = directory / entry.name.removeprefix(_REPLACED)
+            if not final.exists():
+                os.rename(entry, final)
+
+
+def clean(directory: Path, *, keep_abandoned: bool) -> None:
+    """Delete what crashed saves and deletions left behind. What cannot be deleted is warned about."""
+    recover(directory)
+    for entry in list(directory.glob(f"{_TEMPORARY}*")):
+        if keep_abandoned and entry.name.startswith(".tmp-abandoned-"):
+            continue
+        try:
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        except OSError as error:
+            logger.warning("%s is left over and cannot be deleted: %s", entry, error)
+
+
+def _move(directory: Path, name: str, hidden: str) -> Path:
+    target = directory / hidden
+    if target.exists():
+        shutil.rmtree(target)
+    os.rename(directory / name, target)
+    return target

@@ -1,0 +1,94 @@
+"""One process on a run directory: `run.lock`, held with flock while the process lives.
+
+The kernel frees the lock when the process ends, however it ends, so a lock file that was left behind never
+blocks. File systems without locks (some network and FUSE ones) give a warning and no protection.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import logging
+import os
+import socket
+import weakref
+from pathlib import Path
+from types import TracebackType
+from typing import IO
+
+logger = logging.getLogger(__name__)
+
+_NO_LOCKS_HERE = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
+
+
+class RunLock:
+    """Exclusive use of a run directory; a context manager. Rank 0 alone takes it.
+
+    `acquire` raises ValueError naming the host and process that hold it.
+    """
+
+    def __init__(self, run_dir: str | Path) -> None:
+        self.path = Path(run_dir) / "run.lock"
+        self._file: IO[str] | None = None
+        # a worker forked from this process shares the lock: unless it lets go, it would hold the run after
+        # our death
+        me = weakref.ref(self)
+        os.register_at_fork(after_in_child=lambda: _close_in_child(me))
+
+    def acquire(self) -> RunLock:
+        """Take the lock or raise."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(self.path, "a+", encoding="utf-8")  # noqa: SIM115  (stays open as long as the lock is held)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in _NO_LOCKS_HERE:
+                owner = _owner(file)
+                file.close()
+                if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                    raise
+                raise ValueError(
+                    f"run.dir={self.path.parent} is in use by {owner}; wait for it, end it, or set another run.dir"
+                ) from error
+            logger.warning(
+                "%s: this file system has no locks (%s); see to it that no second process writes this run",
+                self.path,
+                error.strerror,
+            )
+        file.seek(0)
+        file.truncate()
+        json.dump({"host": socket.gethostname(), "pid": os.getpid()}, file)
+        file.flush()
+        self._file = file
+        return self
+
+    def release(self) -> None:
+        """Let go. The file stays: removing it would let two processes lock two files of one name."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def __enter__(self) -> RunLock:
+        return self.acquire()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+
+def _close_in_child(reference: weakref.ref[RunLock]) -> None:
+    lock = reference()
+    if lock is not None and lock._file is not None:
+        lock._file.close()
+        lock._file = None
+
+
+def _owner(file: IO[str]) -> str:
+    file.seek(0)
+    try:
+        holder = json.loads(file.read())
+        return f"process {holder['pid']} on host {holder['host']}"
+    except (ValueError, KeyError, TypeError):
+        return "another process"

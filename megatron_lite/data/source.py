@@ -1,0 +1,142 @@
+"""One source of the blend: a `.bin/.idx` pair, cut into windows.
+
+Documents stand in the file in shuffled order, each with the end-of-document token at its end. Window k is
+the tokens [k * T, k * T + T + 1) of that stream: neighbours share one token, which the first predicts and
+the second reads, so each token but the very first is predicted exactly once an epoch. There are (tokens - 1)
+// T windows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_lite.data.config import DataConfig
+from megatron_lite.data.indexed import IndexedDataset, bin_path, idx_path
+from megatron_lite.data.manifest import Manifest, TokenizerIdentity, manifest_path, read_manifest
+from megatron_lite.data.packing import Example, PackingOptions, pack
+
+_SAMPLED_BYTES = 1 << 16  # of each end of a file; a fingerprint must not take longer on a larger file
+
+
+class Source:
+    """A named, opened and checked source.
+
+    Attributes: name, num_tokens, num_documents, num_windows (`data.seq_len` tokens each), fingerprint (a
+    hash that changes with the content), manifest (None for a file without side-car).
+
+    Raises:
+        ValueError: the files are damaged, too short for one window, written with another tokenizer, or lack
+            end-of-document tokens.
+    """
+
+    def __init__(self, name: str, prefix: str | Path, *, config: DataConfig, tokenizer: TokenizerIdentity) -> None:
+        self.name = name
+        self.dataset = IndexedDataset(prefix)
+        self.manifest = read_manifest(prefix)
+        self.num_tokens = self.dataset.num_tokens
+        self.num_documents = self.dataset.num_documents
+        self._seq_len = config.seq_len
+        self._vocab_size = tokenizer.vocab_size
+        eod = tokenizer.eod if config.eod_id is None else config.eod_id
+        self._options = PackingOptions(eod, config.reset_attention, config.mask_eod_loss)
+        if self.manifest is not None:
+            self._check_manifest(self.manifest, tokenizer)
+        self._check_eod(eod)
+        self.num_windows = (self.num_tokens - 1) // config.seq_len
+        if self.num_windows < 1:
+            raise ValueError(
+                f"{name} ({prefix}) has {self.num_tokens} tokens, less than one window of data.seq_len + 1 = "
+                f"{config.seq_len + 1}; lower data.seq_len to {self.num_tokens - 1} or less, or give it "
+                "more documents"
+            )
+        self.fingerprint = self._fingerprint()
+
+    def window(self, k: int) -> npt.NDArray[np.int64]:
+        """The T + 1 tokens of window k, a copy.
+
+        Raises:
+            ValueError: a token id that the vocabulary does not have.
+        """
+        start = k * self._seq_len
+        window = self.dataset.tokens(start, start + self._seq_len + 1).astype(np.int64)
+        if window.max() >= self._vocab_size or window.min() < 0:
+            raise ValueError(
+                f"{self.name} ({self.dataset.prefix}): token ids {window.min()} to {window.max()} near "
+                f"token {start}, but the tokenizer has {self._vocab_size}; the file was written with "
+                "another tokenizer: set data.tokenizer to that one, or tokenise again"
+            )
+        return window
+
+    def example(self, k: int) -> Example:
+        """Window k as a training example (see `packing.pack`); 0 <= k < num_windows."""
+        start = k * self._seq_len
+        starts: list[int] = []
+        if self._options.reset_attention:
+            starts = [at - start for at in self.dataset.documents_in(start, start + self._seq_len + 1)]
+        return pack(self.window(k), starts, self._options)
+
+    def state(self) -> dict[str, str | int]:
+        """What a checkpoint keeps of the source, to recognise it by."""
+        return {"fingerprint": self.fingerprint, "tokens": self.num_tokens, "windows": self.num_windows}
+
+    def _check_manifest(self, manifest: Manifest, tokenizer: TokenizerIdentity) -> None:
+        path = manifest_path(self.dataset.prefix)
+        if tokenizer.fingerprint and manifest.tokenizer and manifest.tokenizer != tokenizer.fingerprint:
+            raise ValueError(
+                f"{self.name}: {path} says that the file was written with tokenizer "
+                f"{manifest.tokenizer_name} ({manifest.tokenizer}), but the run has {tokenizer.name} "
+                f"({tokenizer.fingerprint}); set data.tokenizer to the first, or tokenise the source with "
+                "the second"
+            )
+        found = (self.num_documents, self.num_tokens)
+        if found != (manifest.documents, manifest.tokens):
+            raise ValueError(
+                f"{self.name}: {path} names {manifest.documents} documents and {manifest.tokens} tokens, "
+                f"the files hold {found[0]} and {found[1]}; the side-car belongs to another file: tokenise "
+                "the source again"
+            )
+
+    def _check_eod(self, eod: int) -> None:
+        """The first and the last document end with `eod`; the others are taken on trust, to open in O(1)."""
+        ends = (self.dataset.document_start(1), self.num_tokens)
+        for document, end in zip((0, self.num_documents - 1), ends):
+            last = int(self.dataset.tokens(end - 1, end)[0])
+            if last != eod:
+                raise ValueError(
+                    f"{self.name} ({self.dataset.prefix}): document {document} ends with token {last} "
+                    f"instead of the end-of-document token {eod}; tokenise with end-of-document tokens "
+                    "(Megatron's --append-eod), or set data.eod_id to the id that the file uses"
+                )
+
+    def _fingerprint(self) -> str:
+        """Hash of the counts, the tokenizer and both ends of both files: O(1)."""
+        tokenizer = self.manifest.tokenizer if self.manifest else ""
+        counts = [self.num_tokens, self.num_documents, str(self.dataset.dtype), tokenizer]
+        digest = hashlib.blake2b(json.dumps(counts).encode(), digest_size=16)
+        for path in (idx_path(self.dataset.prefix), bin_path(self.dataset.prefix)):
+            with path.open("rb") as file:
+                digest.update(file.read(_SAMPLED_BYTES))
+                file.seek(max(0, path.stat().st_size - _SAMPLED_BYTES))
+                digest.update(file.read(_SAMPLED_BYTES))
+        return digest.hexdigest()
+
+
+def open_sources(config: DataConfig, tokenizer: TokenizerIdentity) -> dict[str, Source]:
+    """All training sources of `config` by full name."""
+    return {
+        name: Source(name, source.path, config=config, tokenizer=tokenizer) for name, source in config.sources().items()
+    }
+
+
+def open_validation(config: DataConfig, tokenizer: TokenizerIdentity) -> dict[str, Source]:
+    """The held-out files of `config` by the full name of their source; sources without one are left out."""
+    return {
+        name: Source(name, source.validation, config=config, tokenizer=tokenizer)
+        for name, source in config.sources().items()
+        if source.validation is not None
+    }

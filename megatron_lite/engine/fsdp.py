@@ -1,0 +1,189 @@
+"""FSDP2: fp32 sharded master weights, computation in the chosen dtype, fp32 reduction, AdamW over the local shards.
+
+Notable features:
+- One process needs no wrapper and no process group: the same step runs on the plain module.
+- `engine.shard=full` gathers a layer for forward and again for backward (ZeRO-3), `optimizer` keeps the gathered weights in
+  between (ZeRO-2), `none` keeps everything on every rank and only sums gradients (the shard dimension of the mesh is 1).
+- Gradients are reduced on the last micro-batch only, as a sum: the loss was divided by the global token count before.
+- Clipping, the finite check and the update stay on the device: nothing in a step waits for a number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
+from torch.distributed.tensor import DTensor
+
+from megatron_lite.engine.base import Batch, StepResult
+from megatron_lite.optim.optimizer import AdamW, OptimConfig
+from megatron_lite.parallel.global_view import Layout, Piece
+from megatron_lite.parallel.layers import ShardInfo
+from megatron_lite.parallel.mesh import Mesh
+from megatron_lite.precision.dtypes import call_in
+
+SHARD_MODES = ("none", "optimizer", "full")
+
+
+@dataclass
+class FsdpConfig:
+    """shard: what is sharded over the data-parallel ranks: none | optimizer | full. cpu_offload: shards live on the CPU."""
+
+    kind: str = "fsdp"
+    shard: str = "full"
+    cpu_offload: bool = False
+
+    def validate(self) -> None:
+        """Raise ValueError naming the key whose value cannot be."""
+        if self.shard not in SHARD_MODES:
+            raise ValueError(f"engine.shard={self.shard} is unknown; choose one of {', '.join(SHARD_MODES)}")
+
+
+def sharder(config: FsdpConfig, mesh: Mesh | None, dtype: torch.dtype) -> Callable[[nn.Module], None]:
+    """A function that shards one materialised module over the data-parallel ranks (without a mesh: leaves it alone)."""
+    if mesh is None:
+        return lambda module: None
+    policy = MixedPrecisionPolicy(
+        param_dtype=None if dtype is torch.float32 else dtype, reduce_dtype=torch.float32
+    )
+    offload = CPUOffloadPolicy() if config.cpu_offload else OffloadPolicy()
+
+    def shard(module: nn.Module) -> None:
+        fully_shard(
+            module,
+            mesh=mesh.data_parallel,
+            mp_policy=policy,
+            offload_policy=offload,
+            reshard_after_forward=config.shard == "full",
+        )
+
+    return shard
+
+
+class FsdpEngine:
+    """The engine over a materialised objective whose layers have gone through `sharder`.
+
+    shards: for every trained parameter (named as in the decoder) its global shape and its tensor-parallel dimension.
+    mesh: None for one process.
+    """
+
+    def __init__(
+        self,
+        objective: nn.Module,
+        *,
+        config: FsdpConfig,
+        optim: OptimConfig,
+        dtype: torch.dtype,
+        mesh: Mesh | None,
+        shards: dict[str, ShardInfo],
+    ) -> None:
+        sharder(config, mesh, dtype)(objective)
+        if isinstance(objective, FSDPModule):
+            objective.set_gradient_divide_factor(1.0)
+        self.objective, self.mesh, self.dtype, self.shards = objective, mesh, dtype, shards
+        self.clip_grad = optim.clip_grad
+        self.named = {
+            name.removeprefix("decoder."): parameter
+            for name, parameter in objective.named_parameters()
+            if parameter.requires_grad
+        }
+        self.optimizer = AdamW({name: _local(p) for name, p in self.named.items()}, optim)
+
+    def train_step(self, micro_batches: list[Batch], *, lr: float) -> StepResult:
+        """See `Engine`."""
+        valid = self._sum(torch.stack([torch.count_nonzero(b["loss_mask"]) for b in micro_batches]).sum())
+        share = valid.clamp(min=1)
+        total = torch.zeros((), device=valid.device)
+        for index, batch in enumerate(micro_batches):
+            self._synchronise_gradients(index + 1 == len(micro_batches))
+            loss, _ = self._forward(batch)
+            (loss / share).backward()
+            total += loss.detach()
+        loss = self._sum(total) / share
+        gradients = self._take_gradients()
+        norm = self._global_norm(gradients)
+        if self.clip_grad:
+            scale = (self.clip_grad / (norm + 1e-6)).clamp(max=1.0)
+            torch._foreach_mul_(list(gradients.values()), scale)
+        skipped = 1.0 - (torch.isfinite(norm) & torch.isfinite(loss)).float()
+        self.optimizer.step(gradients, lr=lr, skip=skipped)
+        return StepResult(loss=loss, grad_norm=norm, valid_tokens=valid, skipped=skipped)
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """See `Engine`."""
+        return self._forward(batch)
+
+    def state(self) -> dict[str, Piece]:
+        """See `Engine`."""
+        local = {f"model.{name}": tensor for name, tensor in self.optimizer.parameters.items()}
+        local |= self.optimizer.moments()
+        layout = Layout() if self.mesh is None else self.mesh.layout
+        return {
+            key: layout.piece(tensor, info.global_shape, tp_dim=info.tp_dim)
+            for key, tensor in local.items()
+            for info in [self.shards[key.split(".", 1)[1]]]
+        }
+
+    @property
+    def adam_step(self) -> int:
+        """See `Engine`."""
+        return self.optimizer.adam_step
+
+    @adam_step.setter
+    def adam_step(self, count: int) -> None:
+        self.optimizer.adam_step = count
+
+    def _forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        if self.mesh is None:
+            return call_in(self.dtype, self.objective, batch)  # type: ignore[no-any-return]
+        return self.objective(batch)  # type: ignore[no-any-return]
+
+    def _synchronise_gradients(self, enabled: bool) -> None:
+        if isinstance(self.objective, FSDPModule):
+            self.objective.set_requires_gradient_sync(enabled)
+            self.objective.set_is_last_backward(enabled)
+
+    def _take_gradients(self) -> dict[str, Tensor]:
+        """This rank's gradients by name, taken off the parameters; zeros where none arrived."""
+        gradients = {}
+        for name, parameter in self.named.items():
+            local = self.optimizer.parameters[name]
+            gradients[name] = torch.zeros_like(local) if parameter.grad is None else _local(parameter.grad)
+            parameter.grad = None
+        return gradients
+
+    def _global_norm(self, gradients: dict[str, Tensor]) -> Tensor:
+        """L2 norm over all ranks: every element of a global gradient counts once.
+
+        A gradient that tensor parallelism did not cut is the same on all its ranks: only the first one counts it.
+        """
+        first = self.mesh is None or self.mesh.tp_rank == 0
+        counted = [g for name, g in gradients.items() if first or self.shards[name].tp_dim is not None]
+        squares = torch.stack(torch._foreach_norm(counted)).square().sum()
+        if self.mesh is not None:
+            for group in self.mesh.shard_groups:
+                dist.all_reduce(squares, group=group)
+        return squares.sqrt()
+
+    def _sum(self, value: Tensor) -> Tensor:
+        """Sum over the data-parallel ranks, in place (the ranks of one tensor-parallel group see the same samples)."""
+        if self.mesh is not None:
+            for group in self.mesh.data_groups:
+                dist.all_reduce(value, group=group)
+        return value
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """The plain local tensor, sharing its memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()

@@ -1,0 +1,76 @@
+"""`mlite generate`: continue a prompt, streaming to the terminal.
+
+python -m megatron_lite.generate checkpoint=runs/smoke prompt='def main(' max_new_tokens=40
+python -m megatron_lite.generate checkpoint=runs/smoke prompt_file=prompts.txt sampling.temperature=0.8 sampling.top_p=0.9
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from megatron_lite.config import GenerateConfig, run_door
+from megatron_lite.models.sampling import generate_tokens
+from megatron_lite.runtime import default_device
+from megatron_lite.weights import load
+
+
+def main() -> None:
+    """Parse, generate, exit."""
+    run_door("generate", "Continue a prompt, or each line of a file of prompts.", generate)
+
+
+def generate(config: GenerateConfig) -> int:
+    """Print every prompt and its continuation. Raises ValueError when there is no prompt or no tokenizer."""
+    config.sampling.validate()
+    prompts = _prompts(config)
+    model, tokenizer = load(config.checkpoint, device=default_device())
+    if tokenizer is None:
+        raise ValueError(
+            f"no tokenizer lies beside checkpoint={config.checkpoint}; put it into a folder `tokenizer` there"
+        )
+    for prompt in prompts:
+        tokens = tokenizer(prompt, add_special_tokens=False)["input_ids"] or [tokenizer.eos_token_id]
+        new = generate_tokens(
+            model,
+            tokens,
+            max_new_tokens=config.max_new_tokens,
+            eod=tokenizer.eos_token_id,
+            sampling=config.sampling,
+        )
+        sys.stdout.write(prompt)
+        for text in stream_text(tokenizer, new):
+            sys.stdout.write(text)
+            sys.stdout.flush()
+        sys.stdout.write("\n")
+    return 0
+
+
+def stream_text(tokenizer: Any, tokens: Iterable[int]) -> Iterator[str]:
+    """The text of `tokens` piece by piece; a character whose bytes are spread over tokens waits for its last one."""
+    pending: list[int] = []
+    for token in tokens:
+        pending.append(token)
+        text = tokenizer.decode(pending)
+        if not text.endswith("\ufffd"):
+            yield text
+            pending = []
+    if pending:
+        yield tokenizer.decode(pending)
+
+
+def _prompts(config: GenerateConfig) -> list[str]:
+    if (config.prompt is None) == (config.prompt_file is None):
+        raise ValueError("give either prompt='...' or prompt_file=<a text file with one prompt a line>")
+    if config.prompt is not None:
+        return [config.prompt]
+    path = Path(config.prompt_file or "")
+    if not path.is_file():
+        raise ValueError(f"prompt_file={path} does not exist")
+    return [line for line in path.read_text(encoding="utf-8").splitlines() if line]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""Causal self-attention with grouped queries (GQA, arXiv 2305.13245) and partial rotary positions.
+
+The fused projection `qkv` is group-major: KV group by KV group, rows [q_1 .. q_n k v]. Any tensor-parallel
+shard of whole groups is then one contiguous range of rows, and the module finds the number of groups it
+holds from the width it gets.
+
+Shapes: B batch, T sequence, S keys, D hidden, H heads, G KV groups, N = H/G + 2 (a group's queries, key and
+value), K head dim.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron_lite.models.config import ModelConfig
+from megatron_lite.models.context import LayerContext
+from megatron_lite.models.linear import Linear
+from megatron_lite.models.rope import apply_rotary
+
+
+class Attention(nn.Module):
+    """softmax(Q K^T / sqrt(K)) V, heads concatenated and projected back to D."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.head_dim = config.head_size
+        self.queries_per_group = config.num_heads // config.num_kv_heads
+        width = (config.num_heads + 2 * config.num_kv_heads) * self.head_dim
+        self.qkv = Linear(config.hidden_size, width, init_std=config.init_std, bias=config.linear_bias)
+        self.out = Linear(
+            config.num_heads * self.head_dim,
+            config.hidden_size,
+            init_std=config.output_init_std,
+            bias=config.linear_bias,
+        )
+
+    def forward(self, x_BTD: Tensor, context: LayerContext) -> Tensor:
+        """(B, T, D) -> (B, T, D)."""
+        batch, length, _ = x_BTD.shape
+        qkv_BTGNK = self.qkv(x_BTD).view(batch, length, -1, self.queries_per_group + 2, self.head_dim)
+        # split, not slices: its backward is one concatenation, that of every slice a whole tensor of zeros.
+        qk, value = qkv_BTGNK.split([self.queries_per_group + 1, 1], dim=3)
+        if context.cos is not None and context.sin is not None:
+            qk = apply_rotary(qk, context.cos, context.sin)  # queries and keys in one go
+        query, key = qk.split([self.queries_per_group, 1], dim=3)
+        query_BHTK = query.flatten(2, 3).transpose(1, 2)
+        key_BGSK, value_BGSK = key.squeeze(3).transpose(1, 2), value.squeeze(3).transpose(1, 2)
+        if context.cache is not None:
+            key_BGSK, value_BGSK = context.cache.append(key_BGSK, value_BGSK)
+        y_BHTK = F.scaled_dot_product_attention(
+            query_BHTK,
+            key_BGSK,
+            value_BGSK,
+            attn_mask=context.mask,
+            # Without a mask a single query is the newest token and sees everything; SDPA's own causal mask
+            # would align it with the first key.
+            is_causal=context.mask is None and length > 1,
+            # On CPU as fast as any way of repeating the keys and values by hand (tried, both passes).
+            enable_gqa=self.queries_per_group > 1,
+        )
+        return self.out(y_BHTK.transpose(1, 2).flatten(2))

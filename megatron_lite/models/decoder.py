@@ -1,0 +1,117 @@
+"""The decoder: embedding, residual layers named by letters, final norm, head.
+
+Every residual layer is pre-norm:  x <- x + mixer(norm(x)).  A letter of the pattern says which mixer; a
+transformer block is two of them (`*-`). Positions, mask and cache are worked out once here and handed to the
+layers as arguments.
+
+Shapes: B batch, T sequence, S keys, D hidden, V vocabulary (Vp: padded).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron_lite.models.attention import Attention
+from megatron_lite.models.cache import KeyValueCache
+from megatron_lite.models.config import ModelConfig
+from megatron_lite.models.context import LayerContext
+from megatron_lite.models.linear import Embedding, Linear
+from megatron_lite.models.mlp import build_mlp
+from megatron_lite.models.norm import NORMS
+from megatron_lite.models.rope import restarting_positions, rotary_tables
+
+__all__ = ["Decoder", "ModelConfig", "ResidualLayer"]
+
+MIXERS: dict[str, Callable[[ModelConfig], nn.Module]] = {"*": Attention, "-": build_mlp}
+
+
+class ResidualLayer(nn.Module):
+    """x + mixer(norm(x)): the unit of sharding, recompute and compilation."""
+
+    def __init__(self, norm: nn.Module, mixer: nn.Module) -> None:
+        super().__init__()
+        self.norm = norm
+        self.mixer = mixer
+
+    def forward(self, x_BTD: Tensor, context: LayerContext) -> Tensor:
+        """(B, T, D) -> (B, T, D)."""
+        return x_BTD + self.mixer(self.norm(x_BTD), context)
+
+
+class Decoder(nn.Module):
+    """A causal language model. Builds on any device, initialises nothing (see `initialization`)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        config.validate()
+        self.config = config
+        rows, width = config.padded_vocab, config.hidden_size
+        make_norm = NORMS[config.norm]
+        self.embedding = Embedding(rows, width, init_std=config.init_std, valid_rows=config.vocab_size)
+        self.layers = nn.ModuleList(
+            ResidualLayer(make_norm(width, config.norm_eps), MIXERS[letter](config)) for letter in config.letters
+        )
+        self.final_norm = make_norm(width, config.norm_eps)
+        self.head = (
+            None
+            if config.tie_embeddings
+            else Linear(width, rows, init_std=config.init_std, valid_rows=config.vocab_size)
+        )
+
+    @property
+    def head_weight(self) -> nn.Parameter:
+        """(Vp, D): the head's weight, which is the embedding's when they are tied."""
+        return self.embedding.weight if self.head is None else self.head.weight
+
+    def forward(
+        self, tokens_BT: Tensor, documents_BT: Tensor | None = None, cache: KeyValueCache | None = None
+    ) -> Tensor:
+        """Logits (B, T, V) for the token after each one; the padding's columns are cut off."""
+        return self.logits(self.hidden(tokens_BT, documents_BT, cache))
+
+    def logits(self, x: Tensor) -> Tensor:
+        """(..., D) states after the final norm -> (..., V)."""
+        padded = F.linear(x, self.embedding.weight) if self.head is None else self.head(x)
+        return padded[..., : self.config.vocab_size]
+
+    def hidden(
+        self, tokens_BT: Tensor, documents_BT: Tensor | None = None, cache: KeyValueCache | None = None
+    ) -> Tensor:
+        """States (B, T, D) after the final norm.
+
+        documents_BT: index of the document that each token belongs to; attention and positions restart where
+        it changes.
+        cache: keys and values of the tokens before these; appended to in place.
+        """
+        context = self.context(tokens_BT, documents_BT, cache)
+        x_BTD = self.embedding(tokens_BT)
+        for index, layer in enumerate(self.layers):
+            x_BTD = layer(x_BTD, context if cache is None else replace(context, cache=cache.layer(index)))
+        return self.final_norm(x_BTD)
+
+    def context(
+        self, tokens_BT: Tensor, documents_BT: Tensor | None = None, cache: KeyValueCache | None = None
+    ) -> LayerContext:
+        """What the layers of one forward share. Raises ValueError when documents and cache are both given."""
+        if documents_BT is not None and cache is not None:
+            raise ValueError("a key-value cache holds one document; call without documents, or without a cache")
+        length, device = tokens_BT.shape[1], tokens_BT.device
+        past = 0 if cache is None else cache.length
+        mask = None
+        if documents_BT is not None:
+            positions_BT = restarting_positions(documents_BT)
+            mask = documents_BT[:, None, :, None] == documents_BT[:, None, None, :]
+            mask = mask & torch.ones(length, length, dtype=torch.bool, device=device).tril()
+        else:
+            positions_BT = torch.arange(past, past + length, device=device)[None]
+            if past and length > 1:  # several new tokens after old ones: causal, counted from the right end
+                mask = torch.ones(1, 1, length, past + length, dtype=torch.bool, device=device).tril(past)
+        if self.config.rotary_dim == 0:
+            return LayerContext(mask=mask)
+        cos, sin = rotary_tables(positions_BT, self.config.rotary_dim, self.config.rope_base)
+        return LayerContext(cos=cos, sin=sin, mask=mask)

@@ -1,0 +1,20 @@
+"""Hugging Face folders, both ways: config.json and safetensors <-> ModelConfig and native tensors.
+
+Works on tensors and folders only; needs no engine and imports nothing of transformers.
+"""
+
+from megatron_lite.models.huggingface.export import export_folder, native_to_hf
+from megatron_lite.models.huggingface.folder import HuggingFaceFolder, NativeTensors, is_folder, open_folder
+from megatron_lite.models.huggingface.registry import FAMILIES, family_named, family_of
+
+__all__ = [
+    "FAMILIES",
+    "HuggingFaceFolder",
+    "NativeTensors",
+    "export_folder",
+    "family_named",
+    "family_of",
+    "is_folder",
+    "native_to_hf",
+    "open_folder",
+]

@@ -1,0 +1,167 @@
+"""What a Hugging Face mapping consists of, and the readers that every mapping uses.
+
+A family is data plus two small functions: `write_config` (ModelConfig -> config.json) and `read_config`
+(config.json -> ModelConfig). A field that changes the model and that we cannot hold is refused by name; a
+field that transformers' own class for this architecture ignores or that does not change the model is kept
+beside the config and written back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_lite.models.config import ModelConfig
+from megatron_lite.models.huggingface.rules import Rule
+
+# Where older and newer transformers keep the same thing; always regenerated, never carried along.
+REWRITTEN = ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor", "dtype", "torch_dtype")
+
+
+@dataclass(frozen=True)
+class Family:
+    """One mapping.
+
+    required: fields of ModelConfig that such a model always has, and their value.
+    defaults: what transformers assumes for fields that config.json leaves out.
+    only: fields of config.json that change the model, and the values of them that we can hold.
+    """
+
+    name: str
+    model_type: str
+    architecture: str
+    required: Mapping[str, Any]
+    defaults: Mapping[str, Any]
+    only: Mapping[str, tuple[Any, ...]]
+    write_config: Callable[[ModelConfig], dict[str, Any]]
+    read_config: Callable[[Mapping[str, Any]], ModelConfig]
+    rules: Callable[[ModelConfig], list[Rule]]
+
+    def to_hf_config(self, config: ModelConfig) -> dict[str, Any]:
+        """config.json for `config`, without dtype. Raises ValueError naming the key that does not fit."""
+        config.validate()
+        letters = config.letters
+        if letters != "*-" * (len(letters) // 2):
+            raise ValueError(
+                f"the layers {letters!r} are no {self.architecture}, whose blocks are all '*-' (attention, "
+                "feed-forward)"
+            )
+        for key, value in self.required.items():
+            if getattr(config, key) != value:
+                raise ValueError(
+                    f"model.{key}={getattr(config, key)!r} cannot be written as {self.architecture}, which "
+                    f"has {value!r}; another model.family may fit"
+                )
+        head = {"architectures": [self.architecture], "model_type": self.model_type}
+        return head | self.write_config(config)
+
+    def from_hf_config(self, hf: Mapping[str, Any]) -> ModelConfig:
+        """The ModelConfig of a config.json. Raises ValueError naming the field that we cannot hold."""
+        architectures = hf.get("architectures") or [self.architecture]
+        if architectures != [self.architecture]:
+            raise ValueError(
+                f"config.json: architectures={architectures!r} cannot be held; expected [{self.architecture!r}]"
+            )
+        full = {**self.defaults, **hf}
+        for key, allowed in {**self.only, "quantization_config": (None,), "auto_map": (None,)}.items():
+            if full.get(key) not in allowed:
+                raise ValueError(
+                    f"config.json: {key}={full.get(key)!r} cannot be held by megatron_lite (only "
+                    f"{' or '.join(repr(value) for value in allowed)})"
+                )
+        config = self.read_config(full)
+        try:
+            config.validate()
+        except ValueError as error:
+            raise ValueError(f"config.json describes no model that can be built: {error}") from error
+        return config
+
+    def extra(self, hf: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
+        """The fields of config.json that are not the model's shape, to be written back on export."""
+        owned = {*self.to_hf_config(config), *REWRITTEN}
+        return {key: value for key, value in hf.items() if key not in owned}
+
+
+def integer(hf: Mapping[str, Any], key: str) -> int:
+    """A whole number of config.json, or ValueError."""
+    value = hf.get(key)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"config.json: {key}={value!r} must be a whole number")
+    return value
+
+
+def number(hf: Mapping[str, Any], key: str) -> float:
+    """A number of config.json, or ValueError."""
+    value = hf.get(key)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"config.json: {key}={value!r} must be a number")
+    return float(value)
+
+
+def switch(hf: Mapping[str, Any], key: str) -> bool:
+    """A true or false of config.json, or ValueError."""
+    value = hf.get(key)
+    if not isinstance(value, bool):
+        raise ValueError(f"config.json: {key}={value!r} must be true or false")
+    return value
+
+
+def rope(hf: Mapping[str, Any], *, default_fraction: float) -> tuple[float, float]:
+    """(base, rotary fraction) from config.json: transformers 5 nests them in `rope_parameters`, older ones
+    are flat.
+
+    Raises ValueError for any kind of scaling.
+    """
+    key = "rope_scaling" if hf.get("rope_scaling") else "rope_parameters"
+    nested = hf.get(key) or {}
+    flat_dict = isinstance(nested, Mapping) and not any(isinstance(v, Mapping) for v in nested.values())
+    if not flat_dict or nested.get("rope_type", nested.get("type", "default")) != "default":
+        raise ValueError(f"config.json: {key}={nested!r} cannot be held by megatron_lite (only rope_type 'default')")
+    flat = {"rope_theta": 10000.0, "partial_rotary_factor": default_fraction, **hf}
+    merged = {
+        **flat,
+        **{name: nested[name] for name in ("rope_theta", "partial_rotary_factor") if name in nested},
+    }
+    return number(merged, "rope_theta"), number(merged, "partial_rotary_factor")
+
+
+def head_sizes(hf: Mapping[str, Any]) -> dict[str, int]:
+    """num_heads, num_kv_heads and head_dim; the latter two may be null in config.json."""
+    heads, hidden = integer(hf, "num_attention_heads"), integer(hf, "hidden_size")
+    kv_heads = heads if hf.get("num_key_value_heads") is None else integer(hf, "num_key_value_heads")
+    head_dim = hidden // max(1, heads) if hf.get("head_dim") is None else integer(hf, "head_dim")
+    return {"num_heads": heads, "num_kv_heads": kv_heads, "head_dim": head_dim}
+
+
+def written_sizes(config: ModelConfig) -> dict[str, Any]:
+    """The fields that every family writes, under the names they share; the counterpart of `read_sizes`."""
+    return {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.ffn_size,
+        "num_hidden_layers": len(config.letters) // 2,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_size,
+        "max_position_embeddings": config.max_seq_len,
+        "initializer_range": config.init_std,
+        "tie_word_embeddings": config.tie_embeddings,
+        # Both spellings: transformers 5 reads the nested one, older readers and other engines the flat one.
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_base},
+        "rope_theta": config.rope_base,
+    }
+
+
+def read_sizes(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of ModelConfig that every family reads under the same names."""
+    return {
+        "num_layers": integer(hf, "num_hidden_layers"),
+        "hidden_size": integer(hf, "hidden_size"),
+        "ffn_size": integer(hf, "intermediate_size"),
+        "vocab_size": integer(hf, "vocab_size"),
+        "max_seq_len": integer(hf, "max_position_embeddings"),
+        "init_std": number(hf, "initializer_range"),
+        "tie_embeddings": switch(hf, "tie_word_embeddings"),
+        **head_sizes(hf),
+    }

@@ -1,0 +1,109 @@
+"""Llama and Mistral <-> transformers' LlamaForCausalLM and MistralForCausalLM.
+
+The same mathematics (RMSNorm, SwiGLU, full rotary, tied or untied head); Mistral's class may have a head dim
+that is not hidden_size / num_heads where Llama's insists that hidden_size divides, has no biases, and has a
+sliding window, which is written as null and refused otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from megatron_lite.models.config import ModelConfig
+from megatron_lite.models.huggingface.family import Family, number, read_sizes, rope, written_sizes
+from megatron_lite.models.huggingface.rules import transformer_rules
+
+REQUIRED: dict[str, Any] = {"norm": "rmsnorm", "activation": "swiglu", "rotary_fraction": 1.0}
+SHARED_DEFAULTS: dict[str, Any] = {
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "head_dim": None,
+    "hidden_act": "silu",
+    "initializer_range": 0.02,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "attention_dropout": 0.0,
+}
+
+
+def write_llama(config: ModelConfig) -> dict[str, Any]:
+    """config.json's fields for LlamaForCausalLM."""
+    if config.hidden_size % config.num_heads:
+        raise ValueError(
+            f"model.hidden_size={config.hidden_size} does not divide by model.num_heads={config.num_heads}, "
+            "which LlamaForCausalLM insists on; model.family=mistral writes the same model as "
+            "MistralForCausalLM"
+        )
+    biases = {"attention_bias": False, "mlp_bias": False}
+    return written_sizes(config) | _common(config) | biases
+
+
+def write_mistral(config: ModelConfig) -> dict[str, Any]:
+    """config.json's fields for MistralForCausalLM."""
+    return written_sizes(config) | _common(config) | {"sliding_window": None}
+
+
+def _common(config: ModelConfig) -> dict[str, Any]:
+    return {"hidden_act": "silu", "rms_norm_eps": config.norm_eps, "attention_dropout": 0.0}
+
+
+def read_config(hf: Mapping[str, Any], *, family: str) -> ModelConfig:
+    """The model of a config.json."""
+    base, fraction = rope(hf, default_fraction=1.0)
+    if fraction != 1.0:
+        raise ValueError(
+            f"config.json: partial_rotary_factor={fraction} cannot be held by family {family!r} (only 1.0)"
+        )
+    return ModelConfig(family=family, norm_eps=number(hf, "rms_norm_eps"), rope_base=base, **REQUIRED, **read_sizes(hf))
+
+
+LLAMA = Family(
+    name="llama",
+    model_type="llama",
+    architecture="LlamaForCausalLM",
+    required=REQUIRED | {"linear_bias": False},
+    defaults=SHARED_DEFAULTS
+    | {
+        "intermediate_size": 11008,
+        "num_key_value_heads": None,
+        "max_position_embeddings": 2048,
+        "attention_bias": False,
+        "mlp_bias": False,
+    },
+    only={
+        "hidden_act": ("silu",),
+        "attention_bias": (False,),
+        "mlp_bias": (False,),
+        "attention_dropout": (0.0, None),
+    },
+    write_config=write_llama,
+    read_config=partial(read_config, family="llama"),
+    rules=transformer_rules,
+)
+
+MISTRAL = Family(
+    name="mistral",
+    model_type="mistral",
+    architecture="MistralForCausalLM",
+    required=REQUIRED | {"linear_bias": False},
+    defaults=SHARED_DEFAULTS
+    | {
+        "intermediate_size": 14336,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 4096 * 32,
+        "sliding_window": 4096,
+    },
+    only={
+        "hidden_act": ("silu",),
+        "attention_dropout": (0.0, None),
+        "sliding_window": (None,),
+        "layer_types": (None,),
+    },
+    write_config=write_mistral,
+    read_config=partial(read_config, family="mistral"),
+    rules=transformer_rules,
+)

@@ -1,0 +1,67 @@
+"""Feed-forward layers: plain with squared ReLU (Nemotron-4), gated with SiLU (Llama).
+
+Squared ReLU (Primer, arXiv 2109.08668):  down(relu(up(x))^2)
+SwiGLU (arXiv 2002.05202):                down(silu(gate(x)) up(x))
+
+Gate and up stay two parameters, so that a tensor-parallel shard of each is one contiguous range of rows.
+
+Shapes: B batch, T sequence, D hidden, F feed-forward width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron_lite.models.config import ModelConfig
+from megatron_lite.models.context import LayerContext
+from megatron_lite.models.linear import Linear
+
+
+def squared_relu(x: Tensor) -> Tensor:
+    """max(x, 0)^2."""
+    return F.relu(x).square()
+
+
+PLAIN_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"squared_relu": squared_relu}
+GATED_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"swiglu": F.silu}
+
+
+class MLP(nn.Module):
+    """down(activation(up(x)))."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.activation = PLAIN_ACTIVATIONS[config.activation]
+        self.up = Linear(config.hidden_size, config.ffn_size, init_std=config.init_std, bias=config.linear_bias)
+        self.down = Linear(
+            config.ffn_size, config.hidden_size, init_std=config.output_init_std, bias=config.linear_bias
+        )
+
+    def forward(self, x_BTD: Tensor, context: LayerContext | None = None) -> Tensor:
+        """(B, T, D) -> (B, T, D); needs nothing of the context."""
+        return self.down(self.activation(self.up(x_BTD)))
+
+
+class GatedMLP(nn.Module):
+    """down(activation(gate(x)) up(x))."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.activation = GATED_ACTIVATIONS[config.activation]
+        self.gate = Linear(config.hidden_size, config.ffn_size, init_std=config.init_std, bias=config.linear_bias)
+        self.up = Linear(config.hidden_size, config.ffn_size, init_std=config.init_std, bias=config.linear_bias)
+        self.down = Linear(
+            config.ffn_size, config.hidden_size, init_std=config.output_init_std, bias=config.linear_bias
+        )
+
+    def forward(self, x_BTD: Tensor, context: LayerContext | None = None) -> Tensor:
+        """(B, T, D) -> (B, T, D); needs nothing of the context."""
+        return self.down(self.activation(self.gate(x_BTD)) * self.up(x_BTD))
+
+
+def build_mlp(config: ModelConfig) -> nn.Module:
+    """The feed-forward layer that `config.activation` names."""
+    return GatedMLP(config) if config.activation in GATED_ACTIVATIONS else MLP(config)

@@ -1,0 +1,76 @@
+"""Normalisations over the last dimension, computed in float32 whatever the model's dtype.
+
+LayerNorm1p (Megatron's --apply-layernorm-1p, Nemotron-4):  (1 + g) (x - mean) / sqrt(var + eps) + b,  g
+starts at 0 RMSNorm (arXiv 1910.07467, Llama):                          g x / sqrt(mean(x^2) + eps),
+     g starts at 1 LayerNorm (arXiv 1607.06450):                               g (x - mean) / sqrt(var + eps)
+     + b,        g starts at 1
+
+LayerNorm1p stores the gain's distance from one: small numbers keep their precision in bf16, and weight
+decay, where it is applied to g, pulls the gain to 1 and not to 0. It has a bias; "no bias" in Nemotron-4
+speaks of the linear layers.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron_lite.models.initialization import Constant, Distribution
+
+
+class LayerNorm(nn.Module):
+    """LayerNorm with gain `weight` (D,) and `bias` (D,)."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width))
+        self.bias = nn.Parameter(torch.empty(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., D) in x's dtype."""
+        gain, bias = self.weight.float(), self.bias.float()
+        return F.layer_norm(x.float(), gain.shape, gain, bias, self.eps).to(x.dtype)
+
+    def initial(self) -> dict[str, Distribution]:
+        """Identity gain, no shift."""
+        return {"weight": Constant(1.0), "bias": Constant(0.0)}
+
+
+class LayerNorm1p(LayerNorm):
+    """LayerNorm whose `weight` is the gain minus one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., D) in x's dtype."""
+        gain, bias = 1.0 + self.weight.float(), self.bias.float()
+        return F.layer_norm(x.float(), gain.shape, gain, bias, self.eps).to(x.dtype)
+
+    def initial(self) -> dict[str, Distribution]:
+        """Identity gain, no shift."""
+        return {"weight": Constant(0.0), "bias": Constant(0.0)}
+
+
+class RMSNorm(nn.Module):
+    """RMSNorm with gain `weight` (D,)."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., D) in x's dtype."""
+        gain = self.weight.float()
+        return F.rms_norm(x.float(), gain.shape, gain, self.eps).to(x.dtype)
+
+    def initial(self) -> dict[str, Distribution]:
+        """Identity gain."""
+        return {"weight": Constant(1.0)}
+
+
+NORMS: dict[str, type[LayerNorm] | type[RMSNorm]] = {
+    "layernorm1p": LayerNorm1p,
+    "rmsnorm": RMSNorm,
+    "layernorm": LayerNorm,
+}

@@ -1,0 +1,43 @@
+"""Rotary position embedding (RoFormer, arXiv 2104.09864), on the first R of the K dimensions of a head,
+half-split.
+
+For pair j of R/2, at position p:  angle = p base^(-2j/R),  (a, b) -> (a cos - b sin, b cos + a sin),  where
+a is dimension j and b dimension j + R/2 ("rotate half"). Nemotron-4 rotates half of a head's dimensions
+(fraction 0.5).
+
+The tables are computed once a forward, in float32, and handed to the layers: nothing to store in a
+checkpoint, no limit on the length, and positions may restart at documents.
+
+Shapes: B batch (1 when all rows share their positions), T sequence, G KV groups, N heads in a group, K head
+dim, R rotary dims, Z = R/2.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def rotary_tables(positions_BT: Tensor, rotary_dim: int, base: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (B, T, 1, 1, R/2), float32, on the positions' device."""
+    exponents = torch.arange(0, rotary_dim, 2, dtype=torch.float32, device=positions_BT.device) / rotary_dim
+    angles_BTZ = positions_BT.float()[..., None] * (1.0 / base**exponents)
+    angles = angles_BTZ[:, :, None, None, :]
+    return angles.cos(), angles.sin()
+
+
+def apply_rotary(x_BTGNK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates the first R dims of every head; computed in float32, returned in x's dtype."""
+    half = cos.shape[-1]
+    a, b, rest = x_BTGNK.split([half, half, x_BTGNK.shape[-1] - 2 * half], dim=-1)
+    rotated = [(a * cos - b * sin).to(x_BTGNK.dtype), (b * cos + a * sin).to(x_BTGNK.dtype)]
+    return torch.cat([*rotated, rest], dim=-1)
+
+
+def restarting_positions(documents_BT: Tensor) -> Tensor:
+    """Position of each token within its document: 0, 1, 2, and 0 again where `documents_BT` changes."""
+    index_T = torch.arange(documents_BT.shape[1], device=documents_BT.device)
+    is_first_BT = torch.ones_like(documents_BT, dtype=torch.bool)
+    is_first_BT[:, 1:] = documents_BT[:, 1:] != documents_BT[:, :-1]
+    start_BT = torch.where(is_first_BT, index_T, 0).cummax(dim=1).values
+    return index_T - start_BT

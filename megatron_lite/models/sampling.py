@@ -1,0 +1,129 @@
+"""Choosing the next token, and generating with a key-value cache.
+
+Order of the filters, as in transformers: temperature, then top-k, then top-p on what top-k left. Temperature
+0 is greedy. The logits have no columns for vocabulary padding, so padding is never chosen.
+
+Shapes: B batch, T sequence, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_lite.models.cache import KeyValueCache
+from megatron_lite.models.decoder import Decoder
+
+
+@dataclass
+class SamplingConfig:
+    """temperature 0 = greedy; top_k 0 = all tokens; top_p 1 = all tokens; seed fixes the draws."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def validate(self) -> None:
+        """Raises ValueError naming the key."""
+        if not self.temperature >= 0:
+            raise ValueError(f"sampling.temperature={self.temperature} must be 0 (greedy) or more")
+        if self.top_k < 0:
+            raise ValueError(f"sampling.top_k={self.top_k} must be 0 (all tokens) or more")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"sampling.top_p={self.top_p} must lie in (0, 1]; 1 keeps all tokens")
+
+
+def filtered_probabilities(logits_BV: Tensor, *, temperature: float, top_k: int, top_p: float) -> Tensor:
+    """Probabilities (B, V), float32, after temperature (> 0), top-k and top-p.
+
+    top_k keeps exactly k tokens; top_p keeps the smallest set of the most probable tokens whose sum reaches
+    p, at least one. Among equal logits the lower token number wins.
+    """
+    sorted_BV, order_BV = (logits_BV.float() / temperature).sort(dim=-1, descending=True, stable=True)
+    if 0 < top_k < sorted_BV.shape[-1]:
+        sorted_BV[:, top_k:] = float("-inf")
+    probabilities_BV = sorted_BV.softmax(dim=-1)
+    if top_p < 1.0:
+        before_BV = probabilities_BV.cumsum(dim=-1) - probabilities_BV
+        probabilities_BV = probabilities_BV.masked_fill(before_BV >= top_p, 0.0)
+        probabilities_BV = probabilities_BV / probabilities_BV.sum(dim=-1, keepdim=True)
+    return torch.zeros_like(probabilities_BV).scatter_(-1, order_BV, probabilities_BV)
+
+
+def sample_next(
+    logits_BV: Tensor,
+    *,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """The next token (B,) int64 for each row of logits; `generator` lies on the logits' device."""
+    if temperature == 0.0:
+        return logits_BV.argmax(dim=-1)
+    kept_BV = filtered_probabilities(logits_BV, temperature=temperature, top_k=top_k, top_p=top_p)
+    return torch.multinomial(kept_BV, 1, generator=generator)[:, 0]
+
+
+@torch.inference_mode()
+def generate_tokens(
+    decoder: Decoder,
+    tokens: Sequence[int],
+    *,
+    max_new_tokens: int,
+    eod: int | None = None,
+    sampling: SamplingConfig | None = None,
+) -> Iterator[int]:
+    """Yields new tokens one by one as they are made; stops before `eod` (which it does not yield) or at the
+    limit.
+
+    Raises ValueError for an empty prompt, for a token that the vocabulary does not have, and for a prompt
+    that with its new tokens is longer than the model's max_seq_len.
+    """
+    sampling = sampling or SamplingConfig()
+    sampling.validate()
+    _check_prompt(decoder, tokens, max_new_tokens)
+    device = decoder.head_weight.device
+    generator = torch.Generator(device).manual_seed(sampling.seed)
+    cache = KeyValueCache(len(tokens) + max_new_tokens)
+    new_BT = torch.tensor([list(tokens)], device=device)
+    for _ in range(max_new_tokens):
+        # Only the last state goes through the head: a long prompt's logits would be T x V numbers for
+        # nothing.
+        last_BV = decoder.logits(decoder.hidden(new_BT, cache=cache)[:, -1])
+        next_B = sample_next(
+            last_BV,
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            generator=generator,
+        )
+        token = int(next_B)
+        if token == eod:
+            return
+        yield token
+        new_BT = next_B[:, None]
+
+
+def _check_prompt(decoder: Decoder, tokens: Sequence[int], max_new_tokens: int) -> None:
+    if not tokens:
+        raise ValueError("the prompt has no tokens; give at least one (the end-of-document token will do)")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
+    config = decoder.config
+    foreign = [token for token in tokens if not 0 <= token < config.vocab_size]
+    if foreign:
+        raise ValueError(
+            f"the prompt holds token {foreign[0]}, but model.vocab_size={config.vocab_size}; is this the "
+            "tokenizer that the model was trained with?"
+        )
+    if len(tokens) + max_new_tokens > config.max_seq_len:
+        raise ValueError(
+            f"a prompt of {len(tokens)} tokens and max_new_tokens={max_new_tokens} pass model.max_seq_len="
+            f"{config.max_seq_len}; lower max_new_tokens to {max(0, config.max_seq_len - len(tokens))} or "
+            "shorten the prompt"
+        )

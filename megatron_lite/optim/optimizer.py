@@ -1,0 +1,116 @@
+"""AdamW over plain local tensors, with decay groups and a skip that needs no host sync.
+
+    m = b1 m + (1-b1) g,  v = b2 v + (1-b2) g^2,  w = w - lr (m^ / (sqrt(v^) + eps) + decay * w)      (Loshchilov & Hutter 2019)
+
+Notable features:
+- It sees local shards only (what FSDP2 or tensor parallelism left on this rank), so that it is the same for every layout:
+  sharding the parameters shards the optimizer.
+- A step whose loss or gradient is not finite is skipped on the device (`found_inf` of the fused kernel): weights, moments and
+  step counter stay as they are, and nobody waits for the number.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class OptimConfig:
+    """AdamW's numbers. `lr` is the peak; `schedule` shapes it. A decay_* switch says whether those parameters decay too."""
+
+    lr: float = 3e-4
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip_grad: float = 1.0
+    decay_norms: bool = False
+    decay_biases: bool = False
+    decay_embeddings: bool = False
+
+    def validate(self) -> None:
+        """Raise ValueError naming the key whose value cannot be."""
+        if self.lr <= 0:
+            raise ValueError(f"optim.lr={self.lr} must be above 0")
+        if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
+            raise ValueError(f"optim.betas={self.betas} must be two numbers in [0, 1)")
+        if self.eps <= 0:
+            raise ValueError(f"optim.eps={self.eps} must be above 0")
+        if self.weight_decay < 0:
+            raise ValueError(f"optim.weight_decay={self.weight_decay} must not be negative")
+        if self.clip_grad < 0:
+            raise ValueError(
+                f"optim.clip_grad={self.clip_grad} must not be negative; 0 switches clipping off"
+            )
+
+
+def decays(name: str, ndim: int, config: OptimConfig) -> bool:
+    """Whether weight decay pulls on the parameter of this global name and number of dimensions.
+
+    One-dimensional parameters outside norms count as biases.
+    """
+    parts = name.split(".")
+    if any("norm" in part for part in parts):
+        return config.decay_norms
+    if parts[-1] == "bias" or ndim < 2:
+        return config.decay_biases
+    if parts[0] == "embedding":
+        return config.decay_embeddings
+    return True
+
+
+class AdamW:
+    """AdamW on `parameters`: global name -> local fp32 tensor, updated in place. Empty shards are fine."""
+
+    def __init__(self, parameters: dict[str, Tensor], config: OptimConfig) -> None:
+        self.parameters = parameters
+        groups: dict[bool, list[Tensor]] = {True: [], False: []}
+        for name, tensor in parameters.items():
+            groups[decays(name, tensor.ndim, config)].append(tensor)
+        self._torch = torch.optim.AdamW(
+            [
+                {"params": groups[True], "weight_decay": config.weight_decay},
+                {"params": groups[False], "weight_decay": 0.0},
+            ],
+            lr=config.lr,
+            betas=(config.betas[0], config.betas[1]),
+            eps=config.eps,
+            fused=True,
+        )
+        for tensor in parameters.values():
+            self._torch.state[tensor] = {
+                "step": torch.zeros((), dtype=torch.float32, device=tensor.device),
+                "exp_avg": torch.zeros_like(tensor),
+                "exp_avg_sq": torch.zeros_like(tensor),
+            }
+
+    def step(self, gradients: dict[str, Tensor], *, lr: float, skip: Tensor) -> None:
+        """One update with `gradients` (same names and shapes); none at all where the 0-dim float tensor `skip` is 1."""
+        for group in self._torch.param_groups:
+            group["lr"] = lr
+        for name, tensor in self.parameters.items():
+            tensor.grad = gradients[name]
+        self._torch.found_inf = skip  # type: ignore[attr-defined]  # the GradScaler protocol of torch's fused kernels
+        self._torch.step()
+        for tensor in self.parameters.values():
+            tensor.grad = None
+
+    def moments(self) -> dict[str, Tensor]:
+        """`exp_avg.<name>` and `exp_avg_sq.<name>`: the live local tensors, to be saved, or loaded in place."""
+        return {
+            f"{kind}.{name}": self._torch.state[tensor][kind]
+            for kind in ("exp_avg", "exp_avg_sq")
+            for name, tensor in self.parameters.items()
+        }
+
+    @property
+    def adam_step(self) -> int:
+        """Updates done so far (skipped steps do not count): Adam's bias correction. Reading it waits for the device."""
+        return int(next(iter(self._torch.state.values()))["step"].item())
+
+    @adam_step.setter
+    def adam_step(self, count: int) -> None:
+        for state in self._torch.state.values():
+            state["step"].fill_(float(count))

@@ -1,0 +1,172 @@
+"""Learning rate and batch size as pure functions of progress.
+
+Notable features:
+- Nothing is stored: the learning rate is a function of the step (or of the tokens) that the update completes, the batch size
+  of `consumed_samples`; a resumed run needs no state of either.
+- WSD (warm-up, stable, decay; Hu et al. 2024): lr = max until the decay starts, then min + c(r) (max - min) with r the
+  fraction of the decay that is done and c one of the shapes in `DECAY_SHAPES`.
+- cosine is the same with the decay over everything after the warm-up.
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+DECAY_SHAPES: dict[str, Callable[[float], float]] = {
+    "linear": lambda r: 1.0 - r,
+    "cosine": lambda r: 0.5 * (1.0 + math.cos(math.pi * r)),
+    "exponential": lambda r: 2.0 * 0.5**r - 1.0,
+    "one_minus_sqrt": lambda r: 1.0 - math.sqrt(r),
+}
+"""c(r), from 1 at r=0 to 0 at r=1."""
+
+
+@dataclass
+class ScheduleConfig:
+    """name: constant | cosine | wsd. Lengths are in `unit`s (steps or tokens); the horizon is that of `train`.
+
+    `decay` is the length of WSD's last part, alternatively `decay_fraction` of the horizon. `decay_shape` is one of
+    DECAY_SHAPES, or quarter_cosine: max(min_lr, lr cos(pi r / 2)), which has no min_lr inside its formula.
+    """
+
+    name: str = "cosine"
+    unit: str = "steps"
+    warmup_steps: int = 0
+    warmup_tokens: int = 0
+    min_lr: float = 0.0
+    decay: int | None = None
+    decay_fraction: float | None = None
+    decay_shape: str = "linear"
+
+    def validate(self) -> None:
+        """Raise ValueError naming the key whose value cannot be."""
+        shapes = [*DECAY_SHAPES, "quarter_cosine"]
+        for key, value, known in (
+            ("name", self.name, ["constant", "cosine", "wsd"]),
+            ("unit", self.unit, ["steps", "tokens"]),
+            ("decay_shape", self.decay_shape, shapes),
+        ):
+            if value not in known:
+                raise ValueError(f"schedule.{key}={value} is unknown; choose one of {', '.join(known)}")
+        other = "warmup_tokens" if self.unit == "steps" else "warmup_steps"
+        if getattr(self, other):
+            raise ValueError(
+                f"schedule.{other} has no meaning with schedule.unit={self.unit}; set one of the two"
+            )
+        if self.min_lr < 0 or self.warmup < 0:
+            raise ValueError(
+                f"schedule.min_lr={self.min_lr} and the warm-up {self.warmup} must not be negative"
+            )
+        if self.decay is not None and self.decay_fraction is not None:
+            raise ValueError("schedule.decay and schedule.decay_fraction exclude each other; drop one")
+        if self.decay_fraction is not None and not 0 < self.decay_fraction <= 1:
+            raise ValueError(f"schedule.decay_fraction={self.decay_fraction} must be in (0, 1]")
+        if self.name == "wsd" and self.decay is None and self.decay_fraction is None:
+            raise ValueError(
+                "schedule=wsd needs schedule.decay or schedule.decay_fraction, e.g. decay_fraction=0.2"
+            )
+
+    @property
+    def warmup(self) -> int:
+        return self.warmup_steps if self.unit == "steps" else self.warmup_tokens
+
+
+class LearningRate:
+    """lr(step, tokens): the rate of the update that completes step `step` (1-based) and makes `tokens` consumed tokens."""
+
+    def __init__(
+        self, config: ScheduleConfig, *, peak: float, horizon_steps: int, horizon_tokens: int
+    ) -> None:
+        """Raises ValueError when warm-up and decay do not fit into the horizon, or min_lr lies above the peak."""
+        config.validate()
+        self.config, self.peak = config, peak
+        self.horizon = horizon_steps if config.unit == "steps" else horizon_tokens
+        if config.min_lr > peak:
+            raise ValueError(f"schedule.min_lr={config.min_lr} lies above optim.lr={peak}")
+        decay = config.decay
+        if decay is None:
+            decay = round((config.decay_fraction or 0.0) * self.horizon)
+        self.decay_start = config.warmup if config.name == "cosine" else self.horizon - decay
+        if config.name != "constant" and not config.warmup <= self.decay_start <= self.horizon:
+            raise ValueError(
+                f"warm-up {config.warmup} and decay {decay} {config.unit} do not fit into the horizon of "
+                f"{self.horizon} {config.unit} (train.max_steps or train.max_tokens); shorten one of them"
+            )
+
+    def __call__(self, step: int, tokens: int) -> float:
+        done = step if self.config.unit == "steps" else tokens
+        low, peak = self.config.min_lr, self.peak
+        if done < self.config.warmup:
+            return peak * done / self.config.warmup
+        if self.config.name == "constant" or done <= self.decay_start:
+            return peak
+        r = min(1.0, (done - self.decay_start) / (self.horizon - self.decay_start))
+        shape = "cosine" if self.config.name == "cosine" else self.config.decay_shape
+        if shape == "quarter_cosine":
+            return max(low, peak * math.cos(0.5 * math.pi * r))
+        return low + DECAY_SHAPES[shape](r) * (peak - low)
+
+
+@dataclass
+class RampStage:
+    """From the first step that starts at or after `from_samples` on, a step takes `global_batch_size` samples."""
+
+    from_samples: int = 0
+    global_batch_size: int = 0
+
+
+@dataclass
+class BatchSize:
+    """The global batch size over a run: constant, or in stages (Nemotron-4: 384 -> 768 -> 1152)."""
+
+    first: int
+    ramp: list[RampStage] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        starts = [0, *(stage.from_samples for stage in self.ramp)]
+        if starts != sorted(set(starts)):
+            raise ValueError(f"train.batch_ramp: from_samples must be above 0 and grow, got {starts[1:]}")
+        for key, size in [
+            ("train.global_batch_size", self.first),
+            *(("train.batch_ramp: global_batch_size", stage.global_batch_size) for stage in self.ramp),
+        ]:
+            if size < 1:
+                raise ValueError(f"{key}={size} must be at least 1")
+        self._starts, self._sizes = starts, [self.first, *(stage.global_batch_size for stage in self.ramp)]
+
+    @property
+    def sizes(self) -> list[int]:
+        """Every size that occurs, in order."""
+        return list(self._sizes)
+
+    def at(self, consumed: int) -> int:
+        """Samples of the step that starts at sample `consumed`."""
+        return self._sizes[bisect.bisect_right(self._starts, consumed) - 1]
+
+    def samples(self, steps: int) -> int:
+        """Samples consumed by the first `steps` steps."""
+        return self._walk(steps=steps, samples=None)[1]
+
+    def steps(self, samples: int) -> int:
+        """Steps needed to consume at least `samples` samples."""
+        return self._walk(steps=None, samples=samples)[0]
+
+    def _walk(self, *, steps: int | None, samples: int | None) -> tuple[int, int]:
+        """Go stage by stage (never step by step) until `steps` steps or `samples` samples are done."""
+        step, consumed = 0, 0
+        for index, size in enumerate(self._sizes):
+            left = (
+                math.inf
+                if index + 1 == len(self._sizes)
+                else -(-(self._starts[index + 1] - consumed) // size)
+            )
+            if steps is not None:
+                left = min(left, steps - step)
+            if samples is not None:
+                left = min(left, -(-(samples - consumed) // size))
+            count = max(0, int(left))
+            step, consumed = step + count, consumed + count * size
+        return step, consumed

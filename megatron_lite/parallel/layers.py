@@ -1,0 +1,190 @@
+"""Tensor-parallel twins: subclasses of the model's modules that hold a plain local shard.
+
+A twin is made in place, as FSDP2 makes its own: the module keeps its name, its settings and its parameters' names, its
+class becomes `(Twin, original class)` and its parameters become local shards. `tp_dims` says for each of them which
+dimension of the global tensor was cut; a parameter that is not in it is replicated.
+
+Notable features:
+- Plain parameters, no DTensor: FSDP2, DeepSpeed and Transformer Engine all take them.
+- Nothing is read or allocated on the meta device, so a model too large for one process can be cut before it exists.
+- Gradients of replicated parameters that saw only part of the input are summed in the graph, by the twin's forward:
+  tensor hooks on sharded parameters do not fire under FSDP2.
+
+Shapes: B batch, T sequence (T/tp on the residual stream under sequence parallelism), D hidden, V vocabulary rows.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron_lite.parallel import collectives
+
+
+@dataclass(frozen=True)
+class TensorParallel:
+    """What a twin knows: its place, its group, and how the residual stream lies between the twins.
+
+    Without sequence parallelism the residual stream (B, T, D) is replicated; with it each rank holds (B, T/tp, D).
+    """
+
+    rank: int
+    size: int
+    group: dist.ProcessGroup
+    sequence_parallel: bool = False
+
+    def enter(self, x_BTD: Tensor) -> Tensor:
+        """From the residual stream to what every rank's shard of a layer reads: all of x, its gradient summed."""
+        if self.sequence_parallel:
+            return collectives.sequence_gather(x_BTD, self.group)
+        return collectives.copy_in(x_BTD, self.group)
+
+    def leave(self, y_BTD: Tensor) -> Tensor:
+        """From the ranks' partial results to the residual stream: their sum."""
+        if self.sequence_parallel:
+            return collectives.sequence_reduce_scatter(y_BTD, self.group)
+        return collectives.reduce_out(y_BTD, self.group)
+
+    def on_stream(self, parameter: Tensor) -> Tensor:
+        """A replicated parameter used on the residual stream; under sequence parallelism each rank's gradient knows only
+        its own tokens, and is summed (in fp32 whatever the parameter's dtype)."""
+        return collectives.copy_in(parameter.float(), self.group) if self.sequence_parallel else parameter
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    """Where a local parameter lies in its global tensor: from `start` on along `tp_dim`; None: every rank holds it all."""
+
+    global_shape: tuple[int, ...]
+    tp_dim: int | None = None
+    start: int = 0
+
+
+class Twin(nn.Module):
+    """What all twins have."""
+
+    tp: TensorParallel
+    tp_dims: dict[str, int]
+
+
+class Column(Twin):
+    """A linear layer with a share of the output features: weight (out/tp, in), bias (out/tp,).
+
+    It does not speak to the other ranks. Its input comes from a module with `copy_in`, once for all the column layers that
+    read the same x (up and gate).
+    """
+
+
+class Row(Twin):
+    """A linear layer with a share of the input features: weight (out, in/tp), bias replicated and added after the sum."""
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, in/tp) -> the residual stream (B, T, out)."""
+        y = self.tp.leave(F.linear(x, self.weight))
+        return y if self.bias is None else y + self.tp.on_stream(self.bias).to(y.dtype)
+
+
+class VocabularyEmbedding(Twin):
+    """An embedding with a share of the rows: looks up the words it holds, the others are zero, and sums."""
+
+    weight: nn.Parameter
+
+    def forward(self, tokens_BT: Tensor) -> Tensor:
+        """(B, T) global word indices -> the residual stream (B, T, D)."""
+        rows = self.weight.shape[0]
+        local_BT = tokens_BT - self.tp.rank * rows
+        is_here_BT = (local_BT >= 0) & (local_BT < rows)
+        x_BTD = super().forward(local_BT.masked_fill(~is_here_BT, 0))
+        return self.tp.leave(x_BTD.masked_fill(~is_here_BT[..., None], 0.0))
+
+
+class VocabularyHead(Twin):
+    """An output projection with a share of the rows. Its forward gathers the logits, for evaluation and generation;
+    training goes through `cross_entropy_sum`, which reads the weight and never gathers."""
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T, V), all words on every rank."""
+        return collectives.gather(super().forward(x_BTD), self.tp.group)
+
+
+class TiedLogits(Twin):
+    """A decoder whose head is the vocabulary-parallel embedding: gathers what `VocabularyHead` gathers."""
+
+    head_weight: Tensor
+
+    def logits(self, x_BTD: Tensor) -> Tensor:
+        """(B, T, D) states after the final norm -> (B, T, vocabulary without padding)."""
+        padded = collectives.gather(F.linear(x_BTD, self.head_weight), self.tp.group)
+        return padded[..., : self.config.vocab_size]  # type: ignore[union-attr]
+
+
+class CopyIn(Twin):
+    """A module whose output enters the tensor-parallel region: identity (or gather along the sequence), and in backward
+    the sum of the ranks' partial gradients (or its slice)."""
+
+    def forward(self, *args: object) -> Tensor:
+        """What the module returns, ready for column layers."""
+        return self.tp.enter(super().forward(*args))
+
+
+@functools.cache
+def _twin_class(twin: type[Twin], original: type[nn.Module]) -> type[nn.Module]:
+    return type(f"{twin.__name__}{original.__name__}", (twin, original), {"__doc__": twin.__doc__})
+
+
+def become(module: nn.Module, twin: type[Twin], tp: TensorParallel) -> None:
+    """Make `module` a `twin` of what it was, in place, as yet with whole parameters."""
+    module.__class__ = _twin_class(twin, type(module))  # type: ignore[arg-type]
+    _mark(module, tp)
+
+
+def shard_parameter(module: nn.Module, name: str, dim: int, tp: TensorParallel) -> None:
+    """Cut the module's own parameter `name` along `dim` and keep this rank's part. Allocates nothing on meta.
+
+    Raises ValueError when the dimension does not divide.
+    """
+    whole = module.get_parameter(name)
+    if whole.shape[dim] % tp.size:
+        raise ValueError(
+            f"{type(module).__name__}.{name} of shape {tuple(whole.shape)} does not divide over parallel.tp={tp.size} "
+            f"along dimension {dim}; choose a tp that divides {whole.shape[dim]}"
+        )
+    length = whole.shape[dim] // tp.size
+    local = whole.detach().narrow(dim, tp.rank * length, length).clone()
+    setattr(module, name, nn.Parameter(local, requires_grad=whole.requires_grad))
+    _mark(module, tp)
+    module.tp_dims |= {name: dim}  # type: ignore[operator]
+
+
+def shard_info(model: nn.Module) -> dict[str, ShardInfo]:
+    """For every parameter, by its global name, where this rank's part lies in the global tensor.
+
+    Call it before the engine shards parameters over the data-parallel ranks.
+    """
+    infos = {}
+    for prefix, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            full_name = f"{prefix}.{name}" if prefix else name
+            shape = list(parameter.shape)
+            dim = getattr(module, "tp_dims", {}).get(name)
+            if dim is None:
+                infos[full_name] = ShardInfo(tuple(shape))
+                continue
+            tp: TensorParallel = module.tp  # type: ignore[assignment]
+            start = tp.rank * shape[dim]
+            shape[dim] *= tp.size
+            infos[full_name] = ShardInfo(tuple(shape), tp_dim=dim, start=start)
+    return infos
+
+
+def _mark(module: nn.Module, tp: TensorParallel) -> None:
+    module.tp = tp  # type: ignore[assignment]
+    if not hasattr(module, "tp_dims"):
+        module.tp_dims = {}  # type: ignore[assignment]

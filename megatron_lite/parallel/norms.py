@@ -1,0 +1,63 @@
+"""Twins of the norms: replicated weights on a sharded stream, and statistics over a sharded width.
+
+Two cases:
+- `ReplicatedNorm`: the norm of the residual stream. Each rank normalises whole vectors; under sequence parallelism only
+  those of its own tokens, so the gradients of gain and bias are partial and are summed in the graph.
+- `ShardedNorm`: a norm inside the tensor-parallel region, over a width D of which each rank holds D/tp. The sums behind
+  mean and variance run over all ranks, forward and backward; gain and bias are sharded like the width.
+
+RMSNorm: r = sum x^2 / D.  LayerNorm: mean = sum x / D, then r = sum (x - mean)^2 / D.  y = (x - mean) / sqrt(r + eps).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_lite.models.norm import LayerNorm, LayerNorm1p
+from megatron_lite.parallel import collectives
+from megatron_lite.parallel.layers import Twin
+
+
+@dataclass
+class _Weights:
+    """What a norm's forward reads from its module."""
+
+    eps: float
+    weight: Tensor
+    bias: Tensor | None = None
+
+
+class ReplicatedNorm(Twin):
+    """Any norm whose parameters every rank holds: the original forward, on weights whose gradients are summed."""
+
+    eps: float
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., D)."""
+        if not self.tp.sequence_parallel:
+            return super().forward(x)
+        weights = {name: self.tp.on_stream(parameter) for name, parameter in self.named_parameters(recurse=False)}
+        return super().forward.__func__(_Weights(eps=self.eps, **weights), x)
+
+
+class ShardedNorm(Twin):
+    """LayerNorm, LayerNorm1p or RMSNorm over a width that is sharded: weight (and bias) of D/tp entries."""
+
+    weight: Tensor
+    bias: Tensor
+    eps: float
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D/tp) -> (..., D/tp) in x's dtype."""
+        width, centred = x.shape[-1] * self.tp.size, x.float()
+        if isinstance(self, LayerNorm):
+            centred = centred - collectives.total(centred.sum(-1, keepdim=True), self.tp.group) / width
+        squares = collectives.total(centred.square().sum(-1, keepdim=True), self.tp.group)
+        normed = centred * torch.rsqrt(squares / width + self.eps)
+        gain = self.weight.float() + (1.0 if isinstance(self, LayerNorm1p) else 0.0)
+        if isinstance(self, LayerNorm):
+            return (normed * gain + self.bias.float()).to(x.dtype)
+        return (normed * gain).to(x.dtype)

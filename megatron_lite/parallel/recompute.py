@@ -1,0 +1,74 @@
+"""Activation recompute: keep less in forward, compute it again in backward.
+
+    none       keep everything
+    selective  keep what matrix products and fused attention computed; recompute the cheap rest (norms, activations,
+               rotations, casts) and the sequence-parallel gathers (after Korthikanti et al., arXiv 2205.05198, who
+               recompute what is large and cheap; there it was softmax attention, which a fused kernel no longer stores)
+    full       keep each layer's input only; recompute the layer
+
+The same operations run again on the same inputs, so gradients are the same bits. A layer is wrapped as a subclass made
+in place, so that no parameter changes its name.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+# Not bmm: where attention has no fused kernel its T x T scores are bmm outputs, the largest thing there is to keep.
+_KEPT = {
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten._scaled_mm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+}
+
+
+def recompute_layer(layer: nn.Module, mode: str) -> None:
+    """Make `layer` recompute in backward, in place. Raises ValueError for an unknown mode."""
+    if mode == "none":
+        return
+    if mode not in _MODES:
+        raise ValueError(f"parallel.recompute={mode} is unknown; choose one of none, {', '.join(_MODES)}")
+    layer.__class__ = _recomputing_class(_MODES[mode], type(layer))  # type: ignore[arg-type]
+
+
+class _Full(nn.Module):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        # No layer draws random numbers, so there is no generator state to keep.
+        return checkpoint(super().forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+
+class _Selective(nn.Module):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return checkpoint(
+            super().forward,
+            *args,
+            use_reentrant=False,
+            preserve_rng_state=False,
+            context_fn=_selective_contexts,
+            **kwargs,
+        )
+
+
+_MODES: dict[str, type[nn.Module]] = {"selective": _Selective, "full": _Full}
+
+
+@functools.cache
+def _recomputing_class(wrapper: type[nn.Module], original: type[nn.Module]) -> type[nn.Module]:
+    return type(f"{wrapper.__name__.strip('_')}Recompute{original.__name__}", (wrapper, original), {})
+
+
+def _selective_contexts() -> Any:
+    return create_selective_checkpoint_contexts(_policy)
+
+
+def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if operator in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE

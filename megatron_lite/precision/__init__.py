@@ -1,0 +1,1 @@
+"""Number formats of training: which dtype computes, which dtype keeps."""

@@ -1,0 +1,137 @@
+"""The process and its surroundings: environment variables, device, process group, signals, threads.
+
+Notable features:
+- the only file that reads `os.environ`;
+- one process needs no process group: `start()` opens one only when a launcher says that there are several ranks;
+- signals are only noted down here; the loop asks `Signals.requested` between two steps, so that nothing is interrupted.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import signal
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Who this process is. `rank` and `world_size` count processes, `device` is where its tensors live."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def any(self, flag: bool) -> bool:
+        """True on every rank when it is true on one: how all ranks agree to stop at the same step."""
+        if self.world_size == 1:
+            return flag
+        verdict = torch.tensor(
+            [int(flag)]
+        )  # on the CPU: gloo carries it, and no GPU has to finish its step first
+        dist.all_reduce(verdict, op=dist.ReduceOp.MAX)
+        return bool(verdict.item())
+
+    def sum(self, value: torch.Tensor) -> torch.Tensor:
+        """The sum over all ranks, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(value)
+        return value
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier()
+
+
+def start(*, timeout_seconds: float = 1800.0) -> Runtime:
+    """Read what the launcher (torchrun, srun) left in the environment and open the process group if there are several ranks.
+
+    Raises ValueError when only some of RANK, WORLD_SIZE, MASTER_ADDR are set.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    rank = int(os.environ.get("RANK", "0"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if world_size > 1:
+        missing = [key for key in ("RANK", "MASTER_ADDR", "MASTER_PORT") if key not in os.environ]
+        if missing:
+            raise ValueError(
+                f"WORLD_SIZE={world_size} but {', '.join(missing)} not set: start with torchrun, or set them all"
+            )
+        if not dist.is_initialized():
+            backend = "cuda:nccl,cpu:gloo" if cuda else "gloo"
+            dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_seconds))
+    return Runtime(rank=rank, world_size=world_size, local_rank=local_rank, device=device)
+
+
+def default_device() -> torch.device:
+    """The device of a single process: the first GPU, else the CPU."""
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def stop() -> None:
+    """Close the process group, if `start` opened one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def set_threads(threads: int | None) -> int:
+    """Set the number of CPU threads of one process (None keeps torch's choice) and return the number in force.
+
+    The order of a CPU reduction, and with it the last digit of a loss, depends on this number: checkpoints note it.
+    """
+    if threads is not None:
+        torch.set_num_threads(threads)
+    return torch.get_num_threads()
+
+
+def set_deterministic(enabled: bool) -> None:
+    """Ask torch for kernels that give the same bits twice (matters on GPUs; the CPU kernels used here already do)."""
+    if enabled:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+
+
+def has_wandb_key() -> bool:
+    """Whether a Weights & Biases key is at hand; without one its runs are written offline."""
+    return bool(os.environ.get("WANDB_API_KEY"))
+
+
+class Signals:
+    """Notes SIGTERM, SIGINT and SIGUSR1 while it is open, and gives the old handlers back at the end.
+
+    A second SIGINT or SIGTERM raises KeyboardInterrupt, so that an impatient person gets out.
+    """
+
+    watched = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+    def __init__(self) -> None:
+        self.requested: str | None = None
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Signals:
+        for number in self.watched:
+            self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _frame: FrameType | None) -> None:
+        if self.requested is not None and number != signal.SIGUSR1:
+            raise KeyboardInterrupt
+        self.requested = signal.Signals(number).name

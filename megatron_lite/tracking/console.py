@@ -1,0 +1,193 @@
+"""The terminal: a header, a live progress bar with ETA, validation tables.
+
+Notable:
+  - when the output is not a terminal (a log file, Slurm) there is no bar: one plain line per logged step;
+  - ETA = steps left * an exponential moving average of the step time (pauses for validation and saving apart);
+  - on resume the first validation losses come from metrics.jsonl, so the last table spans the whole run.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.panel import Panel
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.table import Table
+from rich.text import Text
+
+from megatron_lite.tracking.base import Row, RunInfo
+from megatron_lite.tracking.jsonl import METRICS_FILE, read_rows
+
+_MEMORY = 0.9  # of the moving average: about the last 10 rows count
+
+
+class Eta:
+    """Seconds left, from an exponential moving average of the step time that starts unbiased."""
+
+    def __init__(self) -> None:
+        self._sum = self._weight = 0.0
+
+    def update(self, step_seconds: float) -> None:
+        self._sum = _MEMORY * self._sum + (1 - _MEMORY) * step_seconds
+        self._weight = _MEMORY * self._weight + (1 - _MEMORY)
+
+    def seconds(self, steps_left: int) -> float | None:
+        return steps_left * self._sum / self._weight if self._weight else None
+
+
+class ConsoleTracker:
+    """Shows the run on a rich console (standard output by default)."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(highlight=False)
+        self._eta = Eta()
+        self._run: RunInfo | None = None
+        self._progress: Progress | None = None
+        self._task = TaskID(0)
+        self._first: dict[str, float] = {}
+        self._last: dict[str, float] = {}
+
+    def start(self, run: RunInfo) -> None:
+        self._run = run
+        for row in read_rows(run.run_dir / METRICS_FILE):
+            self._remember(row)
+        self._header(run)
+        if self.console.is_terminal:
+            self._progress = Progress(
+                BarColumn(bar_width=24),
+                TextColumn("{task.description}"),
+                console=self.console,
+                refresh_per_second=4,
+            )
+            text = f"step {run.start_step}/{run.total_steps}"
+            self._task = self._progress.add_task(text, total=run.total_steps, completed=run.start_step)
+            self._progress.start()
+
+    def log(self, row: Row) -> None:
+        assert self._run is not None, "log() before start()"
+        if "loss" in row:
+            self._training(row, self._run.total_steps)
+        elif "val_loss" in row:
+            self._validation(row)
+
+    def close(self, status: str) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+        if self._last:
+            self.console.print(self._summary())
+        if self._run is not None:
+            self._print(f"{status}: {self._run.run_dir}")
+        self._run = None
+
+    def _header(self, run: RunInfo) -> None:
+        lines = {"model": run.model}
+        if run.parameters is not None:
+            lines["parameters"] = f"{run.parameters:,}"
+        steps = f"{run.total_steps:,} steps"
+        if run.tokens_per_step is not None:
+            steps = f"{human(run.total_steps * run.tokens_per_step)} ({steps} of {run.tokens_per_step:,})"
+        lines["tokens"] = steps
+        lines["layout"] = run.layout
+        lines["MFU against"] = run.peak
+        lines["run"] = str(run.run_dir)
+        if run.start_step:
+            lines["resumed"] = f"after step {run.start_step:,}"
+        lines = {key: value for key, value in lines.items() if value}
+        if self.console.is_terminal:
+            grid = Table.grid(padding=(0, 2))
+            for key, value in lines.items():
+                grid.add_row(Text(key, style="dim"), Text(value))
+            self.console.print(Panel(grid, title=Text(run.name, style="bold"), expand=False, padding=(0, 2)))
+        else:
+            for key, value in {"name": run.name, **lines}.items():
+                self._print(f"{key:<12} {value}")
+
+    def _training(self, row: Row, total: int) -> None:
+        self._eta.update(row.get("step_seconds") or 0.0)
+        left = self._eta.seconds(max(0, total - row["step"]))
+        line = describe(row, total, left)
+        if self._progress is None:
+            self._print(line)
+        else:
+            shown = {key: row.get(key) for key in ("step", "loss", "tokens_per_second", "mfu")}
+            bar_text = describe(shown, total, left)
+            self._progress.update(self._task, completed=row["step"], description=bar_text)
+        if row.get("skipped_steps"):
+            self._print(f"step {row['step']}: {row['skipped_steps']} skipped, loss or gradient was not finite")
+
+    def _validation(self, row: Row) -> None:
+        before = dict(self._last)
+        self._remember(row)
+        table = _table(f"validation after step {row['step']:,}", ("source", "loss", "perplexity", "change"))
+        for source, loss in row["val_loss"].items():
+            change = f"{loss - before[source]:+.4f}" if source in before else ""
+            table.add_row(Text(source), f"{loss:.4f}", perplexity(loss), change)
+        self.console.print(table)
+
+    def _summary(self) -> Table:
+        table = _table("validation loss by source", ("source", "first", "last", "change", "perplexity"))
+        for source, last in self._last.items():
+            first = self._first[source]
+            cells = (f"{first:.4f}", f"{last:.4f}", f"{last - first:+.4f}", perplexity(last))
+            table.add_row(Text(source), *cells)
+        return table
+
+    def _remember(self, row: Row) -> None:
+        for source, loss in (row.get("val_loss") or {}).items():
+            self._first.setdefault(source, loss)
+            self._last[source] = loss
+
+    def _print(self, text: str) -> None:
+        """Text as it is: no markup, no wrapping in the middle of a line of a log file."""
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def describe(row: dict[str, Any], total: int, eta: float | None) -> str:
+    """One line: `step 40/200  loss 5.123  grad_norm 0.81  lr 3.00e-04  tok/s 4,321  mfu 31.2%  eta 01:23`."""
+    parts = [f"step {row['step']}/{total}", f"loss {row['loss']:.4f}"]
+    if row.get("grad_norm") is not None:
+        parts.append(f"grad_norm {row['grad_norm']:.3f}")
+    if row.get("lr") is not None:
+        parts.append(f"lr {row['lr']:.2e}")
+    if row.get("tokens_per_second") is not None:
+        parts.append(f"tok/s {row['tokens_per_second']:,.0f}")
+    parts.append(f"mfu {row['mfu']:.1%}" if row.get("mfu") is not None else "mfu n/a")
+    parts.append(f"eta {clock(eta)}")
+    return "  ".join(parts)
+
+
+def clock(seconds: float | None) -> str:
+    """01:23, 1:02:03 or 2d 03:04; --:-- when unknown."""
+    if seconds is None or not math.isfinite(seconds):
+        return "--:--"
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    days, hour = divmod(hours, 24)
+    if days:
+        return f"{days}d {hour:02d}:{minute:02d}"
+    return f"{hour}:{minute:02d}:{second:02d}" if hour else f"{minute:02d}:{second:02d}"
+
+
+def human(count: float) -> str:
+    """1,234,567 -> 1.23M."""
+    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if abs(count) >= size:
+            return f"{count / size:.3g}{letter}"
+    return f"{count:g}"
+
+
+def perplexity(loss: float) -> str:
+    """e^loss, rounded for reading."""
+    value = math.exp(loss) if loss < 700 else math.inf  # e^710 overflows
+    return f"{value:,.4g}" if value < 1e3 else f"{value:,.0f}" if value < 1e7 else f"{value:.3g}"
+
+
+def _table(title: str, columns: tuple[str, ...]) -> Table:
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i == 0 else "right")
+    return table

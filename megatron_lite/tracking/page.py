@@ -1,0 +1,78 @@
+"""The frame of report.html: its document and its style. Readable on a phone, light or dark, and on paper."""
+
+from __future__ import annotations
+
+from html import escape
+
+# Eight hues that stay apart for colour-blind eyes, stepped for each background.
+_LIGHT = ("#2a78d6", "#eb6834", "#1baf7a", "#eda100", "#e87ba4", "#008300", "#4a3aa7", "#e34948")
+_DARK = ("#3987e5", "#d95926", "#199e70", "#c98500", "#d55181", "#008300", "#9085e9", "#e66767")
+
+_STYLE = """
+:root { color-scheme: light dark; --page:#f7f7f5; --card:#ffffff; --ink:#1d1d1b; --quiet:#66665f; --line:#e4e4df; --good:#0a7a0a; LIGHT }
+@media (prefers-color-scheme: dark) {
+  :root { --page:#141413; --card:#1d1d1c; --ink:#f0f0ec; --quiet:#a3a39b; --line:#33332f; --good:#4cc38a; DARK } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 940px; padding: 28px 20px 60px; background: var(--page); color: var(--ink);
+  font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
+h1 { font-size: 26px; line-height: 1.2; margin: 0 0 8px; overflow-wrap: anywhere; }
+h2 { font-size: 16px; margin: 0 0 12px; }
+h3 { font-size: 14px; margin: 20px 0 8px; }
+p { margin: 0 0 4px; overflow-wrap: anywhere; }
+header { margin-bottom: 20px; }
+.quiet { color: var(--quiet); font-size: 13px; }
+.state { display: inline-block; padding: 1px 10px; margin-right: 6px; border-radius: 99px; font-weight: 600; font-size: 13px;
+  border: 1px solid currentColor; }
+.finished { color: var(--good); } .running { color: var(--s0); } .preempted { color: var(--s1); } .failed { color: var(--s7); }
+.unknown { color: var(--quiet); }
+section, .tiles > div { background: var(--card); border: 1px solid var(--line); border-radius: 10px; }
+section { padding: 18px 20px; margin-bottom: 16px; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(200px, 1fr)); gap: 12px; margin: 0 0 16px; }
+.tiles > div { padding: 12px 16px; }
+dt { color: var(--quiet); font-size: 13px; } dd { margin: 0; font-size: 21px; font-weight: 600; }
+.pair { display: grid; grid-template-columns: 1fr 1fr; gap: 0 16px; }
+svg { display: block; width: 100%; height: auto; }
+svg text { fill: var(--quiet); font-size: 11px; font-variant-numeric: tabular-nums; }
+svg path { fill: none; stroke-width: 1.8; stroke-linejoin: round; stroke-linecap: round; }
+svg path.grid { stroke: var(--line); stroke-width: 1; }
+svg path.train { stroke: var(--ink); stroke-width: 2.2; } svg path.raw { stroke: var(--ink); opacity: .2; stroke-width: 1; }
+svg circle.train { fill: var(--ink); }
+svg .d1 { stroke-dasharray: 6 3; } svg .d2 { stroke-dasharray: 1 4; } svg .d3 { stroke-dasharray: 8 3 1 3; }
+svg circle { stroke: none; }
+SERIES
+.key { display: inline-block; width: 22px; height: 8px; margin-right: 8px; vertical-align: middle; }
+.bar { width: 130px; height: 10px; } .track { fill: var(--line); } .fill { fill: var(--s0); } .mark { fill: var(--ink); }
+.scroll { overflow-x: auto; margin-top: 12px; }
+table { border-collapse: collapse; width: 100%; font-size: 14px; font-variant-numeric: tabular-nums; }
+th { color: var(--quiet); font-weight: 500; font-size: 13px; }
+th, td { text-align: right; padding: 5px 0 5px 18px; border-bottom: 1px solid var(--line); white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; padding-left: 0; }
+tbody tr:last-child td { border-bottom: 0; }
+summary { cursor: pointer; } summary h2 { display: inline; }
+pre { overflow-x: auto; font: 13px/1.5 ui-monospace, "SF Mono", Menlo, "DejaVu Sans Mono", monospace; margin: 14px 0 0; }
+@media (max-width: 640px) {
+  body { padding: 18px 12px 40px; } section { padding: 14px; }
+  .pair { grid-template-columns: 1fr; } .tiles { grid-template-columns: 1fr 1fr; gap: 8px; } .tiles > div { padding: 10px 12px; }
+  dd { font-size: 18px; } svg text { font-size: 19px; } .pair svg text { font-size: 14px; }
+  table { font-size: 13px; } th { font-size: 12px; } th, td { padding-left: 9px; }
+  .key { width: 16px; margin-right: 5px; }
+}
+@media print { body { background: none; max-width: none; } section { break-inside: avoid; } }
+"""
+
+
+def page(title: str, body: str) -> str:
+    """A whole HTML document; `title` is text, `body` is HTML."""
+    series = "".join(
+        f"svg path.s{i} {{ stroke: var(--s{i}); }} svg circle.s{i} {{ fill: var(--s{i}); }}\n" for i in range(8)
+    )
+    style = _STYLE.replace("LIGHT", _variables(_LIGHT)).replace("DARK", _variables(_DARK)).replace("SERIES", series)
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(title)}</title><style>{style}</style></head>\n<body>\n{body}\n</body></html>\n"
+    )
+
+
+def _variables(colours: tuple[str, ...]) -> str:
+    return " ".join(f"--s{i}:{colour};" for i, colour in enumerate(colours))

@@ -1,0 +1,236 @@
+"""report.html: a run on one page, from its run directory alone.
+
+Notable:
+  - self-contained: inline style and SVG, no script, nothing fetched; light or dark as the reader's system is;
+  - works at any moment of a run, with whatever is there: metrics.jsonl, status.json, config.yaml, checkpoints;
+  - everything from the files is escaped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from datetime import UTC, datetime
+from fractions import Fraction
+from html import escape
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from megatron_lite.tracking.console import clock, human, perplexity
+from megatron_lite.tracking.jsonl import METRICS_FILE, read_rows
+from megatron_lite.tracking.page import page
+from megatron_lite.tracking.plot import Curves, read_curves, smooth, smoothing_width
+from megatron_lite.tracking.svg import Curve, line_chart
+
+
+def write_report(run_dir: str | Path) -> Path:
+    """Write `run_dir/report.html`, atomically, and return its path.
+
+    status.json may have `blend_seen`: {source: {samples, share, target, epochs}} (share and target from 0 to 1).
+    """
+    run_dir = Path(run_dir)
+    status = _read_json(run_dir / "status.json")
+    curves = read_curves(read_rows(run_dir / METRICS_FILE))
+    manifests = _manifests(run_dir)
+    newest = manifests[-1][1] if manifests else {}
+    sections = [
+        _header(run_dir, status),
+        _tiles(curves, status),
+        _losses(curves),
+        _small_charts(curves),
+        _blend(status.get("blend_seen"), newest),
+        _checkpoints(manifests),
+        _config(run_dir / "config.yaml"),
+    ]
+    path = run_dir / "report.html"
+    temporary = run_dir / ".report.html.tmp"
+    temporary.write_text(page(run_dir.resolve().name, "\n".join(sections)), encoding="utf-8")
+    os.replace(temporary, path)
+    return path
+
+
+def _header(run_dir: Path, status: dict[str, Any]) -> str:
+    state = str(status.get("state", "unknown"))
+    known = state if state in ("running", "preempted", "finished", "failed") else "unknown"
+    reason = str(status.get("reason") or "")
+    written = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    return (
+        f"<header><h1>{escape(run_dir.resolve().name)}</h1>"
+        f'<p><span class="state {known}">{escape(state)}</span> {escape(reason)}</p>'
+        f'<p class="quiet">Written {written}</p></header>'
+    )
+
+
+def _tiles(curves: Curves, status: dict[str, Any]) -> str:
+    last = curves.training[-1] if curves.training else {}
+    step = last.get("step", status.get("step"))
+    tiles = [("steps", "n/a" if step is None else f"{step:,}")]
+    if tokens := last.get("consumed_tokens"):
+        tiles.append(("tokens seen", human(tokens)))
+    if losses := curves.column("loss")[1]:
+        tiles.append(("training loss", f"{smooth(losses, smoothing_width(len(losses)))[-1]:.3f}"))
+    if final := [curves.source(source)[1][-1] for source in curves.sources() if curves.source(source)[1]]:
+        tiles.append(("validation, mean of sources", f"{sum(final) / len(final):.3f}"))
+    tiles.append(("training time", clock(_training_seconds(curves))))
+    if speeds := curves.column("tokens_per_second")[1]:
+        tiles.append(("tokens a second", f"{median(speeds):,.0f}"))
+    if mfu := curves.column("mfu")[1]:
+        against = "measured CPU peak" if last.get("mfu_peak_measured") else "data sheet's peak"
+        tiles.append((f"MFU, {against}", f"{median(mfu):.1%}"))
+    if memory := curves.column("memory_gib")[1]:
+        tiles.append(("peak memory", f"{max(memory):.2f} GiB"))
+    cells = "".join(f"<div><dt>{escape(key)}</dt><dd>{escape(value)}</dd></div>" for key, value in tiles)
+    return f'<dl class="tiles">{cells}</dl>'
+
+
+def _training_seconds(curves: Curves) -> float:
+    """Mean step time of each row, times the steps it speaks for."""
+    total, before = 0.0, 0
+    for step, seconds in zip(*curves.column("step_seconds")):
+        total += seconds * (step - before)
+        before = int(step)
+    return total
+
+
+def _losses(curves: Curves) -> str:
+    steps, losses = curves.column("loss")
+    width = smoothing_width(len(losses))
+    drawn = [Curve("training loss", steps, losses, "raw")] if width > 1 else []
+    for i, source in enumerate(curves.sources()):
+        drawn.append(Curve(source, *curves.source(source), _series(i), points=True))
+    drawn.append(Curve("training loss, smoothed", steps, smooth(losses, width), "train"))
+    chart = line_chart(drawn, label="Training and validation loss by step", height=320)
+    return f"<section><h2>Loss by source</h2>{chart}{_loss_table(curves)}</section>"
+
+
+def _loss_table(curves: Curves) -> str:
+    rows = [[_key("train") + "training", *_first_last(curves.column("loss")[1])]]
+    for i, source in enumerate(curves.sources()):
+        rows.append([_key(_series(i)) + escape(source), *_first_last(curves.source(source)[1])])
+    return _table(("source", "first", "last", "change", "perplexity"), rows)
+
+
+def _first_last(values: list[float]) -> list[str]:
+    if not values:
+        return ["n/a"] * 4
+    first, last = values[0], values[-1]
+    return [f"{first:.4f}", f"{last:.4f}", f"{last - first:+.4f}", perplexity(last)]
+
+
+def _small_charts(curves: Curves) -> str:
+    charts = []
+    for title, key, style, zero in (
+        ("Learning rate", "lr", "s0", True),
+        ("Gradient norm", "grad_norm", "s1", False),
+        ("Tokens a second", "tokens_per_second", "s2", True),
+        ("Seconds a step", "step_seconds", "s6", True),
+    ):
+        curve = Curve(title, *curves.column(key), style)
+        chart = line_chart([curve], label=f"{title} by step", width=440, height=210, zero=zero)
+        charts.append(f"<section><h2>{title}</h2>{chart}</section>")
+    return f'<div class="pair">{"".join(charts)}</div>'
+
+
+def _blend(seen: Any, manifest: dict[str, Any]) -> str:
+    parts = []
+    if isinstance(seen, dict) and seen:
+        full = max(float(facts.get(key, 0)) for facts in seen.values() for key in ("share", "target")) or 1.0
+        rows = [_blend_row(source, facts, full=full) for source, facts in seen.items()]
+        parts.append(_table(("source", "samples", "share", "target", "difference", "epochs", ""), rows))
+    phases = manifest.get("data", {}).get("phases")
+    if isinstance(phases, list) and len(phases) > 1:
+        parts.append("<h3>Phases, as planned</h3>" + _phases(phases))
+    if not parts:
+        return ""
+    return f"<section><h2>Blend seen</h2>{''.join(parts)}</section>"
+
+
+def _blend_row(source: str, facts: dict[str, Any], *, full: float) -> list[str]:
+    """The last cell is a bar of the share with a mark at the target; `full` is the share of a full bar."""
+    share, target = float(facts.get("share", 0)), float(facts.get("target", 0))
+    bar = (
+        f'<svg class="bar" viewBox="0 0 100 10" role="img" aria-label="share {share:.1%}">'
+        f'<rect class="track" width="100" height="10" rx="2"/>'
+        f'<rect class="fill" width="{100 * share / full:.1f}" height="10" rx="2"/>'
+        f'<rect class="mark" x="{99 * target / full:.1f}" width="1.2" height="10"/></svg>'
+    )
+    return [
+        escape(source),
+        f"{int(facts.get('samples', 0)):,}",
+        f"{share:.2%}",
+        f"{target:.2%}",
+        f"{100 * (share - target):+.2f} pt",
+        f"{float(facts.get('epochs', 0)):.2f}",
+        bar,
+    ]
+
+
+def _phases(phases: list[dict[str, Any]]) -> str:
+    sources = list(dict.fromkeys(source for phase in phases for source in phase.get("shares", {})))
+    head = ("source", *(f"from sample {phase.get('start', 0):,}" for phase in phases))
+    rows = []
+    for source in sources:
+        shares = [phase.get("shares", {}).get(source, "0") for phase in phases]
+        rows.append([escape(source), *(f"{float(Fraction(str(share))):.2%}" for share in shares)])
+    return _table(head, rows)
+
+
+def _checkpoints(manifests: list[tuple[Path, dict[str, Any]]]) -> str:
+    if not manifests:
+        return '<section><h2>Checkpoints</h2><p class="quiet">None yet.</p></section>'
+    rows = []
+    for path, manifest in reversed(manifests):
+        files = [file for file in path.iterdir() if file.is_file()]
+        size = sum(file.stat().st_size for file in files)
+        saved = datetime.fromtimestamp((path / "manifest.json").stat().st_mtime, UTC)
+        consumed = manifest.get("consumed_samples")
+        samples = f"{consumed:,}" if isinstance(consumed, int) else ""
+        rows.append([escape(path.name), samples, str(len(files)), _bytes(size), f"{saved:%Y-%m-%d %H:%M} UTC"])
+    table = _table(("checkpoint", "samples", "files", "size", "saved"), rows)
+    return f"<section><h2>Checkpoints</h2>{table}</section>"
+
+
+def _config(path: Path) -> str:
+    if not path.exists():
+        return ""
+    text = escape(path.read_text(encoding="utf-8", errors="replace"))
+    return f"<section><details><summary><h2>Config</h2></summary><pre>{text}</pre></details></section>"
+
+
+def _manifests(run_dir: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """Whole checkpoints in the order of their steps. Only looked at here, not verified."""
+    found = sorted((run_dir / "checkpoints").glob("step_*/manifest.json"))
+    return [(file.parent, _read_json(file)) for file in found]
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError):  # not there, or damaged: a report shows what there is
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _table(head: tuple[str, ...], rows: list[list[str]]) -> str:
+    """`head` is text, the cells of `rows` are HTML."""
+    titles = "".join(f"<th>{escape(cell)}</th>" for cell in head)
+    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
+    return f'<div class="scroll"><table><thead><tr>{titles}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _series(i: int) -> str:
+    """Eight colours; then the same dashed."""
+    return f"s{i % 8}" + (f" d{i // 8 % 4}" if i >= 8 else "")
+
+
+def _key(style: str) -> str:
+    return f'<svg class="key" viewBox="0 0 22 8" aria-hidden="true"><path class="{style}" d="M1 4L21 4"/></svg>'
+
+
+def _bytes(size: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"

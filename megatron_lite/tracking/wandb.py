@@ -1,0 +1,106 @@
+"""Weights & Biases: the one file that imports `wandb`, and only when it is chosen.
+
+Notable:
+  - offline without an API key: everything lands in `run_dir/wandb`, `wandb sync run_dir/wandb/offline-run-*`
+    sends it later (the pieces of a resumed run go up in order of their start);
+  - one run id for the life of the run directory, drawn once and kept in `run_dir/wandb_id`. It is random
+    because two machines may both have a `runs/smoke`, and the same id would make them one run;
+  - W&B's own step counter refuses to go back, which a run resumed after a kill must do. So we log without it
+    and declare `step` the axis of every metric;
+  - no failure of W&B ends a training: one warning, and the run goes on without it.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from megatron_lite.tracking.base import Row, RunInfo, TrackingConfig
+
+ID_FILE = "wandb_id"
+# W&B writes its offline file every 15 s by default, and a kill loses what was not written yet.
+FLUSH_SECONDS = 1.0
+
+
+class WandbTracker:
+    """Mirrors the rows to W&B: training keys as they are, validation as `val_loss/<source>`."""
+
+    def __init__(self, config: TrackingConfig, *, has_key: bool = False) -> None:
+        self.config = config
+        self.mode = config.mode or ("online" if has_key else "offline")
+        self._run: Any = None
+
+    def start(self, run: RunInfo) -> None:
+        self._guard("could not start", lambda: self._start(run))
+
+    def log(self, row: Row) -> None:
+        if self._run is not None:
+            self._guard("could not log a row", lambda: self._run.log(flatten(row)))
+
+    def close(self, status: str) -> None:
+        if self._run is not None:
+            self._guard("could not finish", lambda: self._close(status))
+            self._run = None
+
+    def _start(self, run: RunInfo) -> None:
+        import wandb
+
+        settings: dict[str, Any] = {"console": "off", "mode": self.mode}  # the live progress bar would fill W&B's log
+        if "x_transaction_log_flush_interval" in getattr(wandb.Settings, "model_fields", {}):
+            settings["x_transaction_log_flush_interval"] = FLUSH_SECONDS
+        self._run = wandb.init(
+            project=self.config.project,
+            entity=self.config.entity,
+            name=self.config.name or run.name,
+            tags=self.config.tags or None,
+            id=stable_id(run.run_dir),
+            resume="allow",
+            dir=str(run.run_dir),
+            config={**run.config, "parameters": run.parameters, "layout": run.layout},
+            settings=wandb.Settings(**settings),
+        )
+        self._run.define_metric("step")
+        self._run.define_metric("*", step_metric="step")
+
+    def _close(self, status: str) -> None:
+        self._run.summary["status"] = status
+        self._run.finish(exit_code=1 if status == "failed" else 0)
+
+    def _guard(self, what: str, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except Exception as error:  # whatever it is, the training matters more
+            self._run = None
+            warnings.warn(
+                f"W&B {what}: {type(error).__name__}: {error}. Training goes on without it; metrics.jsonl has "
+                "every row. tracking=console turns W&B off.",
+                stacklevel=3,
+            )
+
+
+def stable_id(run_dir: Path) -> str:
+    """The W&B id of a run directory: read from `wandb_id`, or drawn and kept there."""
+    path = run_dir / ID_FILE
+    if path.exists() and (kept := path.read_text().strip()):
+        return kept
+    run_id = secrets.token_hex(8)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{ID_FILE}.tmp")
+    temporary.write_text(run_id + "\n")
+    os.replace(temporary, path)
+    return run_id
+
+
+def flatten(row: Row) -> Row:
+    """Nested dictionaries as `outer/inner` keys, which W&B groups into panels."""
+    flat: Row = {}
+    for key, value in row.items():
+        if isinstance(value, dict):
+            flat.update({f"{key}/{inner}": item for inner, item in flatten(value).items()})
+        elif value is not None:
+            flat[key] = value
+    return flat

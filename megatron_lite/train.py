@@ -1,0 +1,101 @@
+"""`mlite train`: pretrain a model, or go on with a run.
+
+python -m megatron_lite.train experiment=smoke
+python -m megatron_lite.train experiment=smoke train.max_steps=400 run.dir=runs/longer
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megatron_lite.build import (
+    build_schedule,
+    build_trainer,
+    choose_checkpoint,
+    choose_model,
+    keep_tokenizer,
+    prepare_data,
+    run_info,
+)
+from megatron_lite.checkpoint.lock import RunLock
+from megatron_lite.checkpoint.store import CheckpointStore
+from megatron_lite.config import RunConfig, run_door, to_yaml, validate
+from megatron_lite.runtime import Runtime, set_deterministic, set_threads, start, stop
+from megatron_lite.tracking import write_loss_plot, write_report
+from megatron_lite.trainer import Trainer
+
+
+def main() -> None:
+    """Parse, run, exit."""
+    run_door("train", "Pretrain a model; run it again with the same run.dir to go on where it stopped.", train)
+
+
+def train(run: RunConfig) -> int:
+    """One job of a run: build or resume, train, report. Returns the exit code."""
+    runtime = start()
+    try:
+        validate(run, runtime.world_size)
+        build_schedule(run)  # lengths that do not fit are refused before anything is written
+        set_threads(run.train.threads)
+        set_deterministic(run.train.deterministic)
+        store = CheckpointStore.with_own_group(Path(run.run.dir) / "checkpoints", run.checkpoint)
+        lock = RunLock(run.run.dir)
+        store.ranks.first("lock run.dir", lock.acquire)
+        try:
+            return _locked(run, runtime, store)
+        finally:
+            lock.release()
+    finally:
+        stop()
+
+
+def _locked(run: RunConfig, runtime: Runtime, store: CheckpointStore) -> int:
+    say = print if runtime.is_main else _silent
+    checkpoint = choose_checkpoint(run, store)
+    run = choose_model(run, store, checkpoint)
+    prepare_data(run.data, vocab_size=run.model.vocab_size, report=say)
+    trainer = build_trainer(run, runtime, store=store, checkpoint=checkpoint)
+    position, horizon = trainer.position, trainer.schedule.horizon_samples
+    if position.consumed_samples >= horizon:
+        say(
+            f"{run.run.dir} is finished: {position.step} steps done. Raise train.max_steps to go on, or give run.dir=... "
+            "for another run."
+        )
+        return 0
+    if checkpoint:
+        say(f"resuming from {checkpoint}: step {position.step}, {position.consumed_samples} samples consumed")
+        store.abandon_after(position.step)
+    if runtime.is_main:
+        (Path(run.run.dir) / "config.yaml").write_text(to_yaml(run))
+        keep_tokenizer(run)
+    trainer.tracker.start(run_info(run, trainer))
+    outcome = trainer.fit()
+    if runtime.is_main:
+        _report(run, trainer, outcome)
+    return 0
+
+
+def _report(run: RunConfig, trainer: Trainer, outcome: str) -> None:
+    directory = Path(run.run.dir)
+    picture = write_loss_plot(directory)
+    report = write_report(directory)
+    print(f"{outcome} at step {trainer.position.step}. Losses: {picture}. Report: {report}.")
+    if outcome != "finished":
+        print(f"Go on with the same command (run.dir={directory}).")
+        return
+    print(
+        "Try next:\n"
+        f"  mlite evaluate checkpoint={directory}\n"
+        f"  mlite generate checkpoint={directory} prompt='def main('\n"
+        f"  mlite convert source={directory} target={directory}/hf to=hf\n"
+        f"  mlite train experiment={run.run.name} train.max_steps={2 * trainer.schedule.horizon_steps} "
+        f"run.dir={directory}-longer"
+    )
+
+
+def _silent(_text: str) -> None:
+    """What the other ranks have to say."""
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""Where weights come from: a run directory, one of its checkpoints, or a Hugging Face folder.
+
+Notable features:
+- `open_weights` reads headers only; tensors come one by one when asked for, so that a converted or evaluated model never stands in
+  memory twice.
+- Evaluate, generate, convert, weights-only starts and `megatron_lite.load` all go through it and so take the same paths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_lite.checkpoint.manifest import read_manifest
+from megatron_lite.checkpoint.reader import describe, find_checkpoint, load_tensors
+from megatron_lite.config import from_dict
+from megatron_lite.data.tokenizer import fingerprint, load_tokenizer, tokenizer_files
+from megatron_lite.models.config import ModelConfig
+from megatron_lite.models.decoder import Decoder
+from megatron_lite.models.huggingface import is_folder, open_folder
+
+TOKENIZER = "tokenizer"  # the folder of a run directory that holds a copy of its tokenizer
+
+
+class CheckpointTensors(Mapping[str, Tensor]):
+    """Parameter name -> whole tensor of one kind (`model`, `exp_avg`, `exp_avg_sq`) in a verified checkpoint."""
+
+    def __init__(self, path: Path, kind: str = "model") -> None:
+        self.path, self.kind = path, kind
+        self._names = [n.removeprefix(f"{kind}.") for n in describe(path) if n.startswith(f"{kind}.")]
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        return next(iter(load_tensors(self.path, [f"{self.kind}.{name}"], verify=False)))[1]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A model on disk. `tokenizer` is None where none lies beside it; `extra` are fields of a Hugging Face folder."""
+
+    path: Path
+    config: ModelConfig
+    tensors: Mapping[str, Tensor]
+    tokenizer: Path | None = None
+    manifest: dict[str, Any] | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+def open_weights(path: str | Path) -> Weights:
+    """What lies at `path`: a run directory (its newest valid checkpoint), a checkpoint, or a Hugging Face folder.
+
+    Raises ValueError when it is none of them, CheckpointError when the named checkpoint is damaged.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise ValueError(f"{path} does not exist; give a run directory, a checkpoint of it or a Hugging Face folder")
+    if is_folder(path):
+        opened = open_folder(path)
+        tokenizer = path if tokenizer_files(path) else None
+        return Weights(path, opened.config, opened.tensors, tokenizer, extra=opened.extra)
+    checkpoint = find_checkpoint(path)
+    load_tensors(checkpoint, [])  # the manifest is sound
+    manifest = read_manifest(checkpoint)
+    config = from_dict(ModelConfig, manifest["config"]["model"])
+    return Weights(checkpoint, config, CheckpointTensors(checkpoint), _tokenizer_of(checkpoint, manifest), manifest)
+
+
+def load(path: str | Path, *, device: str | torch.device = "cpu") -> tuple[Decoder, Any]:
+    """The model at `path` in fp32 on `device`, in evaluation mode, and its tokenizer (None where there is none).
+
+    `model(tokens_BT)` gives logits (B, T, V). Paths and errors as in `open_weights`.
+    """
+    weights = open_weights(path)
+    tokenizer = load_tokenizer(weights.tokenizer) if weights.tokenizer else None
+    return load_decoder(weights, device=device), tokenizer
+
+
+def load_decoder(weights: Weights, *, device: str | torch.device = "cpu") -> Decoder:
+    """A decoder with these weights, filled tensor by tensor."""
+    with torch.device("meta"):
+        decoder = Decoder(weights.config)
+    decoder.to_empty(device=device)
+    with torch.no_grad():
+        for name, parameter in decoder.named_parameters():
+            parameter.copy_(weights.tensors[name])
+    return decoder.eval()
+
+
+def _tokenizer_of(checkpoint: Path, manifest: dict[str, Any]) -> Path | None:
+    """The run's copy of its tokenizer, else the folder that the config named, if it is still the same one."""
+    copy = checkpoint.parent.parent / TOKENIZER
+    named = Path(manifest["config"]["data"]["tokenizer"] or ".")
+    for folder in (copy, named):
+        if tokenizer_files(folder) and fingerprint(folder) == manifest["tokenizer"]:
+            return folder
+    return None

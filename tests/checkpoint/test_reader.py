@@ -1,0 +1,97 @@
+"""Whole tensors in one process, one by one."""
+
+from __future__ import annotations
+
+import resource
+import sys
+
+import pytest
+import torch
+
+from megatron_lite.checkpoint import (
+    CheckpointConfig,
+    CheckpointError,
+    CheckpointStore,
+    Layout,
+    describe,
+    find_checkpoint,
+    load_tensors,
+)
+from tests.checkpoint.rank_pool import (
+    GROUPS,
+    STATE,
+    RankPool,
+    bitwise_equal,
+    flip_byte,
+    run_alone,
+    tensors_of,
+)
+
+
+def save_sharded(rank, folder):
+    at = Layout(rank // 2, 2, rank % 2, 2)
+    pieces = {}
+    for name, whole in tensors_of(1).items():
+        tp_dim = 0 if "embedding" in name else None
+        offsets, sizes = at.box(whole.shape, tp_dim=tp_dim)
+        local = whole[tuple(slice(o, o + s) for o, s in zip(offsets, sizes))].clone()
+        pieces[name] = at.piece(local, whole.shape, tp_dim=tp_dim)
+    CheckpointStore(folder, CheckpointConfig(), group=GROUPS[4]).save(1, pieces, STATE)
+
+
+def test_pieces_of_four_ranks_are_assembled(four_ranks: RankPool, tmp_path):
+    four_ranks.run(save_sharded, str(tmp_path))
+    path = find_checkpoint(tmp_path)
+    assert bitwise_equal(dict(load_tensors(path)), tensors_of(1))
+    assert describe(path) == {name: (tuple(t.shape), t.dtype) for name, t in tensors_of(1).items()}
+
+
+@pytest.fixture
+def path(tmp_path):
+    store = CheckpointStore(tmp_path / "checkpoints", CheckpointConfig())
+    store.save(1, tensors_of(1), STATE)
+    return store.path(1)
+
+
+def test_only_what_is_asked_for_in_that_order(path):
+    names = ["model.scalar", "exp_avg.embedding.weight"]
+    found = list(load_tensors(path, names))
+    assert [name for name, _ in found] == names
+    assert bitwise_equal(dict(found), {name: tensors_of(1)[name] for name in names})
+
+
+def test_unknown_names(path):
+    with pytest.raises(ValueError, match="holds no tensors model.x, model.y"):
+        load_tensors(path, ["model.x", "model.norm.weight", "model.y"])
+
+
+def test_damage_in_a_needed_file_is_refused_before_the_first_tensor(path):
+    holder = next(file for file in path.glob("*.safetensors") if b"exp_avg_sq" in file.read_bytes())
+    flip_byte(holder)
+    with pytest.raises(CheckpointError, match="SHA-256"):
+        load_tensors(path)
+    list(load_tensors(path, ["model.norm.weight"]))  # the optimizer's files are not read for the weights
+
+
+@pytest.mark.parametrize("place", ["", "checkpoints", "checkpoints/step_00000001"])
+def test_what_a_person_may_name(path, place):
+    assert find_checkpoint(path.parent.parent / place) == path
+
+
+def test_nothing_there(tmp_path):
+    with pytest.raises(ValueError, match="is no checkpoint and no run directory"):
+        find_checkpoint(tmp_path / "absent")
+
+
+def read_with_little_memory(path):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    count = sum(int(tensor.ne(0).all()) for _, tensor in load_tensors(path, verify=False))
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024
+    # 16 tensors of 8 MiB: the whole is 128; one tensor, its box and the pages of one file are 24
+    sys.exit(0 if count == 16 and grown < 72 else 1)
+
+
+def test_memory_holds_one_tensor(tmp_path):
+    store = CheckpointStore(tmp_path, CheckpointConfig(file_mib=8))
+    store.save(1, {f"model.{i:02}": torch.full((2**21,), i + 1.0) for i in range(16)}, STATE)
+    assert run_alone(read_with_little_memory, store.path(1)) == 0

@@ -1,0 +1,83 @@
+"""Small models with large weights: with std 0.3 every path shows in the logits, with 0.02 a lost bias would not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_lite.models import Decoder, ModelConfig
+
+NEMOTRON = {
+    "family": "nemotron4",
+    "num_layers": 2,
+    "hidden_size": 48,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "head_dim": 12,
+    "ffn_size": 80,
+    "vocab_size": 101,
+    "vocab_multiple": 16,
+    "max_seq_len": 64,
+    "rotary_fraction": 0.5,
+}
+LLAMA = NEMOTRON | {
+    "family": "llama",
+    "norm": "rmsnorm",
+    "activation": "swiglu",
+    "rotary_fraction": 1.0,
+    "rope_base": 5000.0,
+}
+
+
+def nemotron_config(**changes: Any) -> ModelConfig:
+    """A tiny Nemotron-4 with `changes`."""
+    return ModelConfig(**(NEMOTRON | changes))
+
+
+def llama_config(**changes: Any) -> ModelConfig:
+    """A tiny Llama with `changes`."""
+    return ModelConfig(**(LLAMA | changes))
+
+
+def loud_decoder(config: ModelConfig, seed: int = 0, std: float = 0.3) -> Decoder:
+    """Every weight, gain and bias drawn with `std`; gains that are multiplied as they are lie around one."""
+    model = Decoder(config)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(0.0, std, generator=generator)
+            if name.endswith("norm.weight") and config.norm != "layernorm1p":
+                parameter.add_(1.0)
+        model.embedding.weight[config.vocab_size :] = 0
+        model.head_weight[config.vocab_size :] = 0
+    return model.eval()
+
+
+@pytest.fixture
+def nemotron() -> Callable[..., ModelConfig]:
+    """Factory of tiny Nemotron-4 configs."""
+    return nemotron_config
+
+
+@pytest.fixture
+def llama() -> Callable[..., ModelConfig]:
+    """Factory of tiny Llama configs."""
+    return llama_config
+
+
+@pytest.fixture
+def loud() -> Callable[..., Decoder]:
+    """Factory of decoders with large weights."""
+    return loud_decoder
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tiny matrices: a second thread only costs, and others share the cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

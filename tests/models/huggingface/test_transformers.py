@@ -1,0 +1,138 @@
+"""The same logits and gradients as transformers' own classes, in float32, with large weights and odd shapes.
+
+Tolerance: 1e-4 of the logits' standard deviation. Float32 rounding over these depths is about 1e-6 of it; a lost bias, a
+swapped head or half a rotation is of the order of the deviation itself.
+"""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MistralConfig, NemotronConfig
+
+from megatron_lite.models import Decoder
+from megatron_lite.models.huggingface import export_folder, open_folder
+from megatron_lite.models.huggingface.registry import FAMILIES, family_named
+
+CASES = {
+    "nemotron": ("nemotron", {}),
+    "nemotron one kv head, head_dim not hidden/heads": ("nemotron", {"num_kv_heads": 1, "head_dim": 20}),
+    "nemotron every head its own kv": ("nemotron", {"num_kv_heads": 4, "vocab_size": 97}),
+    "nemotron hidden not divisible": ("nemotron", {"hidden_size": 50, "num_heads": 3, "num_kv_heads": 3}),
+    "nemotron quarter rotary": ("nemotron", {"head_dim": 16, "rotary_fraction": 0.25}),
+    "nemotron full rotary, other base": ("nemotron", {"rotary_fraction": 1.0, "rope_base": 500.0}),
+    "nemotron tied, large eps": ("nemotron", {"tie_embeddings": True, "norm_eps": 0.1}),
+    "llama": ("llama", {}),
+    "llama tied, one kv head": ("llama", {"tie_embeddings": True, "num_kv_heads": 1}),
+    "llama head_dim not hidden/heads": ("llama", {"head_dim": 10, "norm_eps": 0.1, "vocab_size": 99}),
+    "mistral": ("llama", {"family": "mistral"}),
+    "mistral hidden not divisible": ("llama", {"family": "mistral", "hidden_size": 50, "num_heads": 6}),
+}
+
+
+@pytest.fixture(params=CASES, ids=lambda name: name.replace(" ", "_"))
+def config(request):
+    kind, changes = CASES[request.param]
+    return request.getfixturevalue(kind)(**changes)
+
+
+def in_transformers(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    return model.eval()
+
+
+def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    assert actual.shape == expected.shape
+    error = (actual - expected).abs().max() / expected.std()
+    assert error < 1e-4, f"{error:.2e} of the standard deviation"
+
+
+def test_export_has_transformers_logits_and_gradients(config, loud, tmp_path):
+    model = loud(config)
+    export_folder(tmp_path / "hf", config=config, tensors=dict(model.named_parameters()))
+    reference = in_transformers(tmp_path / "hf")
+    assert type(reference).__name__ == family_named(config.family).architecture
+    tokens = torch.randint(0, config.vocab_size, (2, 33), generator=torch.Generator().manual_seed(1))
+    logits, expected = model(tokens), reference(tokens).logits
+    assert_close(logits, expected)
+
+    labels = tokens.roll(-1, 1).flatten()
+    for values in (logits, expected):
+        torch.nn.functional.cross_entropy(values.flatten(0, 1), labels).backward()
+    gradients = {name: p.grad for name, p in reference.named_parameters()}
+    for rule in family_named(config.family).rules(config):
+        ours = model.get_parameter(rule.native).grad
+        theirs = rule.to_native([gradients[name] for name in rule.hf])
+        # float32 sums over 66 tokens in another order: 1e-6 of the largest; 1e-3 still sees any wrong term
+        error = (ours - theirs).abs().max() / theirs.abs().max()
+        assert error < 1e-3, f"{rule.native}: {error:.2e}"
+
+
+HF_MODELS = {
+    "nemotron": NemotronConfig(
+        vocab_size=77, hidden_size=40, intermediate_size=52, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, rope_parameters={"rope_type": "default", "rope_theta": 300.0,
+        "partial_rotary_factor": 0.25}, max_position_embeddings=64,
+    ),
+    "llama": LlamaConfig(
+        vocab_size=77, hidden_size=40, intermediate_size=52, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=1, tie_word_embeddings=True, rms_norm_eps=1e-3, pad_token_id=7,
+        max_position_embeddings=64,
+    ),
+    "mistral": MistralConfig(
+        vocab_size=77, hidden_size=40, intermediate_size=52, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=14, sliding_window=None, rope_parameters={"rope_type": "default",
+        "rope_theta": 1e6}, max_position_embeddings=64,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", HF_MODELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_transformers_models_come_in_and_go_out_unchanged(kind, dtype, tmp_path):
+    torch.manual_seed(0)
+    reference = AutoModelForCausalLM.from_config(HF_MODELS[kind], attn_implementation="eager")
+    with torch.no_grad():
+        for parameter in reference.parameters():
+            parameter.normal_(0, 0.3)
+    reference.to(dtype).save_pretrained(tmp_path / "in", max_shard_size="20KB")
+    assert len(list((tmp_path / "in").glob("*.safetensors"))) > 1
+    folder = open_folder(tmp_path / "in")
+    assert all(tensor.dtype == dtype for tensor in folder.tensors.values())
+
+    model = Decoder(folder.config)
+    model.load_state_dict(dict(folder.tensors))
+    tokens = torch.randint(0, 77, (2, 21))
+    assert_close(model(tokens), in_transformers(tmp_path / "in")(tokens).logits)
+
+    export_folder(
+        tmp_path / "out", config=folder.config, tensors=folder.tensors, extra=folder.extra, max_shard_bytes=30_000
+    )
+    assert_same_meaning(tmp_path / "in", tmp_path / "out")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert again.dtype == dtype
+    for (name, tensor), other in zip(reference.to(dtype).state_dict().items(), again.state_dict().values()):
+        assert torch.equal(tensor, other), name
+
+
+def assert_same_meaning(first, second) -> None:
+    """Both config.json read by transformers give the same configuration, generation_config.json the same content."""
+    a, b = (AutoConfig.from_pretrained(folder).to_dict() for folder in (first, second))
+    # flat copies beside rope_parameters, for readers older than transformers 5
+    for key in ("_name_or_path", "rope_theta", "partial_rotary_factor"):
+        a.pop(key, None)
+        b.pop(key, None)
+    assert a == b
+    read = [json.loads((folder / "generation_config.json").read_text()) for folder in (first, second)]
+    assert read[0] == read[1]
+
+
+@pytest.mark.parametrize(
+    ("family", "reference"), [("nemotron4", NemotronConfig), ("llama", LlamaConfig), ("mistral", MistralConfig)]
+)
+def test_defaults_are_those_of_transformers(family, reference):
+    for key, value in FAMILIES[family].defaults.items():
+        declared = reference.__dataclass_fields__[key].default
+        assert value == declared, key

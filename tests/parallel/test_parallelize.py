@@ -1,0 +1,294 @@
+"""Tensor- and sequence-parallel decoders against the plain one: initial weights, loss and every gradient."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_lite.models.decoder import Decoder, ModelConfig
+from megatron_lite.models.initialization import initialize_model_
+from megatron_lite.parallel.cross_entropy import cross_entropy_sum
+from megatron_lite.parallel.layers import ShardInfo, TensorParallel, shard_info
+from megatron_lite.parallel.mesh import ParallelConfig, build_mesh
+from megatron_lite.parallel.parallelize import materialize, parallelize, vocabulary_shard
+from tests.distributed import run_ranks
+
+SEED = 5
+# Every gradient within this much of its largest entry: reordered fp32 sums differ by about 1e-6 here, bugs by 1e-1.
+TOLERANCE = 1e-5
+
+NEMOTRON = ModelConfig(
+    family="nemotron4",
+    num_layers=2,
+    hidden_size=32,
+    num_heads=8,
+    num_kv_heads=4,
+    ffn_size=48,
+    vocab_size=250,
+    max_seq_len=16,
+    rotary_fraction=0.5,
+    init_std=0.2,
+)
+LLAMA = replace(NEMOTRON, family="llama", activation="swiglu", norm="rmsnorm", tie_embeddings=True)
+BIASED = replace(NEMOTRON, linear_bias=True, norm="layernorm", tie_embeddings=True)
+MODELS = {"nemotron": NEMOTRON, "llama": LLAMA, "biased": BIASED}
+
+
+@dataclass
+class Result:
+    """One rank's view of one forward and backward."""
+
+    loss: Tensor
+    weights: dict[str, Tensor]
+    gradients: dict[str, Tensor]
+    infos: dict[str, ShardInfo]
+    logits: Tensor
+
+
+def batch(config: ModelConfig) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(7)
+    tokens = torch.randint(0, config.vocab_size, (3, 17), generator=generator)
+    documents = torch.tensor([[0] * 5 + [1] * 11, [0] * 16, [0] * 2 + [1] * 7 + [2] * 7])
+    mask = torch.rand(3, 16, generator=generator) > torch.tensor([[0.1], [0.5], [0.9]])  # uneven
+    return {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "loss_mask": mask, "documents": documents}
+
+
+def perturb_(decoder: Decoder, infos: dict[str, ShardInfo]) -> None:
+    """Move gains and biases off their constant start, by the same global values on every layout."""
+    for name, parameter in decoder.named_parameters():
+        info = infos[name]
+        if len(info.global_shape) == 1:
+            noise = torch.randn(info.global_shape, generator=torch.Generator().manual_seed(len(name))) * 0.3
+            with torch.no_grad():
+                parameter += noise.narrow(0, info.start, parameter.shape[0])
+
+
+def forward_backward(decoder: Decoder) -> Result:
+    config, data = decoder.config, batch(decoder.config)
+    infos = shard_info(decoder)
+    weights = {name: p.detach().clone() for name, p in decoder.named_parameters()}
+    perturb_(decoder, infos)
+    vocab_start, group = vocabulary_shard(decoder)
+    loss = cross_entropy_sum(
+        decoder.hidden(data["tokens"], data["documents"]).flatten(0, 1),
+        decoder.head_weight,
+        data["targets"].flatten(),
+        data["loss_mask"].flatten(),
+        vocab_size=config.vocab_size,
+        vocab_start=vocab_start,
+        group=group,
+    )
+    (loss / data["loss_mask"].sum()).backward()
+    gradients = {name: p.grad for name, p in decoder.named_parameters() if p.grad is not None}
+    with torch.no_grad():
+        logits = decoder(data["tokens"], data["documents"])
+    return Result(loss.detach(), weights, gradients, infos, logits)
+
+
+def as_plain(result: Result) -> tuple[object, ...]:
+    """A test's own class does not travel between processes."""
+    return result.loss, result.weights, result.gradients, result.infos, result.logits
+
+
+def single(config: ModelConfig) -> Result:
+    decoder = Decoder(config)
+    initialize_model_(decoder, SEED)
+    return forward_backward(decoder)
+
+
+def build(world_size: int, config: ModelConfig, parallel: ParallelConfig) -> Decoder:
+    """Meta -> parallelize -> materialise in memory full of NaN."""
+    with torch.device("meta"):
+        decoder = Decoder(config)
+    mesh = build_mesh(parallel, world_size=world_size, device_type="cpu")
+    parallelize(decoder, mesh, parallel)
+    assert all(p.is_meta for p in decoder.parameters())
+    torch.use_deterministic_algorithms(True)  # fills what `torch.empty` returns with NaN
+    try:
+        assert torch.empty(3).isnan().all()
+        materialize(decoder, device="cpu", seed=SEED)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    return decoder
+
+
+def sharded(rank: int, world_size: int, config: ModelConfig, parallel: ParallelConfig, bug: str) -> tuple[object, ...]:
+    decoder = build(world_size, config, parallel)
+    with pytest.MonkeyPatch.context() as patch:
+        plant(bug, patch)
+        return as_plain(forward_backward(decoder))
+
+
+def plant(bug: str, patch: pytest.MonkeyPatch) -> None:
+    """Break one thing that the comparison must notice."""
+    if bug == "norm gradients not reduced":
+        patch.setattr(TensorParallel, "on_stream", lambda self, parameter: parameter)
+    elif bug == "copy_in without its sum":
+        patch.setattr(TensorParallel, "enter", lambda self, x: x)
+    elif bug == "gradient summed twice":
+        enter = TensorParallel.enter
+        patch.setattr(TensorParallel, "enter", lambda self, x: enter(self, enter(self, x)))
+    elif bug == "row without its sum":
+        patch.setattr(TensorParallel, "leave", lambda self, y: y)
+    else:
+        assert bug == "", bug
+
+
+def joined(results: list[Result], name: str, field: str) -> Tensor:
+    """The global tensor from the ranks' parts."""
+    parts = [getattr(result, field)[name] for result in results]
+    dim = results[0].infos[name].tp_dim
+    return parts[0] if dim is None else torch.cat(parts, dim)
+
+
+def errors(results: list[Result], expected: Result) -> dict[str, float]:
+    """Relative error of the loss and of every global gradient; infinite where replicated ones differ between ranks."""
+    found = {"loss": abs(results[0].loss - expected.loss).item() / abs(expected.loss).item()}
+    for name, gradient in expected.gradients.items():
+        difference = (joined(results, name, "gradients") - gradient).abs().max() / gradient.abs().max()
+        found[name] = difference.item()
+        if results[0].infos[name].tp_dim is None and any(
+            not torch.equal(result.gradients[name], results[0].gradients[name]) for result in results
+        ):
+            found[name] = float("inf")
+    return found
+
+
+CASES = list(itertools.product(MODELS, [2, 4], [False, True]))
+
+
+@pytest.mark.parametrize(("model", "tp", "sequence_parallel"), CASES)
+def test_same_weights_loss_and_gradients(model: str, tp: int, sequence_parallel: bool) -> None:
+    config = MODELS[model]
+    parallel = ParallelConfig(tp=tp, sequence_parallel=sequence_parallel)
+    results = [Result(*r) for r in run_ranks(tp, sharded, config, parallel, "")]
+    expected = single(config)
+    assert set(results[0].gradients) == set(expected.gradients) == set(expected.weights)
+    for name, weight in expected.weights.items():
+        assert results[0].infos[name].global_shape == weight.shape
+        assert torch.equal(joined(results, name, "weights"), weight), name
+    found = errors(results, expected)
+    assert max(found.values()) < TOLERANCE, found
+    for result in results:
+        assert torch.equal(result.loss, results[0].loss)
+        # logits of size 1: the same sums in another order
+        torch.testing.assert_close(result.logits, expected.logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("bug", "sequence_parallel"),
+    [
+        ("norm gradients not reduced", True),
+        ("copy_in without its sum", False),
+        ("gradient summed twice", False),
+        ("row without its sum", False),
+    ],
+)
+def test_planted_bugs_are_caught(bug: str, sequence_parallel: bool) -> None:
+    parallel = ParallelConfig(tp=2, sequence_parallel=sequence_parallel)
+    results = [Result(*r) for r in run_ranks(2, sharded, NEMOTRON, parallel, bug)]
+    found = errors(results, single(NEMOTRON))
+    assert max(found.values()) > 1e3 * TOLERANCE
+
+
+def test_only_norms_notice_the_unreduced_norm_gradients() -> None:
+    parallel = ParallelConfig(tp=2, sequence_parallel=True)
+    results = [Result(*r) for r in run_ranks(2, sharded, NEMOTRON, parallel, "norm gradients not reduced")]
+    wrong = {name for name, error in errors(results, single(NEMOTRON)).items() if error > TOLERANCE}
+    assert wrong == {name for name in results[0].weights if "norm" in name}
+
+
+def test_what_is_cut_where() -> None:
+    infos = Result(*run_ranks(2, sharded, BIASED, ParallelConfig(tp=2), "")[1]).infos
+    assert infos["embedding.weight"] == ShardInfo((256, 32), tp_dim=0, start=128)
+    assert infos["layers.0.mixer.qkv.weight"] == ShardInfo((64, 32), tp_dim=0, start=32)
+    assert infos["layers.0.mixer.qkv.bias"] == ShardInfo((64,), tp_dim=0, start=32)
+    assert infos["layers.0.mixer.out.weight"] == ShardInfo((32, 32), tp_dim=1, start=16)
+    assert infos["layers.0.mixer.out.bias"] == ShardInfo((32,))
+    assert infos["layers.1.norm.weight"] == ShardInfo((32,))
+    assert infos["layers.1.mixer.down.weight"] == ShardInfo((32, 48), tp_dim=1, start=24)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("mode", ["selective", "full"])
+def test_recompute_gives_the_same_bits(mode: str, world_size: int) -> None:
+    plain = ParallelConfig(tp=world_size, sequence_parallel=world_size > 1)
+    again = replace(plain, recompute=mode)
+    if world_size == 1:
+        pairs = [tuple(forward_backward(build(1, LLAMA, parallel)) for parallel in (plain, again))]
+    else:
+        pairs = [
+            (Result(*a), Result(*b))
+            for a, b in zip(*(run_ranks(2, sharded, LLAMA, parallel, "") for parallel in (plain, again)))
+        ]
+    for without, with_recompute in pairs:
+        assert torch.equal(without.loss, with_recompute.loss)
+        for name, gradient in without.gradients.items():
+            assert torch.equal(gradient, with_recompute.gradients[name]), name
+
+
+@pytest.mark.parametrize(
+    ("change", "tp", "sequence_parallel", "message"),
+    [
+        ({"num_kv_heads": 2}, 4, False, r"model.num_kv_heads=2 does not divide by parallel.tp=4.*parallel.tp=1 or 2 "),
+        ({"ffn_size": 50}, 4, False, r"model.ffn_size=50 does not divide by parallel.tp=4.*parallel.tp=1 or 2 would"),
+        ({"vocab_multiple": 1}, 4, False, r"padded vocabulary .*=250 does not divide.*parallel.tp=1 or 2 would work"),
+        ({"max_seq_len": 18}, 4, True, r"model.max_seq_len=18 does not divide by parallel.tp=4"),
+    ],
+)
+def test_a_model_that_does_not_divide_is_refused(
+    change: dict[str, int], tp: int, sequence_parallel: bool, message: str
+) -> None:
+    from megatron_lite.parallel.plans import check_divisible
+
+    with pytest.raises(ValueError, match=message):
+        check_divisible(replace(NEMOTRON, **change), tp=tp, sequence_parallel=sequence_parallel)
+
+
+def test_the_engine_shards_a_layer_before_the_next_has_memory() -> None:
+    with torch.device("meta"):
+        decoder = Decoder(NEMOTRON)
+    real: list[int] = []
+
+    def shard(layer: torch.nn.Module) -> None:
+        assert not any(p.is_meta for p in layer.parameters())
+        real.append(sum(not p.is_meta for p in decoder.parameters()))
+        layer.to("meta")  # stands for: gives its memory away
+
+    materialize_ignoring_rest(decoder, shard)
+    assert len(real) == len(decoder.layers)
+    assert max(real) == max(len(list(layer.parameters())) for layer in decoder.layers)
+
+
+def materialize_ignoring_rest(decoder: Decoder, shard) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(AssertionError, match="not materialised"):
+        materialize(decoder, device="cpu", seed=SEED, shard=shard)
+
+
+def fully_sharded(rank: int, world_size: int, parallel: ParallelConfig) -> dict[str, Tensor]:
+    from torch.distributed.fsdp import fully_shard
+
+    with torch.device("meta"):
+        decoder = Decoder(LLAMA)
+    mesh = build_mesh(parallel, world_size=world_size, device_type="cpu")
+    assert mesh is not None
+    parallelize(decoder, mesh, parallel)
+    materialize(decoder, device="cpu", seed=SEED, shard=lambda m: fully_shard(m, mesh=mesh.data_parallel))
+    fully_shard(decoder, mesh=mesh.data_parallel)
+    dist.barrier()
+    return {name: p.full_tensor().detach() for name, p in decoder.named_parameters()}  # type: ignore[attr-defined]
+
+
+def test_weights_under_fsdp() -> None:
+    results = run_ranks(4, fully_sharded, ParallelConfig(tp=2))
+    whole = Decoder(LLAMA)
+    initialize_model_(whole, SEED)
+    for name, weight in whole.named_parameters():
+        parts = [results[0][name], results[1][name]]
+        dim = next((d for d in range(weight.dim()) if parts[0].shape[d] != weight.shape[d]), None)
+        assert torch.equal(parts[0] if dim is None else torch.cat(parts, dim), weight), name

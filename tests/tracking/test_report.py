@@ -1,0 +1,191 @@
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from megatron_lite.tracking import write_report
+from megatron_lite.tracking.jsonl import METRICS_FILE, encode_row
+from megatron_lite.tracking.svg import MAX_POINTS, Curve, line_chart, number, thin, ticks
+
+EVIL = "<script>alert('x')</script>&\"source\""
+VOID = {"meta", "link", "img", "br", "hr"}
+
+
+class Page(HTMLParser):
+    """An independent reader: checks nesting, gathers tags, text and table rows."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict]] = []
+        self.rows: list[list[str]] = []
+        self.text = ""
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+
+    def handle_startendtag(self, tag: str, attrs: list) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if "style" in self.open:
+            return
+        self.text += data
+        if {"td", "th"} & set(self.open):
+            self.rows[-1][-1] += data
+
+    def row(self, first: str) -> list[str]:
+        return next(row for row in self.rows if row and row[0] == first)
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    run_dir = tmp_path / "smoke & <b>"
+    rows: list[dict] = []
+    for step in range(1, 101):
+        rows.append(
+            {
+                "step": step,
+                "consumed_samples": 8 * step,
+                "consumed_tokens": 2048 * step,
+                "loss": float("nan") if step == 50 else 5 - step / 50,
+                "grad_norm": 1.0,
+                "lr": 1e-3,
+                "step_seconds": 0.5,
+                "tokens_per_second": 4096.0,
+                "mfu": 0.25,
+                "mfu_peak_measured": True,
+                "memory_gib": 1.5,
+            }
+        )
+    rows += [{"step": i, "val_loss": {EVIL: 4 - i / 50, "python": 3.0}} for i in (50, 100)]
+    run_dir.mkdir()
+    (run_dir / METRICS_FILE).write_bytes(b"".join(encode_row(row) for row in rows))
+    status = {"state": "preempted", "step": 100, "reason": "SIGTERM <i>", "blend_seen": {}}
+    status["blend_seen"] = {
+        EVIL: {"samples": 1500, "share": 0.75, "target": 0.7, "epochs": 1.25},
+        "python": {"samples": 500, "share": 0.25, "target": 0.3, "epochs": 0.1},
+    }
+    (run_dir / "status.json").write_text(json.dumps(status))
+    (run_dir / "config.yaml").write_text("a: '</pre><script>'\nseed: 1234\n")
+    for step in (50, 100):
+        folder = run_dir / "checkpoints" / f"step_{step:08d}"
+        folder.mkdir(parents=True)
+        phases = [
+            {"start": 0, "shares": {EVIL: "7/10", "python": "3/10"}},
+            {"start": 600, "shares": {EVIL: "1/2", "python": "1/2"}},
+        ]
+        manifest = {"step": step, "consumed_samples": 8 * step, "data": {"phases": phases}}
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+        (folder / "model.safetensors").write_bytes(bytes(3 * 2**20))
+    (run_dir / "checkpoints" / ".tmp-step_00000150").mkdir()
+    return run_dir
+
+
+def test_the_page_says_what_the_run_directory_says(run_dir: Path) -> None:
+    path = write_report(run_dir)
+    assert path == run_dir / "report.html"
+    page = Page(path.read_text(encoding="utf-8"))
+    assert page.row("training")[1:4] == ["4.9800", "3.0000", "-1.9800"]
+    assert page.row(EVIL) == [EVIL, "3.0000", "2.0000", "-1.0000", "7.389"]
+    blend = [row for row in page.rows if row[0] == EVIL][1]
+    assert blend[1:6] == ["1,500", "75.00%", "70.00%", "+5.00 pt", "1.25"]
+    phases = [row for row in page.rows if row[0] == "python"][-1]
+    assert phases == ["python", "30.00%", "50.00%"]
+    assert [row[:4] for row in page.rows if row[0].startswith("step_")] == [
+        ["step_00000100", "800", "2", "3.0 MiB"],
+        ["step_00000050", "400", "2", "3.0 MiB"],
+    ]
+    for text in ("preempted", "SIGTERM <i>", "smoke & <b>", "205K", "00:50", "measured CPU peak", "1.50 GiB"):
+        assert text in page.text
+    assert "a: '</pre><script>'\nseed: 1234" in page.text
+    charts = [found for tag, found in page.tags if tag == "svg" and "by step" in found.get("aria-label", "")]
+    assert len(charts) == 5
+
+
+def test_nothing_is_fetched_and_nothing_runs(run_dir: Path) -> None:
+    text = write_report(run_dir).read_text(encoding="utf-8")
+    page = Page(text)
+    assert not {tag for tag, _ in page.tags} & {
+        "script",
+        "link",
+        "img",
+        "iframe",
+        "object",
+        "embed",
+        "image",
+        "use",
+        "a",
+    }
+    assert not any(key in attributes for _, attributes in page.tags for key in ("src", "href", "onload", "onclick"))
+    assert not re.search(r"url\(|@import|https?://", text)
+    assert "prefers-color-scheme: dark" in text
+    assert ("meta", {"name": "viewport", "content": "width=device-width, initial-scale=1"}) in page.tags
+
+
+def test_an_empty_or_damaged_run_has_a_report_too(tmp_path: Path) -> None:
+    page = Page(write_report(tmp_path).read_text())
+    assert "Nothing logged yet." in page.text
+    (tmp_path / "status.json").write_text('{"state": "fini')
+    (tmp_path / METRICS_FILE).write_bytes(encode_row({"step": 1, "loss": float("nan")}) + b'{"step": 2, "lo')
+    (tmp_path / "checkpoints" / "step_00000001").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "step_00000001" / "manifest.json").write_text("[]")
+    page = Page(write_report(tmp_path).read_text())
+    assert "unknown" in page.text
+    assert "step_00000001" in page.text
+
+
+def test_a_chart_puts_values_where_they_belong() -> None:
+    svg = line_chart([Curve("c", [0, 50, 100], [0.0, 10.0, 5.0], "s0", points=True)], label="x", width=640, height=300)
+    places = [(float(x), float(y)) for x, y in re.findall(r'cx="([\d.]+)" cy="([\d.]+)"', svg)]
+    (x0, y0), (x1, y1), (x2, y2) = places
+    assert x1 - x0 == pytest.approx(x2 - x1, abs=0.2)  # written with one digit
+    assert y0 - y1 == pytest.approx(2 * (y2 - y1), abs=0.3)
+    lines = {label: float(y) for y, label in re.findall(r'<text x="50" y="([\d.]+)"[^>]*>([\d.]+)</text>', svg)}
+    assert lines["0"] == pytest.approx(y0, abs=0.11)
+    assert lines["10"] == pytest.approx(y1, abs=0.11)
+
+
+def test_a_wide_positive_range_is_logarithmic() -> None:
+    svg = line_chart([Curve("c", [1, 2, 3], [0.1, 1.0, 100.0], "s0", points=True)], label="x")
+    y = [float(v) for v in re.findall(r'cy="([\d.]+)"', svg)]
+    assert 2 * (y[0] - y[1]) == pytest.approx(y[1] - y[2], abs=0.3)
+
+
+def test_one_value_and_flat_curves_can_be_drawn() -> None:
+    for steps, values in (([7], [1.0]), ([1, 2], [0.0, 0.0]), ([1, 2], [-3.0, -3.0])):
+        assert "nan" not in line_chart([Curve("c", steps, values, "s0")], label="x")
+
+
+def test_thinning_keeps_spikes_and_ends() -> None:
+    values = [1.0] * 100_000
+    values[54_321], values[9] = 99.0, -99.0
+    steps, kept = thin(list(range(100_000)), values)
+    assert len(steps) <= MAX_POINTS + 2
+    assert (54_321, 99.0) in zip(steps, kept)
+    assert (9, -99.0) in zip(steps, kept)
+    assert (steps[0], steps[-1]) == (0, 99_999)
+    assert steps == sorted(steps)
+
+
+def test_ticks_are_round_and_inside() -> None:
+    assert ticks(0, 10, count=5) == [0, 2, 4, 6, 8, 10]
+    assert ticks(0.13, 0.37, count=5) == [0.15, 0.2, 0.25, 0.3, 0.35]
+    labels = [number(v) for v in (0, 0.0006, 0.5, 4000, 12000, 2.5e6)]
+    assert labels == ["0", "6e-4", "0.5", "4000", "12k", "2.5M"]

@@ -1,0 +1,146 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+import warnings
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+from megatron_lite.tracking import RunInfo, TrackingConfig, WandbTracker
+from megatron_lite.tracking.wandb import flatten, stable_id
+
+pytest.importorskip("wandb")
+
+RUN = """
+import sys, time
+from pathlib import Path
+from megatron_lite.tracking import RunInfo, TrackingConfig, WandbTracker
+folder, start, end, hang = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "hang"
+tracker = WandbTracker(TrackingConfig(kind="wandb", project="p", tags=["t"]))
+tracker.start(RunInfo(run_dir=folder, name="smoke", total_steps=12, start_step=start, config={"seed": 7}))
+for step in range(start + 1, end + 1):
+    tracker.log({"step": step, "loss": 1 / step, "mfu": None})
+    if step % 5 == 0:
+        tracker.log({"step": step, "val_loss": {"english text": 2 / step}})
+if hang:
+    time.sleep(600)
+tracker.close("finished")
+"""
+
+
+def start(folder: Path, *arguments: object) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-c", RUN, str(folder), *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def records(folder: Path) -> dict[str, list[dict]]:
+    """The records of an offline run by their kind, by wandb's own reader."""
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(folder)]
+    out = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=60).stdout
+    found: dict[str, list[dict]] = defaultdict(list)
+    for line in out.splitlines():
+        record = json.loads(line)
+        found[record["type"]].append(record[record["type"]])
+    return found
+
+
+def history(found: dict[str, list[dict]]) -> list[dict]:
+    rows = []
+    for record in found["history"]:
+        items = record.get("item", record)
+        rows.append({key: value for key, value in items.items() if not key.startswith("_")})
+    return rows
+
+
+def wait_for_rows(folder: Path, count: int) -> Path:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        for run in folder.glob("wandb/offline-run-*"):
+            if len(history(records(run))) >= count:
+                return run
+        time.sleep(0.3)
+    raise AssertionError(f"no {count} rows in {folder} within a minute")
+
+
+def test_one_run_id_through_a_kill_and_steps_that_go_back(tmp_path: Path) -> None:
+    process = start(tmp_path, 0, 10, "hang")
+    try:
+        first = wait_for_rows(tmp_path, 12)  # W&B's file lags by a second: what it has must survive the kill
+    finally:
+        process.kill()  # SIGKILL
+        process.wait()
+    assert start(tmp_path, 6, 12, "end").wait(timeout=60) == 0
+    (second,) = set(tmp_path.glob("wandb/offline-run-*")) - {first}
+
+    expected = (tmp_path / "wandb_id").read_text().strip()
+    before, after = records(first), records(second)
+    for found in (before, after):
+        (record, *_) = found["run"]
+        assert record["run_id"] == expected
+        assert record["project"] == "p"
+        assert record["config"]["update"]["seed"] == 7
+        metrics = {m.get("glob_name") or m["name"]: m for m in found["metric"]}
+        assert metrics["*"]["step_metric"] == "step"
+        assert "step" in metrics
+
+    def rows(steps: range) -> list[dict]:
+        training = [{"step": i, "loss": 1 / i} for i in steps]
+        validation = [{"step": i, "val_loss/english text": 2 / i} for i in steps if i % 5 == 0]
+        return sorted(training + validation, key=lambda row: row["step"])
+
+    assert history(before) == rows(range(1, 11))
+    assert history(after) == rows(range(7, 13))
+    summary = {key: value for record in after["summary"] for key, value in record["update"].items()}
+    assert summary["status"] == "finished"
+
+
+def test_no_failure_of_wandb_reaches_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken:
+        def __init__(self) -> None:
+            self.summary: dict = {}
+
+        def log(self, row: dict) -> None:
+            raise RuntimeError("the disk is full")
+
+        def finish(self, exit_code: int) -> None:
+            raise OSError("gone")
+
+    info = RunInfo(run_dir=tmp_path, name="x", total_steps=1)
+    tracker = WandbTracker(TrackingConfig(kind="wandb"))
+    monkeypatch.setitem(sys.modules, "wandb", None)  # makes the import fail
+    with pytest.warns(UserWarning, match="W&B could not start: ModuleNotFoundError.*Training goes on"):
+        tracker.start(info)
+    with warnings.catch_warnings():  # one warning is enough
+        warnings.simplefilter("error")
+        tracker.log({"step": 1})
+        tracker.close("finished")
+
+    tracker._run = Broken()
+    with pytest.warns(UserWarning, match="W&B could not log a row: RuntimeError: the disk is full"):
+        tracker.log({"step": 1})
+    tracker._run = Broken()
+    with pytest.warns(UserWarning, match="W&B could not finish: OSError: gone"):
+        tracker.close("finished")
+
+
+@pytest.mark.parametrize(
+    ("mode", "has_key", "expected"),
+    [(None, False, "offline"), (None, True, "online"), ("offline", True, "offline"), ("disabled", False, "disabled")],
+)
+def test_mode(mode: str | None, has_key: bool, expected: str) -> None:
+    assert WandbTracker(TrackingConfig(kind="wandb", mode=mode), has_key=has_key).mode == expected
+
+
+def test_ids_stay_with_their_directory(tmp_path: Path) -> None:
+    ids = [stable_id(tmp_path / name) for name in ("a", "b", "a")]
+    assert ids[0] == ids[2] != ids[1]
+    assert ids[0].isalnum()
+
+
+def test_flatten() -> None:
+    row = {"step": 3, "val_loss": {"a": 1.0, "b": {"c": 2.0}}, "mfu": None}
+    assert flatten(row) == {"step": 3, "val_loss/a": 1.0, "val_loss/b/c": 2.0}
