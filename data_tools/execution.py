@@ -98,8 +98,8 @@ def run_step(step: Step, executor: ExecutorConfig, console: Console) -> float:
     if (step.folder / DONE).exists():
         return 0.0
     step.folder.mkdir(parents=True, exist_ok=True)
-    for refusal in step.folder.glob("refused/*.txt"):
-        refusal.unlink()
+    for stale in [*step.folder.glob("refused/*.txt"), *step.folder.rglob(".*.tmp-*")]:  # of a run that was stopped or killed
+        stale.unlink(missing_ok=True)
     tasks = step.tasks()
     start = time.monotonic()
     if tasks:

@@ -19,7 +19,8 @@ _GENERATED = re.compile(
     r"^\W{1,6}generated (?:by|from|with|on)\b",
     re.IGNORECASE | re.MULTILINE,
 )
-_ENCODED = re.compile(r"[A-Za-z0-9+/]{120,}={0,2}|(?:(?:0x|\\x)[0-9A-Fa-f]{2},?\s*){12,}|(?:\\u[0-9A-Fa-f]{4}){8,}")
+_BASE64 = re.compile(r"[A-Za-z0-9+/]{120,}={0,2}")
+_ESCAPED = re.compile(r"(?:(?:0x|\\x)[0-9A-Fa-f]{2},?\s*){12,}|(?:\\u[0-9A-Fa-f]{4}){8,}")
 _NUMBERS = re.compile(r"\b(?:0[xX][0-9A-Fa-f]+|\d+(?:\.\d+)?)[uUlLfF]*\b")
 
 
@@ -70,8 +71,18 @@ def _composition(text: str, codes: np.ndarray, config: CodeFilterConfig) -> str 
         return "few_alphanumerics"
     if letters < config.min_letter_share * len(codes):
         return "few_letters"
-    if sum(len(match.group()) for match in _ENCODED.finditer(text)) > config.max_encoded_share * len(text):
+    if _encoded_chars(text) > config.max_encoded_share * len(text):
         return "encoded_data"
     if sum(map(len, _NUMBERS.findall(text))) > config.max_number_share * int((codes > 32).sum()):
         return "number_table"
     return None
+
+
+def _encoded_chars(text: str) -> int:
+    """Characters in base64 and in runs of escaped bytes; each search only where its marks are, as both are slow."""
+    found = 0
+    if any(len(word) >= 120 for word in text.split()):
+        found += sum(map(len, _BASE64.findall(text)))
+    if "0x" in text or "\\x" in text or "\\u" in text:
+        found += sum(len(match.group()) for match in _ESCAPED.finditer(text))
+    return found

@@ -122,7 +122,7 @@ def _lines(text: str, settings: ProseFilterConfig) -> str | None:
     if sum(line.endswith(("...", "…")) for line in filled) > settings.max_ellipsis_lines * len(filled):
         return "ellipsis_lines"
     paragraphs = _paragraphs(text)
-    wrapped = 50 <= float(np.median([len(line) for line in filled])) <= 100
+    wrapped = 50 <= float(np.median([len(line) for line in filled])) <= 130
     units = paragraphs if wrapped else filled
     if sum(unit.endswith(TERMINAL) for unit in units) < settings.min_sentence_lines * len(units):
         return "no_sentences"

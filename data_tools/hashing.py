@@ -66,7 +66,15 @@ def word_hashes(text: str) -> np.ndarray:
     codes = code_points(text.lower())
     if len(codes) <= BLOCK:
         return _hash_block(codes)
-    return np.concatenate([_hash_block(codes[i : i + BLOCK]) for i in range(0, len(codes), BLOCK)])
+    parts, start = [], 0
+    while start < len(codes):
+        end = start + BLOCK
+        if end < len(codes):  # cut behind the last character that is in no word, unless a "word" fills the block
+            outside = np.flatnonzero(character_classes()[codes[start:end]] != LETTER)
+            end = start + int(outside[-1]) + 1 if len(outside) else end
+        parts.append(_hash_block(codes[start:end]))
+        start = end
+    return np.concatenate(parts)
 
 
 def _hash_block(codes: np.ndarray) -> np.ndarray:

@@ -40,12 +40,12 @@ class MinHash:
         self.config = config
         generator = np.random.Generator(np.random.PCG64(config.seed))
         count = config.bands * config.rows
-        self._factor = generator.integers(1 << 63, size=(count, 1), dtype=np.uint64) * np.uint64(2) + np.uint64(1)
-        self._shift = generator.integers(1 << 63, size=(count, 1), dtype=np.uint64)
+        self._factor = generator.integers(1 << 31, size=(count, 1), dtype=np.uint32) * np.uint32(2) + np.uint32(1)
+        self._shift = generator.integers(1 << 32, size=(count, 1), dtype=np.uint32)
 
     def signature(self, text: str) -> np.ndarray | None:
-        """The minima of (a x + b) mod 2^64, upper half, over the hashes x of the text's n-grams."""
-        shingles = ngram_hashes(word_hashes(text), self.config.ngram)
+        """The minima of (a x + b) mod 2^32 over the hashes x of the text's n-grams; a is odd, so each map is a bijection."""
+        shingles = (ngram_hashes(word_hashes(text), self.config.ngram) >> np.uint64(32)).astype(np.uint32)
         if not len(shingles):
             return None
         best = None
@@ -54,8 +54,7 @@ class MinHash:
             values += self._shift
             minima = values.min(axis=1)
             best = minima if best is None else np.minimum(best, minima)
-        assert best is not None
-        return (best >> np.uint64(32)).astype(np.uint32)
+        return best
 
     def band_keys(self, signatures: np.ndarray) -> np.ndarray:
         """uint64 (N, bands): one hash for the rows of each band of uint32 (N, bands * rows)."""

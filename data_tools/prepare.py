@@ -5,6 +5,7 @@
     <output>/tokenizer/                          Hugging Face form
     <output>/<dataset>[.validation].{bin,idx,json}   token files and their side-cars
     <output>/report.{md,json} timing.json        counts, reasons, examples; times
+    <output>/data.yaml                           a 70/15/15 blend of all datasets, in the form of configs/data/
     <output>/quarantine.jsonl                    rows that could not be used: where and why
     <output>/corpus.json                         written last: the corpus is whole
     <output>/work/                               the stages' files, by which a killed run goes on
@@ -26,6 +27,7 @@ from data_tools.execution import is_done, run_step
 from data_tools.pipeline import STAGES, Pipeline
 from data_tools.recipe import ExecutorConfig, RecipeConfig
 from data_tools.report import collect, timing, to_markdown
+from data_tools.starter_blend import data_yaml
 from data_tools.steps import Step
 
 
@@ -116,6 +118,7 @@ def _publish(pipeline: Pipeline, seconds: dict[str, float], cores: int, console:
     write_text(output / "quarantine.jsonl", "".join(path.read_text(encoding="utf-8") for path in quarantine))
     write_json(output / "report.json", report)
     write_text(output / "report.md", to_markdown(report))
+    write_text(output / "data.yaml", data_yaml(output, report["datasets"]))
     if any(seconds.values()):
         write_json(output / "timing.json", timing(pipeline, seconds, cores))
     write_json(output / "corpus.json", {key: report[key] for key in ("recipe", "datasets")} | {"tokenizer": report["tokenizer"]["fingerprint"]})

@@ -127,9 +127,13 @@ class TokenizerSection:
 
 @dataclass
 class TokeniseConfig:
-    """`held_out` of every dataset's documents (by hash of the text) go to `<dataset>.validation`; `merge_bytes` bounds memory."""
+    """`held_out` of every dataset's documents (by hash of the text) go to `<dataset>.validation`; `merge_bytes` bounds memory.
+
+    Datasets of fewer than `min_documents` documents are put together as `<group>_small`.
+    """
 
     held_out: float = 0.01
+    min_documents: int = 1
     merge_bytes: int = 256_000_000
 
 

@@ -17,7 +17,7 @@ from data_tools.atomic import read_json
 from data_tools.documents import Corpus, read_shard, stats_path
 from data_tools.pipeline import Pipeline
 from data_tools.steps import EXAMPLE_CHARS
-from data_tools.tokenise import merged_facts
+from data_tools.tokenise import plan_datasets
 
 EXAMPLES = 3
 DEDUPLICATIONS = ("exact", "near")
@@ -39,7 +39,7 @@ def collect(pipeline: Pipeline) -> dict[str, Any]:
         "recipe": pipeline.recipe.name,
         "stages": stages,
         "tokenizer": {**read_json(tokenizer / "identity.json"), **read_json(tokenizer / "report.json")},
-        "datasets": merged_facts(pipeline.steps["tokenise_encode"].folder),
+        "datasets": plan_datasets(pipeline.steps["tokenise_encode"].folder, pipeline.recipe.tokenise.min_documents),
     }
 
 

@@ -117,16 +117,36 @@ def merged_facts(encoded: Path) -> dict[str, dict]:
     total: dict[str, dict] = {}
     for path in sorted(encoded.glob("*.datasets.json")):
         for name, facts in read_json(path).items():
-            entry = total.setdefault(name, {"group": facts["group"], "languages": {}, "licences": {}})
-            for kind in ("languages", "licences"):
-                for value, count in facts[kind].items():
-                    entry[kind][value] = entry[kind].get(value, 0) + count
-            for kind in ("bytes", "tokens", "documents"):
-                entry[kind] = entry.get(kind, 0) + facts[kind]
-    for entry in total.values():
-        for kind in ("languages", "licences"):
-            entry[kind] = dict(sorted(entry[kind].items(), key=lambda item: (-item[1], item[0])))
+            _accumulate(total.setdefault(name, {}), facts)
     return dict(sorted(total.items()))
+
+
+def plan_datasets(encoded: Path, min_documents: int) -> dict[str, dict]:
+    """`name/split` -> facts with `members`: the encoded datasets of which it is made (several only for `<group>_small`)."""
+    found = merged_facts(encoded)
+    documents: dict[str, int] = defaultdict(int)
+    for name, facts in found.items():
+        documents[name.rsplit("/", 1)[0]] += facts["documents"]
+    plan: dict[str, dict] = {}
+    for name, facts in found.items():
+        dataset, split = name.rsplit("/", 1)
+        small = documents[dataset] < min_documents
+        target = plan.setdefault(f"{facts['group']}_small/{split}" if small else name, {"members": []})
+        target["members"].append(name)
+        _accumulate(target, facts)
+    return dict(sorted(plan.items()))
+
+
+def _accumulate(entry: dict, facts: dict) -> None:
+    """Add the counts of `facts` to `entry`; languages and licences by number of documents."""
+    entry["group"] = facts["group"]
+    for kind in ("languages", "licences"):
+        counts = entry.setdefault(kind, {})
+        for value, count in facts[kind].items():
+            counts[value] = counts.get(value, 0) + count
+        entry[kind] = dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+    for kind in ("bytes", "tokens", "documents"):
+        entry[kind] = entry.get(kind, 0) + facts[kind]
 
 
 def prefix_name(dataset: str, split: str) -> str:
@@ -144,18 +164,16 @@ class MergeStep(Step):
 
     def tasks(self) -> int:
         """One a dataset and split."""
-        return len(merged_facts(self.encoded))
+        return len(plan_datasets(self.encoded, self.settings.min_documents))
 
     def run_task(self, rank: int, progress: Progress) -> None:
         """Merge dataset `rank`."""
-        name, facts = list(merged_facts(self.encoded).items())[rank]
+        name, facts = list(plan_datasets(self.encoded, self.settings.min_documents).items())[rank]
         dataset, split = name.rsplit("/", 1)
         identity = tokenizer_identity(self.tokenizer)
         prefix = self.folder / prefix_name(dataset, split)
-        for stale in self.folder.glob(f".{prefix.name}.*.tmp-*"):
-            stale.unlink()
         with IndexedWriter(prefix, best_dtype(identity["vocab_size"])) as writer:
-            for document in merge_sorted(self.encoded / dataset / split, self.settings.merge_bytes):
+            for document in merge_sorted([self.encoded / m for m in facts["members"]], self.settings.merge_bytes):
                 writer.add_document(document)
                 progress.add(document.nbytes)
         manifest = Manifest(
@@ -171,10 +189,10 @@ class MergeStep(Step):
         write_manifest(prefix, manifest)
 
 
-def merge_sorted(folder: Path, memory_bytes: int) -> Iterator[np.ndarray]:
-    """The documents of all sorted files of `folder` in the order of their keys; a range of keys at a time in memory."""
-    entries = [np.load(path, mmap_mode="r") for path in sorted(folder.glob("*.documents.npy"))]
-    tokens = [np.load(path, mmap_mode="r") for path in sorted(folder.glob("*.tokens.npy"))]
+def merge_sorted(folders: list[Path], memory_bytes: int) -> Iterator[np.ndarray]:
+    """The documents of all sorted files of `folders` in the order of their keys; a range of keys at a time in memory."""
+    entries = [np.load(path, mmap_mode="r") for folder in folders for path in sorted(folder.glob("*.documents.npy"))]
+    tokens = [np.load(path, mmap_mode="r") for folder in folders for path in sorted(folder.glob("*.tokens.npy"))]
     total = sum(part.nbytes for part in tokens)
     ranges = max(1, -(-total // memory_bytes))
     edges = [(i << 64) // ranges for i in range(ranges + 1)]

@@ -50,6 +50,7 @@ from megatron_lite.weights import TOKENIZER, CheckpointTensors, open_weights
 class DataFeed:
     """This data-parallel rank's batches, on the device."""
 
+    blend: Blend
     loader: Loader
     held_out: dict[str, Source]
     windows: int
@@ -74,6 +75,20 @@ class DataFeed:
                 data_parallel_size=self.ranks,
             )
             yield name, (self._move(batch) for batch in batches)
+
+    def seen(self, consumed: int) -> dict[str, dict[str, float]]:
+        """See `trainer.Feed`."""
+        counts = self.blend.counts(0, consumed)
+        targets = self.blend.expected(consumed)
+        return {
+            name: {
+                "samples": count,
+                "share": count / max(consumed, 1),
+                "target": targets[name],
+                "epochs": count / self.blend.sources[name].num_windows,
+            }
+            for name, count in counts.items()
+        }
 
     def _move(self, batch: Batch) -> Batch:
         return {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
@@ -260,7 +275,7 @@ def build_feed(
         data_parallel_size=ranks,
         pin_memory=device.type == "cuda",
     )
-    return DataFeed(loader, held_out, run.data.validation.windows, size, rank, ranks, device)
+    return DataFeed(blend, loader, held_out, run.data.validation.windows, size, rank, ranks, device)
 
 
 def build_metrics(run: RunConfig, runtime: Runtime, *, consumed: int) -> Metrics:

@@ -40,7 +40,7 @@ def train(run: RunConfig) -> int:
         set_deterministic(run.train.deterministic)
         store = CheckpointStore.with_own_group(Path(run.run.dir) / "checkpoints", run.checkpoint)
         lock = RunLock(run.run.dir)
-        store.ranks.first("lock run.dir", lock.acquire)
+        store.ranks.first("lock run.dir", lambda: _acquire(lock))
         try:
             return _locked(run, runtime, store)
         finally:
@@ -88,9 +88,12 @@ def _report(run: RunConfig, trainer: Trainer, outcome: str) -> None:
         f"  mlite evaluate checkpoint={directory}\n"
         f"  mlite generate checkpoint={directory} prompt='def main('\n"
         f"  mlite convert source={directory} target={directory}/hf to=hf\n"
-        f"  mlite train experiment={run.run.name} train.max_steps={2 * trainer.schedule.horizon_steps} "
-        f"run.dir={directory}-longer"
+        f"  the same command with train.max_steps={2 * trainer.schedule.horizon_steps}: goes on from here to twice the length"
     )
+
+
+def _acquire(lock: RunLock) -> None:
+    lock.acquire()
 
 
 def _silent(_text: str) -> None:

@@ -89,6 +89,9 @@ class Feed(Protocol):
     def validation(self) -> Iterable[tuple[str, Iterable[Batch]]]:
         """(source, this rank's held-out batches), always the same ones."""
 
+    def seen(self, consumed: int) -> dict[str, dict[str, float]]:
+        """source -> samples, share, target share and epochs of the first `consumed` samples."""
+
 
 class TrainingDivergedError(RuntimeError):
     """Too many steps in a row without a finite loss and gradient."""
@@ -206,14 +209,19 @@ class Trainer:
                 "checkpoint (train.max_skipped_steps sets how many are borne)"
             )
 
+    def _write_status(self, state: str, reason: str) -> None:
+        self.status.write(
+            state, self.position.step, reason, blend_seen=self.feed.seen(self.position.consumed_samples)
+        )
+
     @contextmanager
     def _reported(self) -> Iterator[None]:
         """status.json and the trackers learn how it ended, whatever happens."""
-        self.status.write("running", self.position.step, "")
+        self._write_status("running", "")
         try:
             yield
         except BaseException as error:
-            self.status.write("failed", self.position.step, f"{type(error).__name__}: {error}")
+            self._write_status("failed", f"{type(error).__name__}: {error}")
             self.tracker.close("failed")
             raise
         self.tracker.close(self.status.state)

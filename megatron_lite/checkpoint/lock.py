@@ -31,8 +31,7 @@ class RunLock:
     def __init__(self, run_dir: str | Path) -> None:
         self.path = Path(run_dir) / "run.lock"
         self._file: IO[str] | None = None
-        # a worker forked from this process shares the lock: unless it lets go, it would hold the run after
-        # our death
+        # a forked worker shares the lock: unless it lets go, it would hold the run after our death
         me = weakref.ref(self)
         os.register_at_fork(after_in_child=lambda: _close_in_child(me))
 

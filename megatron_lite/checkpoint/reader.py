@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
-import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,62 +47,90 @@ def describe(path: str | Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]
     return {name: (tuple(entry["shape"]), dtype_from(entry["dtype"])) for name, entry in tensors.items()}
 
 
-def load_tensors(
-    path: str | Path, names: Iterable[str] | None = None, *, verify: bool = True
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield (name, whole global CPU tensor) for `names`, all when None, in the order given; lazily.
+class SavedTensors(Mapping[str, torch.Tensor]):
+    """Global name -> whole global CPU tensor of a checkpoint, read anew each time it is asked for.
 
-    verify: hash the files that hold them first. Raises ValueError for unknown names and CheckpointError for
-        damage, both before the first tensor.
+    prefix: only names that begin with it, and without it (`model.` for the weights).
+    verify: hash the files that hold them first.
+    Raises CheckpointError for damage when made, KeyError for unknown names.
     """
-    path = Path(path)
-    tensors = describe(path)
-    wanted = list(tensors) if names is None else list(names)
-    unknown = [name for name in wanted if name not in tensors]
-    if unknown:
-        raise ValueError(f"{path} holds no tensors {', '.join(unknown[:5])}{', ...' if len(unknown) > 5 else ''}")
-    boxes = _boxes(path, set(wanted))
-    files = read_manifest(path)["files"]
-    if verify:
-        for file in sorted({file for found in boxes.values() for file, _ in found}):
-            problem = file_problem(path / file, files[file])
+
+    def __init__(self, path: str | Path, *, prefix: str = "", verify: bool = True) -> None:
+        self.path = Path(path)
+        self.prefix = prefix
+        self.entries = {name: entry for name, entry in describe(path).items() if name.startswith(prefix)}
+        self._files = read_manifest(self.path)["files"]
+        self._boxes = _boxes(self.path, set(self.entries), self._files)
+        self._open: dict[str, Any] = {}
+        if verify:
+            self.verify(self)
+
+    def verify(self, names: Iterable[str]) -> None:
+        """Hash the files that hold `names`. Raises CheckpointError."""
+        for file in sorted({file for name in names for file, _ in self._boxes[self.prefix + name]}):
+            problem = file_problem(self.path / file, self._files[file])
             if problem:
                 raise CheckpointError(problem)
-    return _assembled(path, {name: tensors[name] for name in wanted}, boxes)
 
-
-def _boxes(path: Path, wanted: set[str]) -> dict[str, list[tuple[str, list[int]]]]:
-    """Name -> [(file, offsets of its box)], from the headers."""
-    boxes: dict[str, list[tuple[str, list[int]]]] = {name: [] for name in wanted}
-    for file in sorted(read_manifest(path)["files"]):
-        try:
-            with safe_open(path / file, framework="pt") as stream:
-                places = json.loads((stream.metadata() or {}).get("DCP_SHARDING_INFO", "{}"))
-                for name in wanted.intersection(stream.keys()):
-                    offsets = places[name]["saved_offsets"]
-                    boxes[name].append((file, offsets))
-        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{path / file} has no sound header: {error!r}") from error
-    return boxes
-
-
-def _assembled(path: Path, tensors: dict[str, Any], boxes: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
-    streams: dict[str, Any] = {}
-    for name, (shape, dtype) in tensors.items():
+    def __getitem__(self, name: str) -> torch.Tensor:
+        name = self.prefix + name
+        shape, dtype = self.entries[name]
+        boxes = self._boxes[name]
         # mapped files count as this process's memory: only those of the tensor at hand stay open
-        streams = {
-            file: streams[file] if file in streams else safe_open(path / file, framework="pt")
-            for file, _ in boxes[name]
-        }
+        self._open = {file: self._open.get(file) or _opened(self.path / file) for file, _ in boxes}
         whole = torch.empty(shape, dtype=dtype)
         filled = 0
-        for file, offsets in boxes[name]:
-            box = streams[file].get_tensor(name)
+        for file, offsets in boxes:
+            box = self._open[file].get_tensor(name)
             target = whole
             for dim, (start, size) in enumerate(zip(offsets, box.shape)):
                 target = target.narrow(dim, start, size)
             target.copy_(box)
             filled += box.numel()
-        if filled != math.prod(shape):
-            raise CheckpointError(f"the files of {path} hold {filled} of the {math.prod(shape)} numbers of {name!r}")
-        yield name, whole
+        if filled != whole.numel():
+            raise CheckpointError(f"{self.path} holds {filled} of the {whole.numel()} numbers of {name!r}")
+        return whole
+
+    def __iter__(self) -> Iterator[str]:
+        return (name.removeprefix(self.prefix) for name in self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+
+def load_tensors(
+    path: str | Path, names: Iterable[str] | None = None, *, verify: bool = True
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield (name, whole global CPU tensor) for `names`, all when None, in the order given; lazily.
+
+    Raises ValueError for unknown names and CheckpointError for damage, both before the first tensor.
+    """
+    tensors = SavedTensors(path, verify=False)
+    wanted = list(tensors) if names is None else list(names)
+    unknown = [name for name in wanted if name not in tensors]
+    if unknown:
+        raise ValueError(f"{path} holds no tensors {', '.join(unknown[:5])}{', ...' if len(unknown) > 5 else ''}")
+    if verify:
+        tensors.verify(wanted)
+    return ((name, tensors[name]) for name in wanted)
+
+
+def _boxes(path: Path, wanted: set[str], files: Iterable[str]) -> dict[str, list[tuple[str, list[int]]]]:
+    """Name -> [(file, offsets of its box)], from the headers."""
+    boxes: dict[str, list[tuple[str, list[int]]]] = {name: [] for name in wanted}
+    for file in sorted(files):
+        stream = _opened(path / file)
+        try:
+            places = json.loads((stream.metadata() or {}).get("DCP_SHARDING_INFO", "{}"))
+            for name in wanted.intersection(stream.keys()):
+                boxes[name].append((file, places[name]["saved_offsets"]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{path / file} does not say where its boxes lie: {error!r}") from error
+    return boxes
+
+
+def _opened(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file} cannot be opened: {error!r}") from error

@@ -42,7 +42,7 @@ class Saver:
         """Raises CheckpointError on every rank, naming the step, the rank and the reason."""
         temporary = self.directory / f".tmp-{manifests.step_name(step)}"
         try:
-            self.ranks.agree("prepare", lambda: self._prepare(temporary, pieces, state))
+            self.ranks.agree("prepare", lambda: self._prepare(temporary, state))
             self._check_replicas(pieces)
             written = write_pieces(
                 temporary,
@@ -59,7 +59,7 @@ class Saver:
                 shutil.rmtree(temporary, ignore_errors=True)
             raise CheckpointError(f"the checkpoint of step {step} was not saved: {error}") from error
 
-    def _prepare(self, temporary: Path, pieces: dict[str, Piece], state: dict[str, Any]) -> None:
+    def _prepare(self, temporary: Path, state: dict[str, Any]) -> None:
         manifests.check_state(state)
         if self.ranks.rank == 0:
             self.directory.mkdir(parents=True, exist_ok=True)

@@ -2,13 +2,13 @@
 
 Notable features
 - DCP plans who writes which box (replicas once, balanced over the ranks) and which boxes fill which on
-  loading; its safetensors storage writes the headers. Its default storage would `pickle.load` a `.metadata`
-  file and is not used.
+  loading, and reads them with its safetensors storage. Its default storage would `pickle.load` a
+  `.metadata` file and is not used.
 - The writer's stream hashes what the program meant to write, not what the disk gives back.
 - Only files that the manifest names are opened.
-- A rank's tensors go to several files of about `file_bytes`, one kind (`model`, `exp_avg`, ...) apart from
-  the other, so that the copy that is serialised at once stays small and reading weights does not touch the
-  optimizer's files.
+- A rank's tensors go to several files of about `file_bytes`, so that the ranks can share the verifying, and
+  one kind (`model`, `exp_avg`, ...) apart from the other, so that whoever reads weights leaves the
+  optimizer's files alone.
 """
 
 from __future__ import annotations
@@ -190,14 +190,16 @@ class _Writer(HuggingFaceStorageWriter):
         self.fs = files
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        rank = plan.storage_data["shard_index"] - 1
         with _picklable_errors():
-            for number, items in sorted(self._split_by_storage_plan(self.fqn_to_index_mapping, plan.items).items()):
-                name = f"rank-{plan.storage_data['shard_index'] - 1:05d}-{number:05d}.safetensors"
-                tensors = {
+            files = self._split_by_storage_plan(self.fqn_to_index_mapping, plan.items)
+            for number, items in sorted(files.items()):
+                boxes: dict[str, Any] = {
                     item.index.fqn: (planner.resolve_data(item), tuple(item.index.offset or ())) for item in items
                 }
-                with self.fs.create_stream(self.path / name, "wb") as stream:
-                    write_safetensors(stream, tensors, metadata={"format": "pt"})
+                path = Path(self.path) / f"rank-{rank:05d}-{number:05d}.safetensors"
+                with self.fs.create_stream(path, "wb") as stream:
+                    write_safetensors(stream, boxes, metadata={"format": "pt"})
                     stream.flush()
                     os.fsync(stream.fileno())
         done: Future[list[WriteResult]] = Future()

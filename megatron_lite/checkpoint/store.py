@@ -16,6 +16,7 @@ from __future__ import annotations
 import copy
 import logging
 import threading
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -47,7 +48,7 @@ class CheckpointConfig:
     keep: int = 3  # the newest that stay
     keep_every: int | None = None  # multiples of this step stay for good
     async_save: bool = False  # write in the background
-    file_mib: int = 512  # aimed size of a file; the copy being serialised is of this size too
+    file_mib: int = 512  # aimed size of a file
     timeout_seconds: int = 1800  # how long a rank waits for the others, slow writes included
 
     def validate(self) -> None:
@@ -95,14 +96,27 @@ class CheckpointStore:
         timeout = timedelta(seconds=config.timeout_seconds)
         return cls(directory, config, group=dist.new_group(backend="gloo", timeout=timeout))
 
+    def check_shared(self) -> None:
+        """Every rank must see one directory: rank 0 leaves a file there, the others look for it.
+
+        Raises CheckpointError on every rank, naming those that do not see it.
+        """
+        mark = self.directory / self.ranks.first("mark", lambda: _leave_mark(self.directory))
+        seen = self.ranks.agree("look for the mark", mark.exists)
+        self.ranks.first("unmark", mark.unlink)
+        blind = [rank for rank, sees in enumerate(seen) if not sees]
+        if blind:
+            raise CheckpointError(
+                f"ranks {blind} do not see {self.directory} as rank 0 does: run.dir must lie on a shared file system"
+            )
+
     # ---- saving
 
     def save(self, step: int, tensors: Tensors, state: dict[str, Any]) -> None:
         """Write `tensors` and the JSON `state` (`manifest.STATE_KEYS` and more) as the checkpoint of `step`.
 
-        tensors: global name -> `Piece`, or the whole tensor on a single process; the same names on every
-            rank. With `async_save` this returns when the tensors are copied. Raises CheckpointError on
-            every rank.
+        tensors: global name -> `Piece`, or the whole tensor on a single process; the same names on every rank.
+        With `async_save` this returns when the tensors are copied. Raises CheckpointError on every rank.
         """
         self.wait()
         pieces = as_pieces(tensors, ranks=self.ranks.size)
@@ -111,8 +125,7 @@ class CheckpointStore:
             self._write(step, pieces, state)
             return
         pieces = self._staging.copy(pieces)
-        # a daemon: when this process dies of an error elsewhere, it must not wait here for ranks that never
-        # come
+        # a daemon: when this process dies of an error elsewhere, it must not wait for ranks that never come
         self._thread = threading.Thread(
             target=self._write_in_background, args=(step, pieces, state), name=f"save-{step}", daemon=True
         )
@@ -151,9 +164,7 @@ class CheckpointStore:
     def prune(self) -> None:
         """Delete what retention lets go now. Rank 0 deletes."""
         self.wait()
-        steps = folder.list_steps(self.directory)
-        if steps:
-            self.ranks.first("prune", lambda: self._prune(steps[-1]))
+        self.ranks.first("prune", lambda: self._prune(max(self.steps(), default=0)))
 
     def _prune(self, last: int) -> list[int]:
         keep, keep_every = self.config.keep, self.config.keep_every
@@ -175,8 +186,7 @@ class CheckpointStore:
         return self.directory / manifests.step_name(step)
 
     def newest_valid(self) -> Path | None:
-        """The newest checkpoint whose every file is what its manifest says; the same on every rank, None
-        when none is.
+        """The newest checkpoint whose every file is what its manifest says, or None; the same on every rank.
 
         Damaged ones are skipped with a warning that names the file and the reason.
         """
@@ -203,8 +213,7 @@ class CheckpointStore:
         """Verify a checkpoint, fill `tensors` in place, return its manifest.
 
         partial: the checkpoint may hold tensors that nobody asks for (weights without the optimizer).
-            Raises CheckpointError when the checkpoint is damaged, ValueError when it is of another model;
-            on every rank.
+        Raises CheckpointError when it is damaged, ValueError when it is of another model; on every rank.
         """
         self.wait()
         path = self._where(step_or_path)
@@ -213,7 +222,7 @@ class CheckpointStore:
         if problem is not None:
             raise CheckpointError(f"the checkpoint {path} cannot be loaded: {problem}")
         manifest = self.ranks.first("manifest", lambda: manifests.read_manifest(path))
-        wanted = {n: manifests.tensor_entry(piece.global_shape, piece.local.dtype) for n, piece in pieces.items()}
+        wanted = manifests.tensor_entries(pieces)
         differences = self.ranks.agree(
             "compare", lambda: manifests.tensor_differences(manifest["tensors"], wanted, partial=partial)
         )
@@ -252,6 +261,13 @@ def as_pieces(tensors: Tensors, *, ranks: int) -> dict[str, Piece]:
     if plain and ranks > 1:
         raise TypeError(f"{plain[:5]} are plain tensors; on {ranks} ranks every tensor must be a Piece")
     return {name: v if isinstance(v, Piece) else Piece.whole(v) for name, v in tensors.items()}
+
+
+def _leave_mark(directory: Path) -> str:
+    name = f".tmp-shared-{uuid.uuid4().hex}"
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / name).touch()
+    return name
 
 
 def _signature(path: Path, manifest: dict[str, Any]) -> str:

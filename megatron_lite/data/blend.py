@@ -177,6 +177,16 @@ class Blend:
         upto, below = self._prefix(stop), self._prefix(start)
         return {name: upto[name] - below[name] for name in self.sources}
 
+    def expected(self, stop: int) -> dict[str, float]:
+        """The share of the samples [0, stop) that the weights of the phases ask of each source (of the first, at stop 0)."""
+        ends = [*self._starts[1:], stop]
+        shares = dict.fromkeys(self.sources, 0.0)
+        for segment, end in zip(self.phases.segments, ends):
+            length = max(0, min(end, stop) - segment.start) if stop else int(segment.start == 0)
+            for name, share in segment.shares.items():
+                shares[name] += float(share) * length / max(stop, 1)
+        return shares
+
     def _prefix(self, stop: int) -> Counter[str]:
         phase = max(bisect_right(self._starts, stop) - 1, 0)
         return self._bases[phase] + self._trees[phase].counts(stop - self._starts[phase])

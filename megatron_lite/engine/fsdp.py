@@ -66,6 +66,9 @@ def sharder(config: FsdpConfig, mesh: Mesh | None, dtype: torch.dtype) -> Callab
             offload_policy=offload,
             reshard_after_forward=config.shard == "full",
         )
+        assert isinstance(module, FSDPModule)
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)  # a plain sum: gloo knows no scaled one
 
     return shard
 
@@ -88,8 +91,6 @@ class FsdpEngine:
         shards: dict[str, ShardInfo],
     ) -> None:
         sharder(config, mesh, dtype)(objective)
-        if isinstance(objective, FSDPModule):
-            objective.set_gradient_divide_factor(1.0)
         self.objective, self.mesh, self.dtype, self.shards = objective, mesh, dtype, shards
         self.clip_grad = optim.clip_grad
         self.named = {
@@ -186,4 +187,4 @@ class FsdpEngine:
 
 def _local(tensor: Tensor) -> Tensor:
     """The plain local tensor, sharing its memory."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()

@@ -16,6 +16,7 @@ Shapes: B batch, T sequence (T/tp on the residual stream under sequence parallel
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch.distributed as dist
@@ -65,10 +66,11 @@ class ShardInfo:
 
 
 class Twin(nn.Module):
-    """What all twins have."""
+    """What all twins have. plain_forward: the forward of the model's own class, as a function of (module, x)."""
 
     tp: TensorParallel
     tp_dims: dict[str, int]
+    plain_forward: Callable[..., Tensor]
 
 
 class Column(Twin):
@@ -136,7 +138,10 @@ class CopyIn(Twin):
 
 @functools.cache
 def _twin_class(twin: type[Twin], original: type[nn.Module]) -> type[nn.Module]:
-    return type(f"{twin.__name__}{original.__name__}", (twin, original), {"__doc__": twin.__doc__})
+    body: dict[str, object] = {"__doc__": twin.__doc__}
+    if not issubclass(original, Twin):
+        body["plain_forward"] = staticmethod(original.forward)
+    return type(f"{twin.__name__}{original.__name__}", (twin, original), body)
 
 
 def become(module: nn.Module, twin: type[Twin], tp: TensorParallel) -> None:
@@ -177,7 +182,7 @@ def shard_info(model: nn.Module) -> dict[str, ShardInfo]:
             if dim is None:
                 infos[full_name] = ShardInfo(tuple(shape))
                 continue
-            tp: TensorParallel = module.tp  # type: ignore[assignment]
+            tp: TensorParallel = module.tp
             start = tp.rank * shape[dim]
             shape[dim] *= tp.size
             infos[full_name] = ShardInfo(tuple(shape), tp_dim=dim, start=start)

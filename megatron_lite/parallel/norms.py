@@ -40,7 +40,7 @@ class ReplicatedNorm(Twin):
         if not self.tp.sequence_parallel:
             return super().forward(x)
         weights = {name: self.tp.on_stream(parameter) for name, parameter in self.named_parameters(recurse=False)}
-        return super().forward.__func__(_Weights(eps=self.eps, **weights), x)
+        return self.plain_forward(_Weights(eps=self.eps, **weights), x)
 
 
 class ShardedNorm(Twin):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 STATES = ("running", "preempted", "finished", "failed")
 
@@ -16,12 +17,12 @@ class Status:
         self.path, self.main_process = run_dir / "status.json", main_process
         self.state = "running"
 
-    def write(self, state: str, step: int, reason: str) -> None:
-        """`state` is one of STATES; `reason` says in words why (empty while running)."""
+    def write(self, state: str, step: int, reason: str, **more: Any) -> None:
+        """`state` is one of STATES; `reason` says in words why (empty while running); `more` is written as it is."""
         assert state in STATES
         self.state = state
         if not self.main_process:
             return
         temporary = self.path.with_suffix(".json.tmp")
-        temporary.write_text(json.dumps({"state": state, "step": step, "reason": reason}) + "\n")
+        temporary.write_text(json.dumps({"state": state, "step": step, "reason": reason, **more}) + "\n")
         os.replace(temporary, self.path)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from megatron_lite.checkpoint import CheckpointConfig, CheckpointStore
-from tests.checkpoint.rank_pool import STATE, bitwise_equal, empty_like, run_alone, start_alone, tensors_of
+from tests.checkpoint.processes import STATE, bitwise_equal, empty_like, run_alone, start_alone, tensors_of
 
 
 def newest(folder: Path) -> int:

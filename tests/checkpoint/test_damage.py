@@ -21,7 +21,7 @@ from megatron_lite.checkpoint import (
 )
 from megatron_lite.checkpoint.manifest import encode
 from megatron_lite.checkpoint.storage import open_for_writing
-from tests.checkpoint.rank_pool import STATE, bitwise_equal, empty_like, flip_byte, tensors_of
+from tests.checkpoint.processes import STATE, bitwise_equal, empty_like, flip_byte, tensors_of
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def truncate(path):
 
 
 def write_extra(path):
-    (path / "shard-00009-model-00001-of-00001.safetensors").write_bytes(tensor_files(path)[0].read_bytes())
+    (path / "rank-00009-00001.safetensors").write_bytes(tensor_files(path)[0].read_bytes())
 
 
 def break_json(path):
@@ -88,7 +88,7 @@ DAMAGES = {
     "flipped byte": (lambda path: flip_byte(tensor_files(path)[0]), "SHA-256"),
     "flipped byte in the header": (lambda path: flip_byte(tensor_files(path)[0], 20), "SHA-256"),
     "missing file": (lambda path: tensor_files(path)[0].unlink(), "cannot be read: No such file"),
-    "extra file": (write_extra, "does not know: shard-00009"),
+    "extra file": (write_extra, "does not know: rank-00009"),
     "exchanged files": (exchange, "bytes, not|SHA-256"),
     "garbage header": (garbage_header, "SHA-256"),
     "no manifest": (lambda path: (path / "manifest.json").unlink(), "manifest.json cannot be read"),
@@ -163,7 +163,7 @@ def test_rows_that_no_file_holds_are_noticed(store):
     edit(path, files={name: entry for name, entry in files.items() if name != gone.name})
     with pytest.raises(CheckpointError, match=r"no file of the checkpoint holds the tensor 'exp_avg_sq"):
         store.load(2, empty_like(tensors_of(2)))
-    with pytest.raises(CheckpointError, match="hold 0 of the 66 numbers of 'exp_avg_sq"):
+    with pytest.raises(CheckpointError, match="holds 0 of the 66 numbers of 'exp_avg_sq"):
         list(load_tensors(path))
 
 
@@ -197,7 +197,7 @@ def test_bytes_that_the_disk_changed_are_found(tmp_path):
         store.load(1, empty_like(tensors_of(1)))
 
 
-@pytest.mark.parametrize("failing", ["00001-of", "00002-of", "manifest.json"])
+@pytest.mark.parametrize("failing", ["00001.safetensors", "00002.safetensors", "manifest.json"])
 @pytest.mark.parametrize("when", ["open", "write"])
 def test_a_full_disk(store, failing, when):
     class Full:
@@ -225,7 +225,7 @@ def test_a_full_disk(store, failing, when):
         return Full(path)
 
     full = CheckpointStore(store.directory, CheckpointConfig(), open_stream=open_stream)
-    with pytest.raises(CheckpointError, match="step 3 was not saved.*No space left on device"):
+    with pytest.raises(CheckpointError, match=r"step 3 was not saved.*No space left on device"):
         full.save(3, tensors_of(3), STATE)
     assert sorted(entry.name for entry in store.directory.iterdir()) == ["step_00000001", "step_00000002"]
     assert store.newest_valid() == store.path(2)

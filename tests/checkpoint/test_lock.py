@@ -7,7 +7,7 @@ import os
 import pytest
 
 from megatron_lite.checkpoint import RunLock
-from tests.checkpoint.rank_pool import start_alone
+from tests.checkpoint.processes import start_alone
 
 
 def take(run_dir):

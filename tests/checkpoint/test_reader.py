@@ -13,22 +13,23 @@ from megatron_lite.checkpoint import (
     CheckpointError,
     CheckpointStore,
     Layout,
+    SavedTensors,
     describe,
     find_checkpoint,
     load_tensors,
 )
-from tests.checkpoint.rank_pool import (
-    GROUPS,
+from tests.checkpoint.processes import (
     STATE,
-    RankPool,
     bitwise_equal,
+    first_ranks,
     flip_byte,
     run_alone,
     tensors_of,
 )
+from tests.distributed import run_ranks
 
 
-def save_sharded(rank, folder):
+def save_sharded(rank, size, folder):
     at = Layout(rank // 2, 2, rank % 2, 2)
     pieces = {}
     for name, whole in tensors_of(1).items():
@@ -36,11 +37,11 @@ def save_sharded(rank, folder):
         offsets, sizes = at.box(whole.shape, tp_dim=tp_dim)
         local = whole[tuple(slice(o, o + s) for o, s in zip(offsets, sizes))].clone()
         pieces[name] = at.piece(local, whole.shape, tp_dim=tp_dim)
-    CheckpointStore(folder, CheckpointConfig(), group=GROUPS[4]).save(1, pieces, STATE)
+    CheckpointStore(folder, CheckpointConfig(), group=first_ranks(4, size)).save(1, pieces, STATE)
 
 
-def test_pieces_of_four_ranks_are_assembled(four_ranks: RankPool, tmp_path):
-    four_ranks.run(save_sharded, str(tmp_path))
+def test_pieces_of_four_ranks_are_assembled(tmp_path):
+    run_ranks(4, save_sharded, str(tmp_path))
     path = find_checkpoint(tmp_path)
     assert bitwise_equal(dict(load_tensors(path)), tensors_of(1))
     assert describe(path) == {name: (tuple(t.shape), t.dtype) for name, t in tensors_of(1).items()}
@@ -61,8 +62,21 @@ def test_only_what_is_asked_for_in_that_order(path):
 
 
 def test_unknown_names(path):
-    with pytest.raises(ValueError, match="holds no tensors model.x, model.y"):
+    with pytest.raises(ValueError, match=r"holds no tensors model\.x, model\.y"):
         load_tensors(path, ["model.x", "model.norm.weight", "model.y"])
+
+
+def test_a_mapping_of_the_weights(path):
+    weights = SavedTensors(path, prefix="model.")
+    assert set(weights) == {"embedding.weight", "norm.weight", "scalar"}
+    assert len(weights) == 3
+    assert weights["norm.weight"].equal(tensors_of(1)["model.norm.weight"])
+    with pytest.raises(KeyError):
+        weights["model.norm.weight"]
+    flip_byte(next(file for file in path.glob("*.safetensors") if b"model." in file.read_bytes()))
+    with pytest.raises(CheckpointError, match="SHA-256"):
+        SavedTensors(path, prefix="model.")
+    SavedTensors(path, prefix="exp_avg")
 
 
 def test_damage_in_a_needed_file_is_refused_before_the_first_tensor(path):

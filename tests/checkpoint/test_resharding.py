@@ -12,7 +12,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from megatron_lite.checkpoint import CheckpointConfig, CheckpointStore, Layout, load_tensors
-from tests.checkpoint.rank_pool import GROUPS, STATE, RankPool, bitwise_equal
+from tests.checkpoint.processes import STATE, bitwise_equal, first_ranks
+from tests.distributed import run_ranks
 
 # (dp_replicate, dp_shard, tp) of n ranks; rank = (replica * dp_shard + dp) * tp + tp_rank
 LAYOUTS = {
@@ -60,18 +61,20 @@ def local_tensors(
     return local, pieces
 
 
-def save_at(rank: int, folder: str, cases: list[Any], n: int, place: tuple[int, int, int]) -> None:
+def save_at(rank: int, size: int, folder: str, cases: list[Any], n: int, place: tuple[int, int, int]) -> None:
+    group = first_ranks(n, size)
     if rank < n:
-        store = CheckpointStore(folder, CheckpointConfig(), group=GROUPS[n])
+        store = CheckpointStore(folder, CheckpointConfig(), group=group)
         store.save(7, local_tensors(rank, cases, place)[1], STATE)
 
 
-def load_at(rank: int, folder: str, cases: list[Any], n: int, place: tuple[int, int, int]) -> bool:
+def load_at(rank: int, size: int, folder: str, cases: list[Any], n: int, place: tuple[int, int, int]) -> bool:
+    group = first_ranks(n, size)
     if rank >= n:
         return True
     expected, pieces = local_tensors(rank, cases, place)
     target = {name: torch.full_like(part, -1) for name, part in expected.items()}
-    store = CheckpointStore(folder, CheckpointConfig(), group=GROUPS[n])
+    store = CheckpointStore(folder, CheckpointConfig(), group=group)
     path = store.newest_valid()
     manifest = store.load(path, {name: piece.with_local(target[name]) for name, piece in pieces.items()})
     return manifest["consumed_samples"] == 640 and bitwise_equal(expected, target)
@@ -79,10 +82,10 @@ def load_at(rank: int, folder: str, cases: list[Any], n: int, place: tuple[int, 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(cases=st.lists(tensor, min_size=1, max_size=5), source=layout, target=layout)
-def test_any_layout_loads_at_any_other(four_ranks: RankPool, cases: Any, source: Any, target: Any) -> None:
+def test_any_layout_loads_at_any_other(cases: Any, source: Any, target: Any) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        four_ranks.run(save_at, folder, cases, *source)
-        assert all(four_ranks.run(load_at, folder, cases, *target))
+        run_ranks(4, save_at, folder, cases, *source)
+        assert all(run_ranks(4, load_at, folder, cases, *target))
         assert bitwise_equal(dict(load_tensors(f"{folder}/step_00000007")), global_tensors(cases))
 
 
@@ -97,16 +100,16 @@ TRANSFORMER = [  # what a tiny model has: embedding, column, row, norm, an odd v
 ]
 
 
-def test_dp2_tp2_and_hsdp_load_everywhere(four_ranks: RankPool, tmp_path: Any) -> None:
+def test_dp2_tp2_and_hsdp_load_everywhere(tmp_path: Any) -> None:
     for number, source in enumerate([(1, 2, 2), (2, 2, 1), (2, 1, 2)]):
         folder = str(tmp_path / str(number))
-        four_ranks.run(save_at, folder, TRANSFORMER, 4, source)
+        run_ranks(4, save_at, folder, TRANSFORMER, 4, source)
         for n, places in LAYOUTS.items():
             for place in places:
-                assert all(four_ranks.run(load_at, folder, TRANSFORMER, n, place)), (source, n, place)
+                assert all(run_ranks(4, load_at, folder, TRANSFORMER, n, place)), (source, n, place)
 
 
-def shard_with_fsdp2(rank: int, n: int, shapes: list[tuple[int, ...]]) -> bool:
+def shard_with_fsdp2(rank: int, size: int, n: int, shapes: list[tuple[int, ...]]) -> bool:
     """FSDP2's own local shards are the boxes of a layout."""
     mesh = init_device_mesh("cpu", (n,), mesh_dim_names=("dp_shard",))
     at = Layout.from_mesh(mesh)
@@ -121,15 +124,15 @@ def shard_with_fsdp2(rank: int, n: int, shapes: list[tuple[int, ...]]) -> bool:
     return at == Layout(rank, n)
 
 
-def test_a_layout_is_what_fsdp2_does(four_ranks: RankPool) -> None:
-    assert all(four_ranks.run(shard_with_fsdp2, 4, [(8, 3), (7, 2), (5,), (3, 4), (1,), (9,)]))
+def test_a_layout_is_what_fsdp2_does() -> None:
+    assert all(run_ranks(4, shard_with_fsdp2, 4, [(8, 3), (7, 2), (5,), (3, 4), (1,), (9,)]))
 
 
-def place_in_a_mesh(rank: int) -> tuple[int, int, int, int]:
+def place_in_a_mesh(rank: int, size: int) -> tuple[int, int, int, int]:
     mesh = init_device_mesh("cpu", (1, 2, 2), mesh_dim_names=("dp_replicate", "dp_shard", "tp"))
     at = Layout.from_mesh(mesh)
     return at.dp_rank, at.dp_size, at.tp_rank, at.tp_size
 
 
-def test_the_place_in_a_mesh(four_ranks: RankPool) -> None:
-    assert four_ranks.run(place_in_a_mesh) == [(0, 2, 0, 2), (0, 2, 1, 2), (1, 2, 0, 2), (1, 2, 1, 2)]
+def test_the_place_in_a_mesh() -> None:
+    assert run_ranks(4, place_in_a_mesh) == [(0, 2, 0, 2), (0, 2, 1, 2), (1, 2, 0, 2), (1, 2, 1, 2)]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from megatron_lite.checkpoint import CheckpointConfig, CheckpointError, CheckpointStore
 from megatron_lite.checkpoint.directory import expendable
 from megatron_lite.checkpoint.storage import open_for_writing
-from tests.checkpoint.rank_pool import STATE, bitwise_equal, empty_like, tensors_of
+from tests.checkpoint.processes import STATE, bitwise_equal, empty_like, tensors_of
 
 
 def names_in(folder):
@@ -81,7 +81,7 @@ def test_weights_without_the_optimizer(store):
     store.save(1, tensors_of(1), STATE)
     weights = {name: value for name, value in tensors_of(1).items() if name.startswith("model.")}
     target = empty_like(weights)
-    with pytest.raises(ValueError, match="2 tensors are in the checkpoint only: exp_avg.embedding"):
+    with pytest.raises(ValueError, match=r"2 tensors are in the checkpoint only: exp_avg.embedding"):
         store.load(1, target)
     store.load(1, target, partial=True)
     assert bitwise_equal(target, weights)
@@ -272,7 +272,7 @@ def test_a_background_error_surfaces_once_with_its_step(tmp_path):
 
     store = CheckpointStore(tmp_path, CheckpointConfig(async_save=True), open_stream=full)
     store.save(4, tensors_of(4), STATE)
-    with pytest.raises(CheckpointError, match="step 4 was not saved.*No space left"):
+    with pytest.raises(CheckpointError, match=r"step 4 was not saved.*No space left"):
         store.save(5, tensors_of(5), STATE)
     store.wait()
     assert names_in(tmp_path) == []

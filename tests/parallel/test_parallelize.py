@@ -232,6 +232,29 @@ def test_recompute_gives_the_same_bits(mode: str, world_size: int) -> None:
             assert torch.equal(gradient, with_recompute.gradients[name]), name
 
 
+def compiled(rank: int, world_size: int, parallel: ParallelConfig) -> tuple[object, ...]:
+    """Every layer traced as one graph (collectives, recompute and all), run by PyTorch's own kernels."""
+    decoder = build(world_size, NEMOTRON, parallel)
+    for layer in decoder.layers:
+        layer.compile(backend="aot_eager", fullgraph=True)
+    return as_plain(forward_backward(decoder))
+
+
+def test_layers_compile_without_a_break() -> None:
+    parallel = ParallelConfig(tp=2, sequence_parallel=True, recompute="full")
+    results = [Result(*r) for r in run_ranks(2, compiled, parallel, timeout=120)]
+    found = errors(results, single(NEMOTRON))
+    assert max(found.values()) < TOLERANCE, found
+
+
+def test_compile_is_handed_to_each_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled_layers: list[torch.nn.Module] = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled_layers.append(self))
+    decoder = Decoder(NEMOTRON)
+    parallelize(decoder, None, ParallelConfig(compile=True))
+    assert compiled_layers == list(decoder.layers)
+
+
 @pytest.mark.parametrize(
     ("change", "tp", "sequence_parallel", "message"),
     [

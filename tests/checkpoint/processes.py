@@ -1,9 +1,8 @@
-"""A pool of gloo ranks that lives through many calls, and the small checkpoints that the tests save."""
+"""Processes that the tests may kill, and the small checkpoints that they save."""
 
 from __future__ import annotations
 
 import multiprocessing
-import os
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -16,9 +15,9 @@ import torch.distributed as dist
 
 # the server imports torch once; its forks start in milliseconds
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "torch.distributed.fsdp", "megatron_lite.checkpoint"])
+_CONTEXT.set_forkserver_preload(["torch", "megatron_lite.checkpoint"])
 
-GROUPS: dict[int, dist.ProcessGroup | None] = {}  # in a rank: the first n ranks; made once, as groups are dear
+_GROUPS: dict[int, dist.ProcessGroup | None] = {}
 
 STATE: dict[str, Any] = {
     "consumed_samples": 640,
@@ -31,67 +30,45 @@ STATE: dict[str, Any] = {
 }
 
 
-class RankPool:
-    """`run(function, *args)` calls `function(rank, *args)` on every rank and returns the results in order."""
+def first_ranks(count: int, world_size: int) -> dist.ProcessGroup | None:
+    """In a rank: the group of the first `count`. Made once for all counts, by all ranks at once: groups are dear."""
+    if not _GROUPS:
+        for n in range(1, world_size + 1):
+            _GROUPS[n] = dist.new_group(list(range(n)), backend="gloo")
+    return _GROUPS[count]
 
-    def __init__(self, size: int) -> None:
-        self.size = size
-        self.folder = tempfile.TemporaryDirectory()
-        self.processes = []
-        self.pipes: list[Connection] = []
+
+def fresh_ranks(size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+    """`function(rank, size, *args)` on ranks that may die of it: results or tracebacks, None where a rank died."""
+    results: list[Any] = []
+    with tempfile.TemporaryDirectory() as folder:
+        pipes, processes = [], []
         for rank in range(size):
             here, there = _CONTEXT.Pipe()
-            process = _CONTEXT.Process(
-                target=_serve, args=(rank, size, f"{self.folder.name}/store", there), daemon=True
-            )
+            process = _CONTEXT.Process(target=_join, args=(rank, size, folder, there, function, args), daemon=True)
             process.start()
             there.close()
-            self.processes.append(process)
-            self.pipes.append(here)
-
-    def run(self, function: Callable[..., Any], *args: Any, timeout: float = 60) -> list[Any]:
-        outcomes = self.outcomes(function, *args, timeout=timeout)
-        for rank, (fine, value) in enumerate(outcomes):
-            assert fine, f"rank {rank}:\n{value}"
-        return [value for _, value in outcomes]
-
-    def outcomes(self, function: Callable[..., Any], *args: Any, timeout: float = 60) -> list[tuple[bool, Any]]:
-        """(True, result) or (False, traceback) of every rank; a rank that died gives (False, 'died')."""
-        for pipe in self.pipes:
-            pipe.send((function, args))
-        found: list[tuple[bool, Any]] = []
-        for rank, pipe in enumerate(self.pipes):
-            if not pipe.poll(timeout):
-                self.close()
-                raise TimeoutError(f"rank {rank} of {function.__name__} has not answered in {timeout} s")
+            pipes.append(here)
+            processes.append(process)
+        for pipe in pipes:
+            assert pipe.poll(60), "a rank hangs"
             try:
-                found.append(pipe.recv())
+                results.append(pipe.recv())
             except EOFError:
-                found.append((False, "died"))
-        return found
-
-    def close(self) -> None:
-        for process in self.processes:
+                results.append(None)
+        for process in processes:
             process.kill()
             process.join()
-        self.folder.cleanup()
+    return results
 
 
-def _serve(rank: int, size: int, store: str, pipe: Connection) -> None:
+def _join(rank: int, size: int, folder: str, pipe: Connection, function: Callable[..., Any], args: Any) -> None:
     torch.set_num_threads(1)
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
-    for n in range(1, size + 1):
-        GROUPS[n] = dist.new_group(list(range(n)), backend="gloo")
-    while True:
-        try:
-            function, args = pipe.recv()
-        except EOFError:
-            os._exit(0)
-        try:
-            pipe.send((True, function(rank, *args)))
-        except Exception:
-            pipe.send((False, traceback.format_exc()))
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
+    try:
+        pipe.send(function(rank, size, *args))
+    except Exception:
+        pipe.send(traceback.format_exc())
 
 
 def run_alone(function: Callable[..., None], *args: Any, timeout: float = 60) -> int:

@@ -1,0 +1,193 @@
+"""The door: `python -m data_tools.inspect data=<name>` shows what a run will read, before it runs.
+
+Shown: weights and epochs of every source at a token budget, the phases, the first samples' places, and decoded samples with their
+document boundaries; a table on the terminal and a picture. `corpus=<folder>` reads the `data.yaml` that `prepare` left there.
+
+It warns when a source would be read more than `max_epochs` times: by Muennighoff et al. (https://arxiv.org/abs/2305.16264) up to 4
+passes are about as good as new text, and beyond about 16 nothing is gained.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from rich.console import Console
+from rich.table import Table
+
+from data_tools.configuration import ConfigError, compose, help_text
+from megatron_lite.data.blend import Blend, open_blend
+from megatron_lite.data.config import DataConfig
+from megatron_lite.data.manifest import TokenizerIdentity
+from megatron_lite.data.tokenizer import fingerprint, load_tokenizer
+
+
+@dataclass
+class InspectConfig:
+    """`tokens`: the budget; 0 is one pass over all data. `samples` are decoded, `places` are listed; `picture` empty: none."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    corpus: str | None = None
+    seed: int = 0
+    tokens: int = 0
+    max_epochs: float = 4.0
+    samples: int = 3
+    places: int = 16
+    characters: int = 400
+    picture: str = "blend.png"
+
+
+def inspect(config: InspectConfig, console: Console | None = None) -> list[str]:
+    """Print all of it; returns the warnings.
+
+    Raises:
+        ValueError: the data cannot be used, with the way out.
+    """
+    console = console or Console()
+    data = from_corpus(config.corpus) if config.corpus else config.data
+    if not data.tokenizer:
+        raise ValueError("data.tokenizer is empty: name the folder of the tokenizer that the token files were written with")
+    tokenizer = load_tokenizer(data.tokenizer)
+    identity = TokenizerIdentity(fingerprint(tokenizer), data.tokenizer, tokenizer.eos_token_id, len(tokenizer))
+    blend = open_blend(data, tokenizer=identity, seed=config.seed, horizon_samples=1)
+    available = sum(source.num_tokens for source in blend.sources.values())
+    horizon = max(1, (config.tokens or available) // data.seq_len)
+    blend = open_blend(data, tokenizer=identity, seed=config.seed, horizon_samples=horizon)
+    rows = summarise(blend)
+    console.print(_table(blend, rows))
+    warnings = [
+        f"{row['source']} would be read {row['epochs']:.1f} times (max_epochs={config.max_epochs:g}); lower its weight, the token "
+        "budget, or add text"
+        for row in rows
+        if row["epochs"] > config.max_epochs
+    ]
+    for warning in warnings:
+        console.print(f"[yellow]warning:[/] {warning}")
+    _places(blend, config.places, console)
+    for i in range(config.samples):
+        _sample(blend, i, tokenizer, config.characters, console)
+    if config.picture:
+        draw(blend, rows, Path(config.picture))
+        console.print(f"picture: {config.picture}", highlight=False)
+    return warnings
+
+
+def from_corpus(folder: str) -> DataConfig:
+    """The blend that `prepare` wrote into a finished corpus.
+
+    Raises:
+        ValueError: there is none.
+    """
+    path = Path(folder) / "data.yaml"
+    if not path.is_file():
+        raise ValueError(f"corpus={folder} holds no data.yaml; name the output folder of a finished data_tools.prepare")
+    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(DataConfig), OmegaConf.load(path)))  # type: ignore[return-value]
+
+
+def summarise(blend: Blend) -> list[dict[str, Any]]:
+    """For every source: tokens, share of each phase, share of the whole budget, samples and epochs at the budget."""
+    horizon = blend.horizon_samples
+    counts = blend.counts(0, horizon)
+    rows = []
+    for name, source in blend.sources.items():
+        phases = [float(segment.shares.get(name, 0)) for segment in blend.phases.segments]
+        rows.append(
+            {
+                "source": name,
+                "tokens": source.num_tokens,
+                "documents": source.num_documents,
+                "phases": phases,
+                "share": counts[name] / horizon,
+                "samples": counts[name],
+                "epochs": counts[name] / source.num_windows,
+            }
+        )
+    return rows
+
+
+def _table(blend: Blend, rows: list[dict[str, Any]]) -> Table:
+    horizon, length = blend.horizon_samples, blend.config.seq_len
+    table = Table(title=f"{horizon:,} samples of {length} tokens = {horizon * length:,} tokens")
+    starts = [segment.start for segment in blend.phases.segments]
+    headings = ["source", "documents", "tokens", *(f"from {start:,}" for start in starts), "all", "samples", "epochs"]
+    for i, heading in enumerate(headings):
+        table.add_column(heading, justify="left" if i == 0 else "right")
+    for row in rows:
+        shares = [f"{share:.2%}" for share in [*row["phases"], row["share"]]]
+        table.add_row(
+            row["source"], f"{row['documents']:,}", f"{row['tokens']:,}", *shares, f"{row['samples']:,}", f"{row['epochs']:.2f}"
+        )
+    return table
+
+
+def _places(blend: Blend, count: int, console: Console) -> None:
+    table = Table(title=f"the first {count} samples")
+    for heading in ("sample", "source", "epoch", "window"):
+        table.add_column(heading, justify="left" if heading == "source" else "right")
+    for i in range(count):
+        draw_i = blend.draw(i)
+        table.add_row(str(i), draw_i.source, str(draw_i.epoch), f"{draw_i.window:,}")
+    if count:
+        console.print(table)
+
+
+def _sample(blend: Blend, i: int, tokenizer: Any, characters: int, console: Console) -> None:
+    place = blend.draw(i)
+    source = blend.sources[place.source]
+    start = place.window * blend.config.seq_len
+    stop = start + blend.config.seq_len
+    edges = [start, *source.dataset.documents_in(start, stop), stop]
+    console.rule(f"sample {i}: {place.source}, window {place.window}, {len(edges) - 1} document(s)", style="dim")
+    for number, (first, last) in enumerate(zip(edges, edges[1:])):
+        text = tokenizer.decode(source.dataset.tokens(first, last).astype(int).tolist())
+        shown = text if len(text) <= characters else f"{text[: characters // 2]} [...] {text[-characters // 2 :]}"
+        console.print(f"--- document {number}, tokens {first - start} to {last - start}", style="bold", highlight=False)
+        console.print(shown, markup=False, highlight=False)
+
+
+def draw(blend: Blend, rows: list[dict[str, Any]], path: Path) -> None:
+    """Shares over the run (one column a phase) and epochs of every source, as a picture."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    horizon = blend.horizon_samples
+    starts = [segment.start for segment in blend.phases.segments]
+    edges = [*starts, max(horizon, starts[-1] + 1)]
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, max(4.0, 0.25 * len(rows) + 2)), width_ratios=(3, 2))
+    colours = pyplot.get_cmap("tab20")
+    below = [0.0] * len(starts)
+    for number, row in enumerate(rows):
+        widths = [b - a for a, b in zip(edges, edges[1:])]
+        left.bar(starts, row["phases"], widths, bottom=below, align="edge", color=colours(number % 20), edgecolor="white")
+        below = [a + b for a, b in zip(below, row["phases"])]
+    left.set(xlabel="sample", ylabel="share of the blend", xlim=(0, edges[-1]), ylim=(0, 1), title="what a run reads")
+    names = [row["source"] for row in rows]
+    right.barh(names, [row["epochs"] for row in rows], color=[colours(i % 20) for i in range(len(rows))])
+    right.invert_yaxis()
+    right.set(xlabel="passes over the source", title="repetition")
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def main(arguments: list[str]) -> int:
+    """Compose the configuration, show, and turn a refusal into one clear line and exit status 2."""
+    if {"-h", "--help"} & set(arguments):
+        print(help_text("inspect", InspectConfig, __doc__ or ""))
+        return 0
+    try:
+        inspect(compose("inspect", InspectConfig, arguments))
+    except (ConfigError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

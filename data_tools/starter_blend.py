@@ -1,0 +1,36 @@
+"""A blend to start with, written beside every finished corpus: all its datasets in the form of `configs/data/*.yaml`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+WEIGHTS = {"english": 0.70, "multilingual": 0.15, "code": 0.15}  # Nemotron-4, arXiv 2402.16819
+OTHER_WEIGHT = 0.10
+ALPHA = {"multilingual": 0.5}
+
+
+def data_yaml(folder: Path, datasets: dict[str, dict[str, Any]]) -> str:
+    """YAML text of a blend of the datasets `name/split` in `folder`, groups weighted as in Nemotron-4.
+
+    A dataset whose documents are all held out has no training file and is left out.
+    """
+    groups: dict[str, Any] = {}
+    for name, facts in datasets.items():
+        dataset, split = name.rsplit("/", 1)
+        if split != "train":
+            continue
+        group = groups.setdefault(facts["group"], {"weight": WEIGHTS.get(facts["group"], OTHER_WEIGHT), "sources": {}})
+        if facts["group"] in ALPHA:
+            group["alpha"] = ALPHA[facts["group"]]
+        source = {"path": str(folder / dataset)}
+        if f"{dataset}/validation" in datasets:
+            source["validation"] = str(folder / f"{dataset}.validation")
+        group["sources"][dataset] = source
+    head = (
+        f"# All datasets of {folder}, weighted as in Nemotron-4. Copy it to configs/data/<name>.yaml for `data=<name>`, or\n"
+        f"# look at it with `python -m data_tools.inspect corpus={folder}`.\n"
+    )
+    return head + OmegaConf.to_yaml({"tokenizer": str(folder / "tokenizer"), "groups": groups})

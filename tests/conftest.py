@@ -1,0 +1,34 @@
+"""Fixtures that many test files share."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests import runs
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Token files of three sources and the config group that names them (see `runs.make_data`)."""
+    return runs.make_data(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def straight(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of 20 steps without interruption, not to be changed: copy it first (`copy_of`)."""
+    directory = tmp_path_factory.mktemp("runs") / "straight"
+    assert runs.run(tiny_data, directory) == 0
+    return directory
+
+
+@pytest.fixture
+def copy_of(tmp_path: Path):
+    """A private copy of a run directory."""
+
+    def copy(directory: Path) -> Path:
+        return Path(shutil.copytree(directory, tmp_path / directory.name))
+
+    return copy
