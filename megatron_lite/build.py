@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_lite.checkpoint.reader import find_checkpoint
+from megatron_lite.checkpoint.reader import SavedTensors, find_checkpoint
 from megatron_lite.checkpoint.store import CheckpointStore
 from megatron_lite.config import RunConfig, from_dict, to_dict
 from megatron_lite.data.blend import Blend, open_blend
@@ -43,7 +43,7 @@ from megatron_lite.runtime import Runtime, has_wandb_key
 from megatron_lite.tracking import RunInfo, build_tracker
 from megatron_lite.tracking.status import Status
 from megatron_lite.trainer import Schedule, Trainer
-from megatron_lite.weights import TOKENIZER, CheckpointTensors, open_weights
+from megatron_lite.weights import TOKENIZER, open_weights
 
 
 @dataclass
@@ -148,7 +148,7 @@ def start_from(engine: Engine, run: RunConfig) -> None:
             raise ValueError(
                 f"init_from.optimizer=true, but {run.init_from.path} holds no optimizer state; drop it, or name a run"
             )
-        kinds |= {kind: CheckpointTensors(weights.path, kind) for kind in ("exp_avg", "exp_avg_sq")}
+        kinds |= {kind: SavedTensors(weights.path, prefix=f"{kind}.") for kind in ("exp_avg", "exp_avg_sq")}
         engine.adam_step = weights.manifest["adam_step"]
     pieces = {key: piece for key, piece in engine.state().items() if key.split(".", 1)[0] in kinds}
     wanted = {key.split(".", 1)[1] for key in pieces}

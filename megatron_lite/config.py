@@ -31,6 +31,7 @@ from megatron_lite.models.sampling import SamplingConfig
 from megatron_lite.optim.optimizer import OptimConfig
 from megatron_lite.optim.schedule import ScheduleConfig
 from megatron_lite.parallel.mesh import ParallelConfig
+from megatron_lite.parallel.plans import check_divisible
 from megatron_lite.precision.dtypes import PrecisionConfig
 from megatron_lite.tracking.base import TrackingConfig
 from megatron_lite.trainer import TrainConfig, TrainingDivergedError
@@ -190,6 +191,12 @@ def validate(run: RunConfig, world_size: int) -> None:
     run.parallel.validate(world_size=world_size)
     if run.init_from.model not in ("source", "config"):
         raise ValueError(f"init_from.model={run.init_from.model} is unknown; choose source or config")
+    check_divisible(run.model, tp=run.parallel.tp, sequence_parallel=run.parallel.sequence_parallel)
+    if run.parallel.sequence_parallel and run.data.seq_len % run.parallel.tp:
+        raise ValueError(
+            f"data.seq_len={run.data.seq_len} does not divide by parallel.tp={run.parallel.tp}, which "
+            "parallel.sequence_parallel needs; change one of them, or switch sequence_parallel off"
+        )
     if run.data.seq_len > run.model.max_seq_len:
         raise ValueError(
             f"data.seq_len={run.data.seq_len} is longer than model.max_seq_len={run.model.max_seq_len}; shorten the "

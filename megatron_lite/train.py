@@ -39,6 +39,7 @@ def train(run: RunConfig) -> int:
         set_threads(run.train.threads)
         set_deterministic(run.train.deterministic)
         store = CheckpointStore.with_own_group(Path(run.run.dir) / "checkpoints", run.checkpoint)
+        store.check_shared()
         lock = RunLock(run.run.dir)
         store.ranks.first("lock run.dir", lambda: _acquire(lock))
         try:

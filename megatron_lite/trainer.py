@@ -10,8 +10,8 @@ Notable features:
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -128,8 +128,8 @@ class Trainer:
             end = min(end, batch.samples(self.config.stop_at))
         skips = torch.zeros((), device=self.runtime.device)
         outcome = "stopped"
-        with self._reported(), Signals() as signals:
-            for size, micro_batches in self.feed.steps(self.position.consumed_samples, batch.at, end):
+        with self._reported(), Signals() as signals, closing(self._steps(end)) as steps:
+            for size, micro_batches in steps:
                 self.position.step += 1
                 self.position.consumed_samples += size
                 step, consumed = self.position.step, self.position.consumed_samples
@@ -150,10 +150,12 @@ class Trainer:
                 if outcome != "running":
                     break
             self.store.wait()
-            self.status.write(
-                "finished" if outcome == "finished" else "preempted", self.position.step, outcome
-            )
+            reasons = {"stopped": f"train.stop_at={self.config.stop_at}", "preempted": str(signals.requested)}
+            self._write_status("preempted" if outcome in reasons else outcome, reasons.get(outcome, "all steps done"))
         return outcome
+
+    def _steps(self, end: int) -> Generator[tuple[int, list[Batch]], None, None]:
+        yield from self.feed.steps(self.position.consumed_samples, self.schedule.batch.at, end)
 
     def restore(self, path: Path) -> None:
         """Take over tensors, counters and random generators of a checkpoint. Raises CheckpointError or ValueError."""

@@ -8,7 +8,7 @@ Notable features:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from megatron_lite.checkpoint.manifest import read_manifest
-from megatron_lite.checkpoint.reader import describe, find_checkpoint, load_tensors
+from megatron_lite.checkpoint.reader import SavedTensors, find_checkpoint
 from megatron_lite.config import from_dict
 from megatron_lite.data.tokenizer import fingerprint, load_tokenizer, tokenizer_files
 from megatron_lite.models.config import ModelConfig
@@ -25,25 +25,6 @@ from megatron_lite.models.decoder import Decoder
 from megatron_lite.models.huggingface import is_folder, open_folder
 
 TOKENIZER = "tokenizer"  # the folder of a run directory that holds a copy of its tokenizer
-
-
-class CheckpointTensors(Mapping[str, Tensor]):
-    """Parameter name -> whole tensor of one kind (`model`, `exp_avg`, `exp_avg_sq`) in a verified checkpoint."""
-
-    def __init__(self, path: Path, kind: str = "model") -> None:
-        self.path, self.kind = path, kind
-        self._names = [n.removeprefix(f"{kind}.") for n in describe(path) if n.startswith(f"{kind}.")]
-
-    def __getitem__(self, name: str) -> Tensor:
-        if name not in self._names:
-            raise KeyError(name)
-        return next(iter(load_tensors(self.path, [f"{self.kind}.{name}"], verify=False)))[1]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
 
 
 @dataclass(frozen=True)
@@ -71,10 +52,9 @@ def open_weights(path: str | Path) -> Weights:
         tokenizer = path if tokenizer_files(path) else None
         return Weights(path, opened.config, opened.tensors, tokenizer, extra=opened.extra)
     checkpoint = find_checkpoint(path)
-    load_tensors(checkpoint, [])  # the manifest is sound
     manifest = read_manifest(checkpoint)
     config = from_dict(ModelConfig, manifest["config"]["model"])
-    return Weights(checkpoint, config, CheckpointTensors(checkpoint), _tokenizer_of(checkpoint, manifest), manifest)
+    return Weights(checkpoint, config, SavedTensors(checkpoint, prefix="model."), _tokenizer_of(checkpoint, manifest), manifest)
 
 
 def load(path: str | Path, *, device: str | torch.device = "cpu") -> tuple[Decoder, Any]:
