@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN    := .venv/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help smoke test lint format env env-dev clean
+.PHONY: help smoke test test-slow soak lint format env env-dev clean
 
 help:            ## show this list
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -13,6 +13,12 @@ smoke: env       ## set up .venv, build the sample corpus, train the smoke exper
 
 test: env-dev    ## set up .venv with [dev] and run the tests
 	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu"
+
+test-slow: env-dev  ## the long tests: random layouts, kills, a real Slurm where it is installed
+	$(BIN)/python -m pytest -n 2 -m "slow and not gpu"
+
+soak: env-dev    ## kill a run at 100 random moments; it must end with the same bits
+	$(BIN)/python -m tests.soak --kills 100
 
 lint: env-dev    ## ruff, mypy, import-linter
 	$(BIN)/ruff check .

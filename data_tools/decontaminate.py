@@ -50,7 +50,9 @@ class Evaluations:
 
 def _grams(name: str, path: Path, config: DecontaminateConfig) -> dict[int, np.ndarray]:
     if not path.is_file():
-        raise ValueError(f"data_recipe.decontaminate.files.{name}={path} does not exist; correct the path or take it out")
+        raise ValueError(
+            f"data_recipe.decontaminate.files.{name}={path} does not exist; correct the path or take it out"
+        )
     source = SourceConfig(path=str(path))
     kind = file_type(source, path)
     column = "text" if kind == "text" else config.column

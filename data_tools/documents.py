@@ -15,7 +15,7 @@ import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any
 
 import numpy as np
 import orjson
@@ -47,12 +47,12 @@ class ShardWriter:
         self.documents = 0
         self.text_bytes = 0
         self._atomic = atomic_path(path)
-        self._file: BinaryIO | None = None
+        self._file: Any = None
 
     def __enter__(self) -> ShardWriter:
         temporary = self._atomic.__enter__()
         self._raw = temporary.open("wb")
-        self._file = zstandard.ZstdCompressor(level=1).stream_writer(self._raw, closefd=False)  # type: ignore[assignment]
+        self._file = zstandard.ZstdCompressor(level=1).stream_writer(self._raw, closefd=False)
         return self
 
     def write(self, document: Document) -> None:
@@ -62,7 +62,7 @@ class ShardWriter:
         self.documents += 1
         self.text_bytes += len(document.text.encode())
 
-    def __exit__(self, kind, error, trace) -> None:  # type: ignore[no-untyped-def]
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         assert self._file is not None
         try:
             self._file.close()

@@ -20,8 +20,10 @@ from typing import Any
 import multiprocess
 from datatrove.executor import LocalPipelineExecutor, SlurmPipelineExecutor
 from datatrove.pipeline.base import PipelineStep
+from datatrove.utils.logging import setup_default_logger
 from rich.console import Console
-from rich.progress import BarColumn, Progress as Bar, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
 
 from data_tools.atomic import explain_os_error, read_json, write_json, write_text
 from data_tools.recipe import ExecutorConfig
@@ -67,15 +69,19 @@ class LocalExecutor(LocalPipelineExecutor):
             with log.open("a") as file, contextlib.redirect_stderr(file):
                 for rank in ranks:
                     self._run_for_rank(rank)
+            setup_default_logger()  # datatrove's logger had taken the file for standard error
             return
         context = multiprocess.get_context("forkserver")
         context.set_forkserver_preload(["data_tools.pipeline"])
-        with context.Pool(min(self.workers, len(ranks)), _start_worker, (str(log), os.getpid())) as pool:
+        workers = min(self.workers, len(ranks))
+        with context.Pool(workers, _start_worker, (str(log), os.getpid(), workers)) as pool:
             for _ in pool.imap_unordered(self._run_for_rank, ranks):
                 pass
 
 
-def _start_worker(log: str, door: int) -> None:
+def _start_worker(log: str, door: int, workers: int) -> None:
+    # A tokenizer starts a thread for every core: with several workers they would take turns on the same ones.
+    os.environ["RAYON_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // workers))
     sys.stderr = open(log, "a", buffering=1)  # noqa: SIM115  (for the life of the process)
 
     def watch() -> None:
@@ -98,7 +104,10 @@ def run_step(step: Step, executor: ExecutorConfig, console: Console) -> float:
     if (step.folder / DONE).exists():
         return 0.0
     step.folder.mkdir(parents=True, exist_ok=True)
-    for stale in [*step.folder.glob("refused/*.txt"), *step.folder.rglob(".*.tmp-*")]:  # of a run that was stopped or killed
+    for stale in [
+        *step.folder.glob("refused/*.txt"),
+        *step.folder.rglob(".*.tmp-*"),
+    ]:  # of a run that was stopped or killed
         stale.unlink(missing_ok=True)
     tasks = step.tasks()
     start = time.monotonic()
@@ -114,7 +123,9 @@ def run_step(step: Step, executor: ExecutorConfig, console: Console) -> float:
                     raise ValueError(refusals) from None
                 if isinstance(error, ValueError | OSError):
                     raise
-                raise RuntimeError(f"{step.name}: a task failed ({error}); its log is in {step.folder / 'logs'}") from error
+                raise RuntimeError(
+                    f"{step.name}: a task failed ({error}); its log is in {step.folder / 'logs'}"
+                ) from error
     seconds = time.monotonic() - start
     write_json(step.folder / DONE, {"tasks": tasks, "seconds": round(seconds, 3)})
     return seconds
@@ -181,7 +192,13 @@ def _shown(step: Step, tasks: int, console: Console) -> Iterator[None]:
     if not console.is_terminal:
         yield
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"), TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.fields[note]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     stop = threading.Event()
     with Bar(*columns, console=console, transient=True) as bar:
         line = bar.add_task(f"{step.name:20}", total=tasks, note="")

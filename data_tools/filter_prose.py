@@ -24,6 +24,8 @@ from data_tools.hashing import LETTER, SINGLE, SPACE, character_classes, code_po
 from data_tools.language import STOP_WORDS, contradicts
 
 TERMINAL = tuple(".!?…\"'”’»)]:;。！？」』）։।॥؟۔።၊။៕")
+# A letter and a full stop: the end of a sentence, not of a section number.
+_SENTENCE_END = re.compile(r"[^\W\d_][)\"'”’»]*[.!?…։॥।。！？؟۔።၊။៕][)\"'”’»]*(?=\s|$)")
 _BULLET = re.compile(r"^\s*(?:[-*•·‣▪o]|\d+[.)])\s")
 
 
@@ -54,7 +56,8 @@ class ProseFilterConfig:
 # A hundred Han characters say about what sixty English words say, so a run of five
 # characters repeats like a run of three words; a stop-word list there would be one of characters.
 UNSPACED: dict[str, Any] = {
-    "min_words": 60, "min_stop_words": 0, "max_top_2gram": 0.3, "max_repeated_5gram": 0.5, "max_repeated_10gram": 0.3,
+    "min_words": 60, "min_letter_share": 0.5, "min_stop_words": 0,
+    "max_top_2gram": 0.3, "max_repeated_5gram": 0.5, "max_repeated_10gram": 0.3,
 }  # fmt: skip
 
 
@@ -123,8 +126,11 @@ def _lines(text: str, settings: ProseFilterConfig) -> str | None:
         return "ellipsis_lines"
     paragraphs = _paragraphs(text)
     wrapped = 50 <= float(np.median([len(line) for line in filled])) <= 130
-    units = paragraphs if wrapped else filled
-    if sum(unit.endswith(TERMINAL) for unit in units) < settings.min_sentence_lines * len(units):
+    if wrapped:
+        sentences, units = sum(bool(_SENTENCE_END.search(paragraph)) for paragraph in paragraphs), paragraphs
+    else:
+        sentences, units = sum(line.endswith(TERMINAL) for line in filled), filled
+    if sentences < settings.min_sentence_lines * len(units):
         return "no_sentences"
     if _duplicate_share(filled) > settings.max_duplicate_lines:
         return "duplicate_lines"
@@ -161,10 +167,10 @@ def _repetition(words: np.ndarray, settings: ProseFilterConfig) -> str | None:
     top = len(words)
     for n, limit in ((2, settings.max_top_2gram), (4, settings.max_top_4gram)):
         # A run of four words is never more frequent than the runs of two in it: most texts need one look.
-        if top > 2 and top * n > limit * len(words):
+        if top > 3 and top * n > limit * len(words):
             _, counts = np.unique(ngram_hashes(words, n), return_counts=True)
             top = int(counts.max())
-            if top > 2 and top * n > limit * len(words):
+            if top > 3 and top * n > limit * len(words):
                 return f"top_{n}gram"
     repeated = 1.0
     for n, limit in ((5, settings.max_repeated_5gram), (10, settings.max_repeated_10gram)):

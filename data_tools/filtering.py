@@ -34,10 +34,11 @@ class FilterStep(Step):
         dropped = []
         for row, document in Corpus(self.normalised).read(rank):
             size = len(document.text.encode())
-            if document.kind == "code":
-                reason = code.reason(document.text)
-            else:
-                reason = prose.reason(document.text, document.language)
+            reason = (
+                code.reason(document.text)
+                if document.kind == "code"
+                else prose.reason(document.text, document.language)
+            )
             tally.count(document.source, size, reason)
             tally.example(reason or "kept", document.id, document.text)
             if reason:

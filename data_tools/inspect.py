@@ -9,6 +9,7 @@ passes are about as good as new text, and beyond about 16 nothing is gained.
 
 from __future__ import annotations
 
+import itertools
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,7 +50,9 @@ def inspect(config: InspectConfig, console: Console | None = None) -> list[str]:
     console = console or Console()
     data = from_corpus(config.corpus) if config.corpus else config.data
     if not data.tokenizer:
-        raise ValueError("data.tokenizer is empty: name the folder of the tokenizer that the token files were written with")
+        raise ValueError(
+            "data.tokenizer is empty: name the folder of the tokenizer that the token files were written with"
+        )
     tokenizer = load_tokenizer(data.tokenizer)
     identity = TokenizerIdentity(fingerprint(tokenizer), data.tokenizer, tokenizer.eos_token_id, len(tokenizer))
     blend = open_blend(data, tokenizer=identity, seed=config.seed, horizon_samples=1)
@@ -118,7 +121,12 @@ def _table(blend: Blend, rows: list[dict[str, Any]]) -> Table:
     for row in rows:
         shares = [f"{share:.2%}" for share in [*row["phases"], row["share"]]]
         table.add_row(
-            row["source"], f"{row['documents']:,}", f"{row['tokens']:,}", *shares, f"{row['samples']:,}", f"{row['epochs']:.2f}"
+            row["source"],
+            f"{row['documents']:,}",
+            f"{row['tokens']:,}",
+            *shares,
+            f"{row['samples']:,}",
+            f"{row['epochs']:.2f}",
         )
     return table
 
@@ -141,7 +149,7 @@ def _sample(blend: Blend, i: int, tokenizer: Any, characters: int, console: Cons
     stop = start + blend.config.seq_len
     edges = [start, *source.dataset.documents_in(start, stop), stop]
     console.rule(f"sample {i}: {place.source}, window {place.window}, {len(edges) - 1} document(s)", style="dim")
-    for number, (first, last) in enumerate(zip(edges, edges[1:])):
+    for number, (first, last) in enumerate(itertools.pairwise(edges)):
         text = tokenizer.decode(source.dataset.tokens(first, last).astype(int).tolist())
         shown = text if len(text) <= characters else f"{text[: characters // 2]} [...] {text[-characters // 2 :]}"
         console.print(f"--- document {number}, tokens {first - start} to {last - start}", style="bold", highlight=False)
@@ -162,8 +170,10 @@ def draw(blend: Blend, rows: list[dict[str, Any]], path: Path) -> None:
     colours = pyplot.get_cmap("tab20")
     below = [0.0] * len(starts)
     for number, row in enumerate(rows):
-        widths = [b - a for a, b in zip(edges, edges[1:])]
-        left.bar(starts, row["phases"], widths, bottom=below, align="edge", color=colours(number % 20), edgecolor="white")
+        widths = [b - a for a, b in itertools.pairwise(edges)]
+        left.bar(
+            starts, row["phases"], widths, bottom=below, align="edge", color=colours(number % 20), edgecolor="white"
+        )
         below = [a + b for a, b in zip(below, row["phases"])]
     left.set(xlabel="sample", ylabel="share of the blend", xlim=(0, edges[-1]), ylim=(0, 1), title="what a run reads")
     names = [row["source"] for row in rows]

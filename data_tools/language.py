@@ -14,10 +14,13 @@ from typing import Any
 SAMPLE_CHARS = 600
 SURE = 0.95
 
-_RELATIVES = (
-    {"hr", "bs", "sr", "sl"}, {"id", "ms", "jv", "zlm", "min"}, {"nb", "no", "nn", "da", "sv"}, {"cs", "sk"}, {"pt", "gl", "es", "oc", "ca", "an"},
-    {"zh", "zh_CN", "zh_TW"}, {"ru", "uk", "be", "bg", "mk", "ky", "mn", "kk"}, {"fa", "ur", "ar", "ps", "ug", "ku"}, {"hi", "mr", "ne"},
-    {"af", "nl", "lb", "de"}, {"az", "tr", "tk", "uz"}, {"xh", "zu", "rw"}, {"it", "rm", "fur", "co", "la", "eo"}, {"bn", "as"}, {"fr", "wa", "frp"},
+_RELATIVES = tuple(
+    frozenset(group.split())
+    for group in (
+        "hr bs sr sl", "id ms jv zlm min", "nb no nn da sv", "cs sk", "pt gl es oc ca an", "zh zh_CN zh_TW",
+        "ru uk be bg mk ky mn kk", "fa ur ar ps ug ku", "hi mr ne", "af nl lb de", "az tr tk uz", "xh zu rw",
+        "it rm fur co la eo", "bn as", "fr wa frp",
+    )
 )  # fmt: skip
 
 # Gopher's stop-word test for other languages than English: very frequent function words.

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import xxhash
 
@@ -28,9 +28,7 @@ _POLICY = (
 )  # fmt: skip
 _LONGEST_POLICY_LINE = 300  # longer lines are paragraphs that only mention it
 _SUSPICIOUS = re.compile("[\x80-\x9fÃÂâÐÑÎÏØÙã]")  # first characters of UTF-8 read as something else
-_LICENCE = re.compile(
-    r"copyright|licen[cs]e|spdx|all rights reserved|warrant(?:y|ies)|redistribut", re.IGNORECASE
-)
+_LICENCE = re.compile(r"copyright|licen[cs]e|spdx|all rights reserved|warrant(?:y|ies)|redistribut", re.IGNORECASE)
 _HEADER = re.compile(
     r"\A(?P<keep>(?:#![^\n]*\n)?(?:[^\n]*-\*-[^\n]*\n)?(?:<\?php[ \t]*\n)?)\s*"
     r"(?P<comment>/\*.*?\*/[ \t]*\n?|<!--.*?-->\s*\n?|(?:[ \t]*(?://|#(?!include|define|if|pragma|import)|--|;|%)[^\n]*\n)+)",
@@ -57,7 +55,7 @@ class Normaliser:
                 text = after
         return text, repairs
 
-    def _repairs(self, kind: str, frequent: set[int] | None) -> Iterator[tuple[str, object]]:
+    def _repairs(self, kind: str, frequent: set[int] | None) -> Iterator[tuple[str, Callable[[str], str]]]:
         config = self.config
         yield "line_ends", _line_ends
         yield "control_characters", _controls
@@ -68,7 +66,7 @@ class Normaliser:
             if config.fix_encoding:
                 yield "mojibake", fix_encoding
             if config.unicode_form != "none":
-                yield "unicode_form", lambda text: unicodedata.normalize(config.unicode_form, text)
+                yield "unicode_form", lambda text: unicodedata.normalize(config.unicode_form, text)  # type: ignore[arg-type]
             if frequent:
                 yield "boilerplate", lambda text: remove_blocks(text, frequent)
             yield "policy_lines", remove_policy_lines
@@ -146,4 +144,6 @@ def mask_pii(text: str) -> str:
 
 def _is_private(address: str) -> bool:
     first, second, *_ = map(int, address.split("."))
-    return first in (0, 10, 127) or first >= 224 or (first, second) == (192, 168) or (first == 172 and 16 <= second < 32)
+    return (
+        first in (0, 10, 127) or first >= 224 or (first, second) == (192, 168) or (first == 172 and 16 <= second < 32)
+    )

@@ -49,7 +49,11 @@ class Pipeline:
 
     def _build(self) -> None:
         recipe = self.recipe
-        pieces = [piece for name, source in recipe.sources.items() for piece in plan_source(name, source, recipe.read.shard_bytes)]
+        pieces = [
+            piece
+            for name, source in recipe.sources.items()
+            for piece in plan_source(name, source, recipe.read.shard_bytes)
+        ]
         stamps = [[file, _stamp(file)] for piece in pieces if piece.type != "datasets" for file in piece.files]
         sources = {name: asdict(source) for name, source in recipe.sources.items()}
         read = self._add(
@@ -68,7 +72,10 @@ class Pipeline:
         if recipe.decontaminate.files:
             key = [asdict(recipe.decontaminate), [_stamp(file) for file in recipe.decontaminate.files.values()]]
             folder = self._add(
-                "decontaminate", "decontaminate", key, lambda n, f: DecontaminateStep(n, f, recipe.decontaminate, corpus)
+                "decontaminate",
+                "decontaminate",
+                key,
+                lambda n, f: DecontaminateStep(n, f, recipe.decontaminate, corpus),
             )
             corpus = Corpus(normalised, [*corpus.dropped_by, folder])
         self.corpus = corpus
@@ -83,7 +90,9 @@ class Pipeline:
             corpus = Corpus(corpus.folder, [*corpus.dropped_by, folder])
         if near.enabled:
             rest = corpus
-            signatures = self._add("near", "near_signatures", asdict(near), lambda n, f: SignatureStep(n, f, near, rest))
+            signatures = self._add(
+                "near", "near_signatures", asdict(near), lambda n, f: SignatureStep(n, f, near, rest)
+            )
             pairs = self._add("near", "near_candidates", "", lambda n, f: CandidateStep(n, f, near, rest, signatures))
             folder = self._add("near", "near", "", lambda n, f: NearStep(n, f, near, pairs))
             corpus = Corpus(corpus.folder, [*corpus.dropped_by, folder])

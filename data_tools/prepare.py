@@ -1,14 +1,14 @@
 """The door: `python -m data_tools.prepare data_recipe=<name>` turns sources into a tokenised corpus.
 
-    read -> normalise -> filter -> exact -> near -> decontaminate -> tokenizer -> tokenise -> <output>/
+read -> normalise -> filter -> exact -> near -> decontaminate -> tokenizer -> tokenise -> <output>/
 
-    <output>/tokenizer/                          Hugging Face form
-    <output>/<dataset>[.validation].{bin,idx,json}   token files and their side-cars
-    <output>/report.{md,json} timing.json        counts, reasons, examples; times
-    <output>/data.yaml                           a 70/15/15 blend of all datasets, in the form of configs/data/
-    <output>/quarantine.jsonl                    rows that could not be used: where and why
-    <output>/corpus.json                         written last: the corpus is whole
-    <output>/work/                               the stages' files, by which a killed run goes on
+<output>/tokenizer/                          Hugging Face form
+<output>/<dataset>[.validation].{bin,idx,json}   token files and their side-cars
+<output>/report.{md,json} timing.json        counts, reasons, examples; times
+<output>/data.yaml                           a 70/15/15 blend of all datasets, in the form of configs/data/
+<output>/quarantine.jsonl                    rows that could not be used: where and why
+<output>/corpus.json                         written last: the corpus is whole
+<output>/work/                               the stages' files, by which a killed run goes on
 """
 
 from __future__ import annotations
@@ -105,7 +105,9 @@ def _publish(pipeline: Pipeline, seconds: dict[str, float], cores: int, console:
     output, steps = pipeline.output, pipeline.steps
     report = collect(pipeline)
     (output / "corpus.json").unlink(missing_ok=True)
-    merged = sorted(path for path in steps["tokenise_merge"].folder.glob("*.*") if path.suffix in (".bin", ".idx", ".json"))
+    merged = sorted(
+        path for path in steps["tokenise_merge"].folder.glob("*.*") if path.suffix in (".bin", ".idx", ".json")
+    )
     merged = [path for path in merged if path.name != "DONE.json"]
     for stale in [*output.glob("*.bin"), *output.glob("*.idx"), *output.glob("*.json")]:
         if stale.name not in {path.name for path in merged} and stale.name != "timing.json":
@@ -121,7 +123,10 @@ def _publish(pipeline: Pipeline, seconds: dict[str, float], cores: int, console:
     write_text(output / "data.yaml", data_yaml(output, report["datasets"]))
     if any(seconds.values()):
         write_json(output / "timing.json", timing(pipeline, seconds, cores))
-    write_json(output / "corpus.json", {key: report[key] for key in ("recipe", "datasets")} | {"tokenizer": report["tokenizer"]["fingerprint"]})
+    write_json(
+        output / "corpus.json",
+        {key: report[key] for key in ("recipe", "datasets")} | {"tokenizer": report["tokenizer"]["fingerprint"]},
+    )
     tokens = sum(facts["tokens"] for facts in report["datasets"].values())
     console.print(f"{len(report['datasets'])} datasets, {tokens:,} tokens in {output}; see report.md", highlight=False)
 

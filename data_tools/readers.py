@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import orjson
 import zstandard
@@ -66,11 +66,11 @@ def read_piece(piece: Piece, source: SourceConfig, max_bytes: int) -> Iterator[R
 def open_bytes(file: Path) -> BinaryIO:
     """A file's bytes, decompressed by its suffix."""
     if file.suffix.lower() == ".gz":
-        return gzip.open(file, "rb")  # type: ignore[return-value]
+        return cast(BinaryIO, gzip.open(file, "rb"))
     if file.suffix.lower() == ".zst":
         raw = file.open("rb")
         stream = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True, closefd=True)
-        return io.BufferedReader(stream, 1 << 20)  # type: ignore[return-value]
+        return cast(BinaryIO, io.BufferedReader(stream, 1 << 20))
     return file.open("rb", buffering=1 << 20)
 
 
@@ -106,9 +106,7 @@ def _zst_is_whole(file: Path) -> bool:
     return bool(decoder.eof)
 
 
-def _lines(
-    stream: BinaryIO, start: int, end: int | None, limit: int
-) -> Iterator[tuple[int, bytes | None, int]]:
+def _lines(stream: BinaryIO, start: int, end: int | None, limit: int) -> Iterator[tuple[int, bytes | None, int]]:
     """(position, line or None when longer than `limit`, bytes) of the lines that begin in [start, end)."""
     at = start
     if start > 0:
@@ -163,7 +161,9 @@ def decode(data: bytes, encodings: list[str]) -> str | None:
         except UnicodeDecodeError:
             continue
         except LookupError:
-            raise ValueError(f"data_recipe.sources.*.encodings: {encoding!r} is no encoding that Python knows") from None
+            raise ValueError(
+                f"data_recipe.sources.*.encodings: {encoding!r} is no encoding that Python knows"
+            ) from None
     return None
 
 

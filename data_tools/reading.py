@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import orjson
@@ -62,13 +63,16 @@ class ReadStep(Step):
             writer.__exit__(None, None, None)
         self._finish(rank, tally, bad)
 
-    def _rows(self, piece: Piece, source: SourceConfig):  # type: ignore[no-untyped-def]
+    def _rows(self, piece: Piece, source: SourceConfig) -> Iterator[Row | BadRow]:
         """Rows that are documents, up to the source's limit; unusable ones as BadRow."""
         count = 0
         try:
             for row in read_piece(piece, source, self.settings.max_document_bytes):
                 checked = row if isinstance(row, BadRow) else check(row, source.columns, piece.source, first=count == 0)
-                if isinstance(checked, Row) and len(checked.columns[source.columns.text]) > self.settings.max_document_bytes:
+                if (
+                    isinstance(checked, Row)
+                    and len(checked.columns[source.columns.text]) > self.settings.max_document_bytes
+                ):
                     size = len(checked.columns[source.columns.text])
                     checked = BadRow(row.place, f"text of {size} characters is longer than read.max_document_bytes")
                 yield checked

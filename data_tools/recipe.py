@@ -182,7 +182,12 @@ class RecipeConfig:
         modes = ("stop", "keep_rows")
         _require("read.on_damaged_file", read.on_damaged_file, read.on_damaged_file in modes, " or ".join(modes))
         forms = ("NFC", "NFKC", "none")
-        _require("normalise.unicode_form", self.normalise.unicode_form, self.normalise.unicode_form in forms, ", ".join(forms))
+        _require(
+            "normalise.unicode_form",
+            self.normalise.unicode_form,
+            self.normalise.unicode_form in forms,
+            ", ".join(forms),
+        )
         _require("tokenise.held_out", self.tokenise.held_out, 0 <= self.tokenise.held_out < 0.5, "0 to 0.5")
         known = {item.name for item in fields(ProseFilterConfig)}
         for language, changes in self.filter.languages.items():
@@ -195,10 +200,14 @@ class RecipeConfig:
 def _validate_source(name: str, source: SourceConfig) -> None:
     key = f"sources.{name}"
     if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
-        raise ValueError(f"data_recipe.{key}: a source's name becomes part of file names; use letters, digits, '_' and '-'")
+        raise ValueError(
+            f"data_recipe.{key}: a source's name becomes part of file names; use letters, digits, '_' and '-'"
+        )
     _require(f"{key}.type", source.type, source.type in SOURCE_TYPES, " or ".join(SOURCE_TYPES))
     _require(f"{key}.kind", source.kind, source.kind in KINDS, " or ".join(KINDS))
-    _require(f"{key}.limit", source.limit, source.limit is None or source.limit > 0, "a number of rows above 0, or null")
+    _require(
+        f"{key}.limit", source.limit, source.limit is None or source.limit > 0, "a number of rows above 0, or null"
+    )
     try:
         source.dataset.format(source=name, group=source.group, language="en")
     except (KeyError, IndexError, ValueError):

@@ -125,7 +125,12 @@ def _choose(pairs: np.ndarray) -> np.ndarray:
 
 def to_markdown(report: dict[str, Any]) -> str:
     """The report for people."""
-    lines = [f"# Corpus {report['recipe']}", "", "| stage | documents in | out | kept | MB in | MB out |", "|---|---|---|---|---|---|"]
+    lines = [
+        f"# Corpus {report['recipe']}",
+        "",
+        "| stage | documents in | out | kept | MB in | MB out |",
+        "|---|---|---|---|---|---|",
+    ]
     for stage in report["stages"]:
         share = stage["documents_out"] / max(1, stage["documents_in"])
         lines.append(
@@ -139,7 +144,12 @@ def to_markdown(report: dict[str, Any]) -> str:
 
 
 def _datasets(report: dict[str, Any]) -> list[str]:
-    lines = ["## Datasets", "", "| dataset | group | documents | tokens | MB | languages | licences |", "|---|---|---|---|---|---|---|"]
+    lines = [
+        "## Datasets",
+        "",
+        "| dataset | group | documents | tokens | MB | languages | licences |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for name, facts in report["datasets"].items():
         lines.append(
             f"| {name} | {facts['group']} | {facts['documents']:,} | {facts['tokens']:,} | {facts['bytes'] / 1e6:.2f} "
@@ -195,9 +205,17 @@ def timing(pipeline: Pipeline, seconds: dict[str, float], cores: int) -> dict[st
     """Seconds, share and MB/s a core of every step that ran in this start."""
     read = _from_tallies("read", pipeline.steps["read"].folder)
     total = sum(seconds.values())
-    steps = {name: {"seconds": round(s, 2), "share": round(s / total, 4) if total else 0} for name, s in seconds.items()}
+    steps = {
+        name: {"seconds": round(s, 2), "share": round(s / total, 4) if total else 0} for name, s in seconds.items()
+    }
     rate = read["bytes_out"] / 1e6 / total / cores if total else 0.0
-    return {"megabytes": round(read["bytes_out"] / 1e6, 2), "seconds": round(total, 2), "cores": cores, "mb_per_second_and_core": round(rate, 2), "steps": steps}
+    return {
+        "megabytes": round(read["bytes_out"] / 1e6, 2),
+        "seconds": round(total, 2),
+        "cores": cores,
+        "mb_per_second_and_core": round(rate, 2),
+        "steps": steps,
+    }
 
 
 def documents_by_source(corpus: Corpus) -> dict[str, int]:

@@ -7,6 +7,7 @@ folder of texts or a hub dataset is read by one task a file (a hub dataset: a sh
 from __future__ import annotations
 
 import glob
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,7 +41,9 @@ def plan_source(name: str, source: SourceConfig, shard_bytes: int) -> list[Piece
         ValueError: nothing lies at the path.
     """
     if source.type == "datasets":
-        return [Piece(name, "datasets", (source.path,), shard=i, shards=n) for n in [_hub_shards(source)] for i in range(n)]
+        return [
+            Piece(name, "datasets", (source.path,), shard=i, shards=n) for n in [_hub_shards(source)] for i in range(n)
+        ]
     files = find_files(name, source)
     by_type: dict[str, list[Path]] = {}
     for file in files:
@@ -101,7 +104,7 @@ def _cut(name: str, kind: str, file: Path, shard_bytes: int) -> list[Piece]:
     size = file.stat().st_size
     count = max(1, -(-size // shard_bytes))
     edges = [size * i // count for i in range(count + 1)]
-    return [Piece(name, kind, (str(file),), a, b) for a, b in zip(edges, edges[1:])]
+    return [Piece(name, kind, (str(file),), a, b) for a, b in itertools.pairwise(edges)]
 
 
 def _row_groups(file: Path, shard_bytes: int) -> list[tuple[int, int]]:

@@ -5,8 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
-_PROBES = ("Hello, world 2024!", "  two spaces\tand a tab\n", "naïve café, Привет мир, 你好, नमस्ते", "def f(x):\n    return x ** 2\n")
+_PROBES = (
+    "Hello, world 2024!",
+    "  two spaces\tand a tab\n",
+    "naïve café, Привет мир, 你好, नमस्ते",
+    "def f(x):\n    return x ** 2\n",
+)
 
 
 def take_tokenizer(path: Path, folder: Path) -> None:
@@ -36,7 +42,9 @@ def take_tokenizer(path: Path, folder: Path) -> None:
 
         load_tokenizer(folder).save_pretrained(str(folder))
     if not (folder / "tokenizer.json").is_file():
-        raise ValueError(f"data_recipe.tokenizer.path={path} has no fast form (tokenizer.json), so it cannot encode in parallel")
+        raise ValueError(
+            f"data_recipe.tokenizer.path={path} has no fast form (tokenizer.json), so it cannot encode in parallel"
+        )
 
 
 def _convert_sentencepiece(path: Path, folder: Path) -> None:
@@ -60,16 +68,18 @@ def _convert_sentencepiece(path: Path, folder: Path) -> None:
             )
 
 
-def _backend(path: Path):  # type: ignore[no-untyped-def]
-    from sentencepiece import sentencepiece_model_pb2 as schema
+def _backend(path: Path) -> Any:
+    from sentencepiece import sentencepiece_model_pb2
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
+    schema: Any = sentencepiece_model_pb2  # generated: its classes are made at import
     proto = schema.ModelProto()
     proto.ParseFromString(path.read_bytes())
     pieces = [(piece.piece, piece.score) for piece in proto.pieces]
     kinds = [piece.type for piece in proto.pieces]
     fallback = proto.trainer_spec.byte_fallback
     unknown = proto.trainer_spec.unk_id
+    model: Any
     if proto.trainer_spec.model_type == schema.TrainerSpec.UNIGRAM:
         model = models.Unigram(pieces, unk_id=unknown, byte_fallback=fallback)
     else:
@@ -78,7 +88,7 @@ def _backend(path: Path):  # type: ignore[no-untyped-def]
             vocabulary, _merges(pieces, vocabulary), unk_token=pieces[unknown][0], fuse_unk=True, byte_fallback=fallback
         )
     tokenizer = Tokenizer(model)
-    steps = []
+    steps: list[Any] = []
     if proto.normalizer_spec.precompiled_charsmap:
         steps.append(normalizers.Precompiled(proto.normalizer_spec.precompiled_charsmap))
     if proto.normalizer_spec.remove_extra_whitespaces:
@@ -90,15 +100,15 @@ def _backend(path: Path):  # type: ignore[no-untyped-def]
     if proto.trainer_spec.model_type == schema.TrainerSpec.UNIGRAM:
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="never")
     tail = [decoders.Strip(" ", 1, 0)] if proto.normalizer_spec.add_dummy_prefix else []
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *tail]
-    )
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *tail])
     special = (schema.ModelProto.SentencePiece.CONTROL, schema.ModelProto.SentencePiece.UNKNOWN)
-    tokenizer.add_special_tokens([AddedToken(p, special=True, normalized=False) for (p, _), k in zip(pieces, kinds) if k in special])
+    tokenizer.add_special_tokens(
+        [AddedToken(p, special=True, normalized=False) for (p, _), k in zip(pieces, kinds) if k in special]
+    )
     return tokenizer
 
 
-def _spaces():  # type: ignore[no-untyped-def]
+def _spaces() -> Any:
     from tokenizers import Regex
 
     return Regex(" {2,}")

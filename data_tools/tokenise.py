@@ -198,7 +198,8 @@ def merge_sorted(folders: list[Path], memory_bytes: int) -> Iterator[np.ndarray]
     edges = [(i << 64) // ranges for i in range(ranges + 1)]
     read = [[0, 0] for _ in entries]  # per file: documents and tokens consumed
     for upper in edges[1:]:
-        found, texts = [], []
+        found: list[tuple[int, int, int, int, int]] = []
+        texts = []
         for part, (keys, position) in enumerate(zip(entries, read)):
             first, at = position
             last = len(keys) if upper >> 64 else int(np.searchsorted(keys["key"], np.uint64(upper)))

@@ -54,23 +54,23 @@ class SampleStep(Step):
         rates = self._rates()
         report_bytes: dict[str, int] = defaultdict(int)
         path = self.folder / f"{rank:05d}{SHARD_SUFFIX}"
-        with atomic_path(path) as temporary, temporary.open("wb") as raw:
-            with zstandard.ZstdCompressor(level=1).stream_writer(raw) as stream:
-                for _, document in self.corpus.read(rank):
-                    size = len(document.text.encode())
-                    progress.add(size)
-                    rate = rates[document.group]
-                    fraction = xxhash.xxh3_64_intdigest(document.text.encode(), seed=2) / RANGE
-                    times = int(rate) + (fraction < rate % 1)
-                    held_out = is_held_out(document, self.held_out)
-                    language = document.language if document.kind == "prose" else f"code: {document.language}"
-                    wanted = report_bytes[language] < REPORT_BYTES and fraction < 0.2
-                    if times or wanted:
-                        report_bytes[language] += size if wanted else 0
-                        row = {"text": document.text, "language": language, "report": wanted}
-                        row["times"] = 0 if held_out else times
-                        row["plain"] = not held_out and fraction < rates["all groups"]
-                        stream.write(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE))
+        compressor = zstandard.ZstdCompressor(level=1)
+        with atomic_path(path) as temporary, temporary.open("wb") as raw, compressor.stream_writer(raw) as stream:
+            for _, document in self.corpus.read(rank):
+                size = len(document.text.encode())
+                progress.add(size)
+                rate = rates[document.group]
+                fraction = xxhash.xxh3_64_intdigest(document.text.encode(), seed=2) / RANGE
+                times = int(rate) + (fraction < rate % 1)
+                held_out = is_held_out(document, self.held_out)
+                language = document.language if document.kind == "prose" else f"code: {document.language}"
+                wanted = report_bytes[language] < REPORT_BYTES and fraction < 0.2
+                if times or wanted:
+                    report_bytes[language] += size if wanted else 0
+                    row = {"text": document.text, "language": language, "report": wanted}
+                    row["times"] = 0 if held_out else times
+                    row["plain"] = not held_out and fraction < rates["all groups"]
+                    stream.write(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE))
 
     def _rates(self) -> dict[str, float]:
         """How often a byte of each group is in the sample, on average."""

@@ -8,7 +8,9 @@ Whatever can be refused is refused before the run directory is touched.
 
 from __future__ import annotations
 
+import os
 import shutil
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +21,7 @@ from torch import Tensor
 
 from megatron_lite.checkpoint.reader import SavedTensors, find_checkpoint
 from megatron_lite.checkpoint.store import CheckpointStore
-from megatron_lite.config import RunConfig, from_dict, to_dict
+from megatron_lite.config import RunConfig, from_dict, to_dict, to_yaml
 from megatron_lite.data.blend import Blend, open_blend
 from megatron_lite.data.config import DataConfig
 from megatron_lite.data.loader import Loader, rank_samples, validation_batches
@@ -29,7 +31,7 @@ from megatron_lite.data.sample_corpus import prepare
 from megatron_lite.data.source import Source, open_validation
 from megatron_lite.data.tokenizer import fingerprint, load_tokenizer
 from megatron_lite.engine.base import Batch, Engine
-from megatron_lite.engine.fsdp import FsdpEngine, sharder
+from megatron_lite.engine import deepspeed, fsdp
 from megatron_lite.metrics import Metrics, Work, device_peak_flops
 from megatron_lite.models.config import ModelConfig
 from megatron_lite.models.decoder import Decoder
@@ -41,9 +43,11 @@ from megatron_lite.parallel.mesh import Mesh, build_mesh
 from megatron_lite.parallel.parallelize import materialize, parallelize, vocabulary_shard
 from megatron_lite.runtime import Runtime, has_wandb_key
 from megatron_lite.tracking import RunInfo, build_tracker
+from megatron_lite.tracking.profile import Profiler
 from megatron_lite.tracking.status import Status
 from megatron_lite.trainer import Schedule, Trainer
-from megatron_lite.weights import TOKENIZER, open_weights
+from megatron_lite.watchdog import Watchdog
+from megatron_lite.weights import TOKENIZER, copy_tokenizer, open_weights
 
 
 @dataclass
@@ -127,7 +131,7 @@ def choose_model(run: RunConfig, store: CheckpointStore, checkpoint: Path | None
 
     A resumed run takes it from its own checkpoint: it never looks at `init_from` again.
     """
-    if run.init_from.path is None or run.init_from.model == "config":
+    if not run.takes_model_of_source:
         return run
     if checkpoint:
         model = from_dict(ModelConfig, store.read_manifest(checkpoint)["config"]["model"])
@@ -136,20 +140,27 @@ def choose_model(run: RunConfig, store: CheckpointStore, checkpoint: Path | None
     return replace(run, model=model)
 
 
-def start_from(engine: Engine, run: RunConfig) -> None:
-    """Fill the engine with the weights (and with `init_from.optimizer` Adam's state) of `init_from`, slice by slice.
+def start_from(engine: Engine, run: RunConfig, tokenizer: TokenizerIdentity) -> None:
+    """Fill the engine with the weights (and with `init_from.optimizer` Adam's state) of `init_from`, tensor by tensor.
 
-    Raises ValueError naming tensors and shapes that do not fit.
+    Warns when they were trained with another tokenizer. Raises ValueError naming tensors and shapes that do not fit.
     """
     weights = open_weights(run.init_from.path or "")
+    if weights.tokenizer_fingerprint not in (None, tokenizer.fingerprint):
+        warnings.warn(
+            f"init_from={run.init_from.path} was trained with tokenizer {weights.tokenizer_fingerprint}, this run reads "
+            f"{tokenizer.fingerprint} ({run.data.tokenizer}): its embeddings belong to other words",
+            stacklevel=2,
+        )
     kinds: dict[str, Mapping[str, Tensor]] = {"model": weights.tensors}
+    adam_step = 0
     if run.init_from.optimizer:
         if weights.manifest is None or not weights.manifest["adam_step"]:
             raise ValueError(
                 f"init_from.optimizer=true, but {run.init_from.path} holds no optimizer state; drop it, or name a run"
             )
         kinds |= {kind: SavedTensors(weights.path, prefix=f"{kind}.") for kind in ("exp_avg", "exp_avg_sq")}
-        engine.adam_step = weights.manifest["adam_step"]
+        adam_step = weights.manifest["adam_step"]
     pieces = {key: piece for key, piece in engine.state().items() if key.split(".", 1)[0] in kinds}
     wanted = {key.split(".", 1)[1] for key in pieces}
     different = sorted(wanted ^ set(weights.tensors))
@@ -167,6 +178,7 @@ def start_from(engine: Engine, run: RunConfig) -> None:
             )
         box = tuple(slice(start, start + size) for start, size in zip(piece.offsets, piece.local.shape))
         piece.local.copy_(tensor[box])
+    engine.load_state(pieces, adam_step=adam_step)
 
 
 def build_schedule(run: RunConfig) -> Schedule:
@@ -179,6 +191,13 @@ def build_schedule(run: RunConfig) -> Schedule:
     return Schedule(batch, rate, horizon_steps=steps, horizon_samples=samples, seq_len=seq_len)
 
 
+# kind -> (what shards a module as soon as it has memory, the engine over the whole objective)
+ENGINES: dict[str, tuple[Any, Any]] = {
+    "fsdp": (fsdp.sharder, fsdp.FsdpEngine),
+    "deepspeed": (deepspeed.sharder, deepspeed.DeepSpeedEngine),
+}
+
+
 def build_engine(run: RunConfig, mesh: Mesh | None, device: torch.device) -> Engine:
     """Model, objective and engine: meta -> parallelize -> materialise and shard module by module."""
     dtype = run.precision.dtype
@@ -186,9 +205,10 @@ def build_engine(run: RunConfig, mesh: Mesh | None, device: torch.device) -> Eng
         decoder = Decoder(run.model)
     parallelize(decoder, mesh, run.parallel)
     shards = shard_info(decoder)
+    sharder, engine = ENGINES[run.engine.kind]
     materialize(decoder, seed=run.seed, device=device, shard=sharder(run.engine, mesh, dtype))
     vocab_start, group = vocabulary_shard(decoder)
-    return FsdpEngine(
+    return engine(
         NextToken(decoder, vocab_start=vocab_start, group=group),
         config=run.engine,
         optim=run.optim,
@@ -246,6 +266,8 @@ def build_trainer(run: RunConfig, runtime: Runtime, *, store: CheckpointStore, c
         tracker=build_tracker(run.tracking, main_process=runtime.is_main, has_key=has_wandb_key()),
         metrics=build_metrics(run, runtime, consumed=manifest["consumed_samples"] if manifest else 0),
         status=Status(Path(run.run.dir), main_process=runtime.is_main),
+        watchdog=Watchdog(run.watchdog, runtime=runtime, run_dir=Path(run.run.dir)),
+        profiler=Profiler(run.profile, Path(run.run.dir) / "profile", main_process=runtime.is_main),
         facts={
             "config": to_dict(run),
             "tokenizer": tokenizer.fingerprint,
@@ -256,7 +278,7 @@ def build_trainer(run: RunConfig, runtime: Runtime, *, store: CheckpointStore, c
     if checkpoint:
         trainer.restore(checkpoint)
     elif run.init_from.path:
-        start_from(engine, run)
+        start_from(engine, run, tokenizer)
     return trainer
 
 
@@ -295,6 +317,11 @@ def check_same_run(manifest: dict[str, Any], run: RunConfig, tokenizer: Tokenize
 
     Raises ValueError with the differing keys; those named in `resume_allow` may differ.
     """
+    if not manifest["data"]:
+        raise ValueError(
+            f"run.dir={run.run.dir} holds converted weights and no training state to go on with; give another run.dir and "
+            f"init_from={run.run.dir}"
+        )
     before, now = flatten(manifest["config"]), flatten(to_dict(run))
     fixed = ("model.", "train.global_batch_size", "train.batch_ramp")
     keys = sorted(key for key in before.keys() | now.keys() if key.startswith(fixed))
@@ -341,8 +368,20 @@ def run_info(run: RunConfig, trainer: Trainer) -> RunInfo:
     )
 
 
+def write_config(run: RunConfig) -> None:
+    """`config.yaml` of the run directory: the config that this job runs with, whole or not there."""
+    target = Path(run.run.dir) / "config.yaml"
+    temporary = target.with_suffix(".yaml.tmp")
+    temporary.write_text(to_yaml(run), encoding="utf-8")
+    os.replace(temporary, target)
+
+
 def keep_tokenizer(run: RunConfig) -> None:
-    """Copy the tokenizer into the run directory, so that the run can be evaluated and exported wherever it is moved."""
+    """Copy the tokenizer's files into the run directory, so that the run can be evaluated and exported wherever it is moved."""
     target = Path(run.run.dir) / TOKENIZER
-    if not target.exists():
-        shutil.copytree(run.data.tokenizer, target)
+    if target.exists():
+        return
+    copy = target.with_name(f".tmp-{TOKENIZER}")  # whole or not there: a job may be killed here
+    shutil.rmtree(copy, ignore_errors=True)
+    copy_tokenizer(Path(run.data.tokenizer), copy)
+    os.replace(copy, target)

@@ -10,6 +10,7 @@ DOORS = {
     "evaluate": "loss and perplexity by source on held-out data",
     "generate": "continue a prompt",
     "convert": "to and from Hugging Face folders",
+    "launch": "start a run here, on Slurm, on a list of hosts or on Kubernetes",
 }
 
 

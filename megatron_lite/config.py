@@ -25,8 +25,10 @@ from omegaconf.errors import OmegaConfBaseException
 from megatron_lite.checkpoint.ranks import CheckpointError
 from megatron_lite.checkpoint.store import CheckpointConfig
 from megatron_lite.data.config import DataConfig
+from megatron_lite.engine.deepspeed import DeepSpeedConfig
 from megatron_lite.engine.fsdp import FsdpConfig
 from megatron_lite.models.config import ModelConfig
+from megatron_lite.models.huggingface import family_named
 from megatron_lite.models.sampling import SamplingConfig
 from megatron_lite.optim.optimizer import OptimConfig
 from megatron_lite.optim.schedule import ScheduleConfig
@@ -34,7 +36,9 @@ from megatron_lite.parallel.mesh import ParallelConfig
 from megatron_lite.parallel.plans import check_divisible
 from megatron_lite.precision.dtypes import PrecisionConfig
 from megatron_lite.tracking.base import TrackingConfig
+from megatron_lite.tracking.profile import ProfileConfig
 from megatron_lite.trainer import TrainConfig, TrainingDivergedError
+from megatron_lite.watchdog import WatchdogConfig
 
 
 class ConfigError(ValueError):
@@ -79,9 +83,16 @@ class RunConfig:
     engine: Any = None
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
     init_from: InitFromSection = field(default_factory=InitFromSection)
     resume: str = "auto"
     resume_allow: list[str] = field(default_factory=list)
+
+    @property
+    def takes_model_of_source(self) -> bool:
+        """Whether `init_from` decides what the model is: `build.choose_model` then puts it here."""
+        return self.init_from.path is not None and self.init_from.model == "source"
 
 
 @dataclass
@@ -185,12 +196,21 @@ def validate(run: RunConfig, world_size: int) -> None:
     Raises ValueError naming key, value and the way out.
     """
     for section in (
-        run.model, run.data, run.train, run.optim, run.schedule, run.precision, run.engine, run.checkpoint, run.tracking,
+        run.data, run.train, run.optim, run.schedule, run.precision, run.engine, run.checkpoint, run.tracking,
+        run.profile, run.watchdog,
     ):  # fmt: skip
         section.validate()
     run.parallel.validate(world_size=world_size)
     if run.init_from.model not in ("source", "config"):
         raise ValueError(f"init_from.model={run.init_from.model} is unknown; choose source or config")
+    if not run.takes_model_of_source:  # else the model is not known yet
+        validate_model(run)
+
+
+def validate_model(run: RunConfig) -> None:
+    """The part of `validate` that needs the model; raises ValueError."""
+    run.model.validate()
+    family_named(run.model.family)
     check_divisible(run.model, tp=run.parallel.tp, sequence_parallel=run.parallel.sequence_parallel)
     if run.parallel.sequence_parallel and run.data.seq_len % run.parallel.tp:
         raise ValueError(
@@ -211,6 +231,7 @@ def _register_schemas() -> None:
     store.store("generate_schema", GenerateConfig)
     store.store("convert_schema", ConvertConfig)
     store.store("fsdp_schema", FsdpConfig, group="engine")
+    store.store("deepspeed_schema", DeepSpeedConfig, group="engine")
 
 
 def known_keys(schema: type, prefix: str = "") -> Iterator[str]:

@@ -6,6 +6,7 @@ python -m megatron_lite.convert source=exported target=runs/imported to=native
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,9 +16,9 @@ from torch import Tensor
 
 from megatron_lite.checkpoint.store import CheckpointConfig, CheckpointStore
 from megatron_lite.config import ConvertConfig, run_door, to_dict
-from megatron_lite.data.tokenizer import fingerprint, load_tokenizer, tokenizer_files
+from megatron_lite.data.tokenizer import load_tokenizer
 from megatron_lite.models.huggingface import export_folder
-from megatron_lite.weights import TOKENIZER, Weights, open_weights
+from megatron_lite.weights import HUGGING_FACE, TOKENIZER, Weights, copy_tokenizer, open_weights
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -49,6 +50,8 @@ def convert(config: ConvertConfig) -> int:
         raise ValueError(f"to={config.to} is unknown; choose hf or native")
     if config.dtype not in ("source", *DTYPES):
         raise ValueError(f"dtype={config.dtype} is unknown; choose source, {', '.join(DTYPES)}")
+    if not config.max_shard_gb > 0:
+        raise ValueError(f"max_shard_gb={config.max_shard_gb} must be above 0")
     weights = open_weights(config.source)
     tensors = weights.tensors if config.dtype == "source" else Cast(weights.tensors, DTYPES[config.dtype])
     if config.to == "hf":
@@ -82,28 +85,27 @@ def _to_native(config: ConvertConfig, weights: Weights, tensors: Mapping[str, Te
     target = Path(config.target)
     if target.exists() and any(target.iterdir()):
         raise ValueError(f"target={target} exists and is not empty; choose another folder or remove it")
-    identity = ""
-    if weights.tokenizer is not None:
-        (target / TOKENIZER).mkdir(parents=True)
-        copy_tokenizer(weights.tokenizer, target / TOKENIZER)
-        identity = fingerprint(target / TOKENIZER)
     state = {
         "consumed_samples": 0,
         "adam_step": 0,
-        "config": {"model": to_dict(weights.config), "data": {"tokenizer": str(target / TOKENIZER)}},
-        "tokenizer": identity,
+        "config": {"model": to_dict(weights.config), "data": {"tokenizer": ""}},
+        "tokenizer": weights.tokenizer_fingerprint or "",
         "schedule": {},
         "data": {},
         "rng": {},
+        HUGGING_FACE: weights.extra,
     }
-    store = CheckpointStore(target / "checkpoints", CheckpointConfig())
-    store.save(0, {f"model.{name}": tensor for name, tensor in tensors.items()}, state)
-
-
-def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copy the tokenizer's files, and nothing else, from one folder to another."""
-    for path in tokenizer_files(source):
-        shutil.copy2(path, target / path.name)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    work = target.parent / f".tmp-{target.name}-{os.getpid()}"  # whole or not there, as an exported folder is
+    try:
+        if weights.tokenizer is not None:
+            copy_tokenizer(weights.tokenizer, work / TOKENIZER)
+        store = CheckpointStore(work / "checkpoints", CheckpointConfig())
+        store.save(0, {f"model.{name}": tensor for name, tensor in tensors.items()}, state)
+        os.replace(work, target)
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
 
 
 if __name__ == "__main__":

@@ -38,8 +38,8 @@ def evaluate(config: EvaluateConfig) -> int:
     prepare_data(config.data, vocab_size=weights.config.vocab_size, report=print)
     tokenizer = open_tokenizer(config.data)
     check_vocabulary(weights.config, tokenizer)
-    trained_with = weights.manifest["tokenizer"] if weights.manifest else tokenizer.fingerprint
-    if trained_with != tokenizer.fingerprint:
+    trained_with = weights.tokenizer_fingerprint
+    if trained_with not in (None, tokenizer.fingerprint):
         raise ValueError(
             f"{config.checkpoint} was trained with tokenizer {trained_with}, but data.tokenizer={config.data.tokenizer} is "
             f"{tokenizer.fingerprint}: losses would mean nothing; tokenise the data with the model's tokenizer"

@@ -7,7 +7,7 @@ python -m megatron_lite.generate checkpoint=runs/smoke prompt_file=prompts.txt s
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,24 +41,39 @@ def generate(config: GenerateConfig) -> int:
             sampling=config.sampling,
         )
         sys.stdout.write(prompt)
-        for text in stream_text(tokenizer, new):
+        for text in stream_text(tokenizer, new, before=tokens):
             sys.stdout.write(text)
             sys.stdout.flush()
         sys.stdout.write("\n")
     return 0
 
 
-def stream_text(tokenizer: Any, tokens: Iterable[int]) -> Iterator[str]:
-    """The text of `tokens` piece by piece; a character whose bytes are spread over tokens waits for its last one."""
-    pending: list[int] = []
+def stream_text(tokenizer: Any, tokens: Iterable[int], *, before: Sequence[int] = ()) -> Iterator[str]:
+    """The text of `tokens` piece by piece, as it continues the text of the tokens `before`.
+
+    Some tokenizers drop the space that begins a text (SentencePiece), so a token is decoded behind those that came before it and
+    only what it adds is given. The window decoded for this begins at the last piece but one, so that a long text costs what its
+    pieces cost. A character whose bytes are spread over tokens waits for its last one.
+    """
+    window = list(before)
+    known = len(_decode(tokenizer, window))
+    last_piece = len(window)  # where in the window the newest piece begins
+    text = ""
     for token in tokens:
-        pending.append(token)
-        text = tokenizer.decode(pending)
-        if not text.endswith("\ufffd"):
-            yield text
-            pending = []
-    if pending:
-        yield tokenizer.decode(pending)
+        window.append(token)
+        text = _decode(tokenizer, window)
+        if len(text) > known and not text.endswith("\ufffd"):
+            yield text[known:]
+            window = window[last_piece:]
+            last_piece = len(window)
+            known = len(_decode(tokenizer, window))
+            text = ""
+    if len(text) > known:
+        yield text[known:]
+
+
+def _decode(tokenizer: Any, tokens: Sequence[int]) -> str:
+    return tokenizer.decode(tokens, clean_up_tokenization_spaces=False) if tokens else ""
 
 
 def _prompts(config: GenerateConfig) -> list[str]:

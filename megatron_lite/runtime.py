@@ -11,6 +11,7 @@ from __future__ import annotations
 import datetime
 import os
 import signal
+import time
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -27,6 +28,7 @@ class Runtime:
     world_size: int
     local_rank: int
     device: torch.device
+    job: str = ""  # the launcher's name for this attempt (MLITE_JOB)
 
     @property
     def is_main(self) -> bool:
@@ -74,7 +76,16 @@ def start(*, timeout_seconds: float = 1800.0) -> Runtime:
         if not dist.is_initialized():
             backend = "cuda:nccl,cpu:gloo" if cuda else "gloo"
             dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_seconds))
-    return Runtime(rank=rank, world_size=world_size, local_rank=local_rank, device=device)
+    job = os.environ.get("MLITE_JOB", "")
+    return Runtime(rank=rank, world_size=world_size, local_rank=local_rank, device=device, job=job)
+
+
+def ensure_process_group() -> None:
+    """A process group of one, and the variable LOCAL_RANK, for a library that cannot do without them (DeepSpeed)."""
+    os.environ.setdefault("LOCAL_RANK", "0")
+    if not dist.is_initialized():
+        backend = "cuda:nccl,cpu:gloo" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 
 
 def default_device() -> torch.device:
@@ -113,13 +124,15 @@ def has_wandb_key() -> bool:
 class Signals:
     """Notes SIGTERM, SIGINT and SIGUSR1 while it is open, and gives the old handlers back at the end.
 
-    A second SIGINT or SIGTERM raises KeyboardInterrupt, so that an impatient person gets out.
+    A second SIGINT raises KeyboardInterrupt, so that an impatient person gets out. SIGTERM may come often: a scheduler sends it to
+    every process, and the launcher passes it on once more; so does a Ctrl-C's SIGINT, hence the second of grace.
     """
 
     watched = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
     def __init__(self) -> None:
         self.requested: str | None = None
+        self._since = 0.0
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Signals:
@@ -132,6 +145,7 @@ class Signals:
             signal.signal(number, handler)
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
-        if self.requested is not None and number != signal.SIGUSR1:
+        if self.requested is None:
+            self.requested, self._since = signal.Signals(number).name, time.monotonic()
+        elif number == signal.SIGINT and time.monotonic() > self._since + 1.0:
             raise KeyboardInterrupt
-        self.requested = signal.Signals(number).name

@@ -16,10 +16,11 @@ from megatron_lite.build import (
     keep_tokenizer,
     prepare_data,
     run_info,
+    write_config,
 )
 from megatron_lite.checkpoint.lock import RunLock
 from megatron_lite.checkpoint.store import CheckpointStore
-from megatron_lite.config import RunConfig, run_door, to_yaml, validate
+from megatron_lite.config import RunConfig, run_door, validate, validate_model
 from megatron_lite.runtime import Runtime, set_deterministic, set_threads, start, stop
 from megatron_lite.tracking import write_loss_plot, write_report
 from megatron_lite.trainer import Trainer
@@ -54,6 +55,7 @@ def _locked(run: RunConfig, runtime: Runtime, store: CheckpointStore) -> int:
     say = print if runtime.is_main else _silent
     checkpoint = choose_checkpoint(run, store)
     run = choose_model(run, store, checkpoint)
+    validate_model(run)
     prepare_data(run.data, vocab_size=run.model.vocab_size, report=say)
     trainer = build_trainer(run, runtime, store=store, checkpoint=checkpoint)
     position, horizon = trainer.position, trainer.schedule.horizon_samples
@@ -67,7 +69,7 @@ def _locked(run: RunConfig, runtime: Runtime, store: CheckpointStore) -> int:
         say(f"resuming from {checkpoint}: step {position.step}, {position.consumed_samples} samples consumed")
         store.abandon_after(position.step)
     if runtime.is_main:
-        (Path(run.run.dir) / "config.yaml").write_text(to_yaml(run))
+        write_config(run)
         keep_tokenizer(run)
     trainer.tracker.start(run_info(run, trainer))
     outcome = trainer.fit()

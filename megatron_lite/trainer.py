@@ -9,6 +9,7 @@ Notable features:
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing, contextmanager
@@ -25,7 +26,9 @@ from megatron_lite.metrics import Metrics
 from megatron_lite.optim.schedule import BatchSize, LearningRate, RampStage
 from megatron_lite.runtime import Runtime, Signals
 from megatron_lite.tracking.base import Tracker
+from megatron_lite.tracking.profile import Profiler
 from megatron_lite.tracking.status import Status
+from megatron_lite.watchdog import Watchdog
 
 
 @dataclass
@@ -118,6 +121,8 @@ class Trainer:
     tracker: Tracker
     metrics: Metrics
     status: Status
+    profiler: Profiler
+    watchdog: Watchdog
     facts: dict[str, Any]  # the part of every manifest that a run never changes
     position: Position = field(default_factory=Position)
 
@@ -128,15 +133,18 @@ class Trainer:
             end = min(end, batch.samples(self.config.stop_at))
         skips = torch.zeros((), device=self.runtime.device)
         outcome = "stopped"
-        with self._reported(), Signals() as signals, closing(self._steps(end)) as steps:
+        with self._reported(), self.watchdog, Signals() as signals, closing(self._steps(end)) as steps:
             for size, micro_batches in steps:
                 self.position.step += 1
                 self.position.consumed_samples += size
                 step, consumed = self.position.step, self.position.consumed_samples
                 lr = self.schedule.rate(step=step, consumed_samples=consumed)
+                self.watchdog.enter("train_step", step)
                 result = self.engine.train_step(micro_batches, lr=lr)
                 skips = (skips + result.skipped) * result.skipped
+                self.watchdog.enter("agree", step)
                 outcome = self._outcome(signals, consumed, end)
+                self.watchdog.enter("log", step)
                 row = self.metrics.update(
                     result, step=step, consumed_samples=consumed, lr=lr, last=outcome != "running"
                 )
@@ -149,18 +157,21 @@ class Trainer:
                     self.save(skips)
                 if outcome != "running":
                     break
+                self.watchdog.enter("data", step + 1)
             self.store.wait()
             reasons = {"stopped": f"train.stop_at={self.config.stop_at}", "preempted": str(signals.requested)}
             self._write_status("preempted" if outcome in reasons else outcome, reasons.get(outcome, "all steps done"))
         return outcome
 
     def _steps(self, end: int) -> Generator[tuple[int, list[Batch]], None, None]:
-        yield from self.feed.steps(self.position.consumed_samples, self.schedule.batch.at, end)
+        steps = self.feed.steps(self.position.consumed_samples, self.schedule.batch.at, end)
+        yield from self.profiler.watch(steps)
 
     def restore(self, path: Path) -> None:
         """Take over tensors, counters and random generators of a checkpoint. Raises CheckpointError or ValueError."""
-        manifest = self.store.load(path, self.engine.state())
-        self.engine.adam_step = manifest["adam_step"]
+        pieces = self.engine.state()
+        manifest = self.store.load(path, pieces)
+        self.engine.load_state(pieces, adam_step=manifest["adam_step"])
         self.position = Position(manifest["step"], manifest["consumed_samples"])
         set_rng_state(manifest["rng"])
 
@@ -171,6 +182,7 @@ class Trainer:
             for source, batches in self.feed.validation():
                 sums = torch.zeros(2, dtype=torch.float64, device=self.runtime.device)
                 for item in batches:
+                    self.watchdog.enter(f"validate {source}", self.position.step)
                     sums += torch.stack([value.double() for value in self.engine.evaluate(item)])
                 total, tokens = self.runtime.sum(sums).tolist()
                 losses[source] = total / max(tokens, 1.0)
@@ -190,6 +202,7 @@ class Trainer:
             "adam_step": self.engine.adam_step,
             "rng": rng_state(),
         }
+        self.watchdog.enter("save", self.position.step)
         with self.metrics.paused():
             self.store.save(self.position.step, self.engine.state(), manifest)
 
@@ -212,9 +225,8 @@ class Trainer:
             )
 
     def _write_status(self, state: str, reason: str) -> None:
-        self.status.write(
-            state, self.position.step, reason, blend_seen=self.feed.seen(self.position.consumed_samples)
-        )
+        seen = self.feed.seen(self.position.consumed_samples)
+        self.status.write(state, self.position.step, reason, blend_seen=seen, job=self.runtime.job, time=time.time())
 
     @contextmanager
     def _reported(self) -> Iterator[None]:

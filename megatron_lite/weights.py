@@ -8,6 +8,7 @@ Notable features:
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,11 +26,16 @@ from megatron_lite.models.decoder import Decoder
 from megatron_lite.models.huggingface import is_folder, open_folder
 
 TOKENIZER = "tokenizer"  # the folder of a run directory that holds a copy of its tokenizer
+HUGGING_FACE = "huggingface"  # the manifest's key for the rest of the folder that a checkpoint was converted from
 
 
 @dataclass(frozen=True)
 class Weights:
-    """A model on disk. `tokenizer` is None where none lies beside it; `extra` are fields of a Hugging Face folder."""
+    """A model on disk. `tokenizer` is None where none lies beside it.
+
+    extra: what a Hugging Face folder says beside the model (padding token, several end tokens, generation config), also of a
+    checkpoint that was converted from one; `export_folder` writes it back.
+    """
 
     path: Path
     config: ModelConfig
@@ -37,6 +43,13 @@ class Weights:
     tokenizer: Path | None = None
     manifest: dict[str, Any] | None = None
     extra: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def tokenizer_fingerprint(self) -> str | None:
+        """Identity of the tokenizer that the model was trained with; None where nothing says it."""
+        if self.manifest is not None:
+            return self.manifest["tokenizer"] or None
+        return fingerprint(self.tokenizer) if self.tokenizer else None
 
 
 def open_weights(path: str | Path) -> Weights:
@@ -54,7 +67,14 @@ def open_weights(path: str | Path) -> Weights:
     checkpoint = find_checkpoint(path)
     manifest = read_manifest(checkpoint)
     config = from_dict(ModelConfig, manifest["config"]["model"])
-    return Weights(checkpoint, config, SavedTensors(checkpoint, prefix="model."), _tokenizer_of(checkpoint, manifest), manifest)
+    return Weights(
+        checkpoint,
+        config,
+        SavedTensors(checkpoint, prefix="model."),
+        _tokenizer_of(checkpoint, manifest),
+        manifest,
+        extra=manifest.get(HUGGING_FACE, {}),
+    )
 
 
 def load(path: str | Path, *, device: str | torch.device = "cpu") -> tuple[Decoder, Any]:
@@ -81,8 +101,15 @@ def load_decoder(weights: Weights, *, device: str | torch.device = "cpu") -> Dec
 def _tokenizer_of(checkpoint: Path, manifest: dict[str, Any]) -> Path | None:
     """The run's copy of its tokenizer, else the folder that the config named, if it is still the same one."""
     copy = checkpoint.parent.parent / TOKENIZER
-    named = Path(manifest["config"]["data"]["tokenizer"] or ".")
-    for folder in (copy, named):
+    named = manifest["config"]["data"]["tokenizer"]
+    for folder in (copy, Path(named)) if named else (copy,):
         if tokenizer_files(folder) and fingerprint(folder) == manifest["tokenizer"]:
             return folder
     return None
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copy the tokenizer's files, and nothing else, from one folder to another, which is made if need be."""
+    target.mkdir(parents=True, exist_ok=True)
+    for path in tokenizer_files(source):
+        shutil.copy2(path, target / path.name)

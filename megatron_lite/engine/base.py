@@ -40,11 +40,11 @@ class Engine(Protocol):
         """(summed loss, counted tokens) of this rank's batch, without gradient."""
 
     def state(self) -> dict[str, Piece]:
-        """`model.*`, `exp_avg.*`, `exp_avg_sq.*`: this rank's pieces of the global tensors, live: filling them loads a state."""
+        """`model.*`, `exp_avg.*`, `exp_avg_sq.*`: this rank's pieces of the global tensors, to be saved, or filled and loaded."""
+
+    def load_state(self, pieces: dict[str, Piece], *, adam_step: int) -> None:
+        """Take over pieces that `state` gave and that were filled since (all, or only some), and Adam's step counter."""
 
     @property
     def adam_step(self) -> int:
         """Optimizer updates done (Adam's step counter)."""
-
-    @adam_step.setter
-    def adam_step(self, count: int) -> None: ...

@@ -56,7 +56,7 @@ def sharder(config: FsdpConfig, mesh: Mesh | None, dtype: torch.dtype) -> Callab
     policy = MixedPrecisionPolicy(
         param_dtype=None if dtype is torch.float32 else dtype, reduce_dtype=torch.float32
     )
-    offload = CPUOffloadPolicy() if config.cpu_offload else OffloadPolicy()
+    offload = CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if config.cpu_offload else OffloadPolicy()
 
     def shard(module: nn.Module) -> None:
         fully_shard(
@@ -99,6 +99,7 @@ class FsdpEngine:
             if parameter.requires_grad
         }
         self.optimizer = AdamW({name: _local(p) for name, p in self.named.items()}, optim)
+        self.home = next(iter(self.optimizer.parameters.values())).device  # the CPU with engine.cpu_offload
 
     def train_step(self, micro_batches: list[Batch], *, lr: float) -> StepResult:
         """See `Engine`."""
@@ -112,12 +113,12 @@ class FsdpEngine:
             total += loss.detach()
         loss = self._sum(total) / share
         gradients = self._take_gradients()
-        norm = self._global_norm(gradients)
+        norm = self._global_norm(gradients).to(loss.device)
         if self.clip_grad:
-            scale = (self.clip_grad / (norm + 1e-6)).clamp(max=1.0)
+            scale = (self.clip_grad / (norm + 1e-6)).clamp(max=1.0).to(self.home)
             torch._foreach_mul_(list(gradients.values()), scale)
         skipped = 1.0 - (torch.isfinite(norm) & torch.isfinite(loss)).float()
-        self.optimizer.step(gradients, lr=lr, skip=skipped)
+        self.optimizer.step(gradients, lr=lr, skip=skipped.to(self.home))
         return StepResult(loss=loss, grad_norm=norm, valid_tokens=valid, skipped=skipped)
 
     @torch.no_grad()
@@ -136,14 +137,14 @@ class FsdpEngine:
             for info in [self.shards[key.split(".", 1)[1]]]
         }
 
+    def load_state(self, pieces: dict[str, Piece], *, adam_step: int) -> None:
+        """See `Engine`. The pieces are the live tensors: filled, they are loaded."""
+        self.optimizer.adam_step = adam_step
+
     @property
     def adam_step(self) -> int:
         """See `Engine`."""
         return self.optimizer.adam_step
-
-    @adam_step.setter
-    def adam_step(self, count: int) -> None:
-        self.optimizer.adam_step = count
 
     def _forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         if self.mesh is None:

@@ -61,24 +61,34 @@ def decays(name: str, ndim: int, config: OptimConfig) -> bool:
     return True
 
 
+def torch_adamw(
+    parameters: dict[str, Tensor], config: OptimConfig, *, dims: dict[str, int] | None = None
+) -> torch.optim.AdamW:
+    """torch's fused AdamW over `parameters` (global name -> tensor), those that decay in its first group.
+
+    dims: the number of dimensions of each global tensor, where that of its part in `parameters` is another.
+    """
+    groups: dict[bool, list[Tensor]] = {True: [], False: []}
+    for name, tensor in parameters.items():
+        groups[decays(name, dims[name] if dims else tensor.ndim, config)].append(tensor)
+    return torch.optim.AdamW(
+        [
+            {"params": groups[True], "weight_decay": config.weight_decay},
+            {"params": groups[False], "weight_decay": 0.0},
+        ],
+        lr=config.lr,
+        betas=(config.betas[0], config.betas[1]),
+        eps=config.eps,
+        fused=True,
+    )
+
+
 class AdamW:
     """AdamW on `parameters`: global name -> local fp32 tensor, updated in place. Empty shards are fine."""
 
     def __init__(self, parameters: dict[str, Tensor], config: OptimConfig) -> None:
         self.parameters = parameters
-        groups: dict[bool, list[Tensor]] = {True: [], False: []}
-        for name, tensor in parameters.items():
-            groups[decays(name, tensor.ndim, config)].append(tensor)
-        self._torch = torch.optim.AdamW(
-            [
-                {"params": groups[True], "weight_decay": config.weight_decay},
-                {"params": groups[False], "weight_decay": 0.0},
-            ],
-            lr=config.lr,
-            betas=(config.betas[0], config.betas[1]),
-            eps=config.eps,
-            fused=True,
-        )
+        self._torch = torch_adamw(parameters, config)
         for tensor in parameters.values():
             self._torch.state[tensor] = {
                 "step": torch.zeros((), dtype=torch.float32, device=tensor.device),

@@ -137,8 +137,12 @@ def _draw_schedule(axes: Any, curves: Curves) -> None:
 
 
 def _legend(axes: Any, outside: bool) -> None:
-    place = {"loc": "upper left", "bbox_to_anchor": (1.01, 1.0)} if outside else {"loc": "upper right"}
-    axes.legend(frameon=False, fontsize=8.5, labelcolor=_INK, **place)
+    style = {"frameon": False, "labelcolor": _INK}
+    if not outside:
+        axes.legend(loc="upper right", fontsize=8.5, **style)
+        return
+    handles, labels = axes.get_legend_handles_labels()  # the figure's own legend: beside both panels, stretching neither
+    axes.figure.legend(handles, labels, loc="outside right upper", fontsize=8.5 if len(labels) < 24 else 7.5, **style)
 
 
 def _dress(axes: Any) -> None:

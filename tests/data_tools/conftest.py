@@ -30,7 +30,10 @@ def make_recipe(tmp_path: Path) -> Callable[..., RecipeConfig]:
                 path=str(raw / "prose.jsonl"), language="en", columns=Columns(language="lang", licence="license")
             ),
             "code": SourceConfig(
-                path=str(raw / "code.jsonl"), group="code", kind="code", columns=Columns(text="content", language="language")
+                path=str(raw / "code.jsonl"),
+                group="code",
+                kind="code",
+                columns=Columns(text="content", language="language"),
             ),
         }
         recipe.read.shard_bytes = 8_000

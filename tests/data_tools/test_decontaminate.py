@@ -26,7 +26,7 @@ def test_shared_runs_are_found_in_any_form(tmp_path) -> None:
     assert found.hits(" ".join(before + question[5:18] + after)) == {"quiz": 1}  # thirteen words
     assert found.hits(" ".join(before + question[5:17] + after)) == {}  # twelve
     shouted = ",\n".join(question[5:25]).upper()
-    assert found.hits(" ".join(before) + shouted) == {"quiz": 8}
+    assert found.hits(" ".join(before) + " " + shouted) == {"quiz": 8}
     assert found.hits(" ".join(before)) == {}
     assert found.hits("") == {}
 

@@ -5,10 +5,10 @@ import random
 import numpy as np
 import pytest
 
+from data_tools.atomic import write_json
+from data_tools.documents import Corpus, Document, ShardWriter
 from data_tools.exact_dedup import PAIR
 from data_tools.near_dedup import CandidateStep, MinHash, NearStep, SignatureStep, decide, similar_pairs
-from data_tools.documents import Corpus, Document, ShardWriter
-from data_tools.atomic import write_json
 from data_tools.recipe import NearConfig
 from data_tools.steps import Progress
 
@@ -75,8 +75,14 @@ def test_similarity_is_estimated_without_bias() -> None:
 
 
 def test_scripts_without_spaces_have_near_duplicates_too(tmp_path) -> None:
-    text = "春はあけぼの。やうやう白くなりゆく山ぎは、すこしあかりて、紫だちたる雲のほそくたなびきたる。夏は夜。月のころはさらなり。" * 2
-    other = "秋は夕暮れ。夕日のさして山の端いと近うなりたるに、烏の寝どころへ行くとて、三つ四つ、二つ三つなど飛び急ぐさへあはれなり。" * 2
+    text = (
+        "春はあけぼの。やうやう白くなりゆく山ぎは、すこしあかりて、紫だちたる雲のほそくたなびきたる。夏は夜。月のころはさらなり。"
+        * 2
+    )
+    other = (
+        "秋は夕暮れ。夕日のさして山の端いと近うなりたるに、烏の寝どころへ行くとて、三つ四つ、二つ三つなど飛び急ぐさへあはれなり。"
+        * 2
+    )
     assert run(tmp_path, [text, other, text + "おわり"], NearConfig()).tolist() == [(2, 0)]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import json
 import os
 import random
@@ -32,7 +33,9 @@ def run(recipe, **changes) -> Path:
 
 def digests(corpus: Path) -> dict[str, str]:
     """sha256 of everything in the output but the work folder, times and the lock."""
-    files = [path for path in sorted(corpus.rglob("*")) if path.is_file() and "work" not in path.relative_to(corpus).parts]
+    files = [
+        path for path in sorted(corpus.rglob("*")) if path.is_file() and "work" not in path.relative_to(corpus).parts
+    ]
     files = [path for path in files if path.name not in ("timing.json", ".lock")]
     return {str(path.relative_to(corpus)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
@@ -73,14 +76,14 @@ def test_documents_are_shuffled_and_held_out_by_their_text(make_recipe) -> None:
     def documents(prefix: Path) -> list[str]:
         data = IndexedDataset(prefix)
         edges = [data.document_start(i) for i in range(data.num_documents + 1)]
-        return [tokenizer.decode(data.tokens(a, b - 1).tolist()) for a, b in zip(edges, edges[1:])]
+        return [tokenizer.decode(data.tokens(a, b - 1).tolist()) for a, b in itertools.pairwise(edges)]
 
     order = [i for text in documents(corpus / "prose") for i in range(60) if text == article(i)]
     held_out = documents(corpus / "prose.validation")
     assert 0 < len(held_out) < 20
     assert not set(held_out) & set(documents(corpus / "prose"))
     # Neighbours in the source are neighbours in the file no more often than in a random order (2 of about 54).
-    assert sum(abs(a - b) == 1 for a, b in zip(order, order[1:])) < 8
+    assert sum(abs(a - b) == 1 for a, b in itertools.pairwise(order)) < 8
     again = make_recipe(seed=2, output=str(corpus.parent / "other"))
     other = [i for text in documents(run(again) / "prose") for i in range(60) if text == article(i)]
     assert other != order
@@ -149,7 +152,9 @@ def test_killed_at_random_it_ends_with_the_same_bytes(make_recipe, tmp_path) -> 
     generator = random.Random(0)
     kills = 0
     for _ in range(40):
-        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
         before = len(list((tmp_path / "killed").rglob("DONE.json")))
         # Killed a moment after it made progress, so the test ends however slow the machine is.
         while process.poll() is None and len(list((tmp_path / "killed").rglob("DONE.json"))) < before + 3:
@@ -163,7 +168,9 @@ def test_killed_at_random_it_ends_with_the_same_bytes(make_recipe, tmp_path) -> 
         kills += 1
     found = digests(tmp_path / "killed")
     assert kills >= 3
-    assert {k: v for k, v in found.items() if k != "data.yaml"} == {k: v for k, v in expected.items() if k != "data.yaml"}
+    assert {k: v for k, v in found.items() if k != "data.yaml"} == {
+        k: v for k, v in expected.items() if k != "data.yaml"
+    }
 
 
 def test_two_runs_on_one_output(make_recipe, tmp_path) -> None:

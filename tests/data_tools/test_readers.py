@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 from pathlib import Path
 
 import pytest
 import zstandard
 
-from data_tools.readers import BadRow, DamagedFile, Row, read_piece
-from data_tools.reading import ReadStep
-from data_tools.recipe import Columns, ReadConfig, SourceConfig
 from data_tools.documents import read_shard
+from data_tools.readers import BadRow, DamagedFile, Row, read_piece
+from data_tools.reading import ReadStep, to_document
+from data_tools.recipe import Columns, ReadConfig, SourceConfig
 from data_tools.sources import Piece, plan_source
 from data_tools.steps import Progress
 
@@ -45,7 +46,7 @@ def test_parts_of_a_file_hold_every_line_once(tmp_path) -> None:
     size = path.stat().st_size
     for cuts in ([size // 3, size // 2], [1, 2, 3], [len(lines(10)), len(lines(10)) + 1]):
         edges = [0, *cuts, size]
-        found = [text for a, b in zip(edges, edges[1:]) for text in texts(rows(path, start=a, end=b))]
+        found = [text for a, b in itertools.pairwise(edges) for text in texts(rows(path, start=a, end=b))]
         assert found == [f"text {i}" for i in range(100)]
 
 
@@ -105,7 +106,9 @@ def test_truncated_compressed_files(tmp_path, cut: float) -> None:
         path = tmp_path / f"a.jsonl.{suffix}"
         path.write_bytes(compressed[: int(len(compressed) * cut)])
         found = []
-        with pytest.raises(DamagedFile, match=rf"a\.jsonl\.{suffix} is truncated.*after line \d+|a\.jsonl.*ends after line \d+"):
+        with pytest.raises(
+            DamagedFile, match=rf"a\.jsonl\.{suffix} is truncated.*after line \d+|a\.jsonl.*ends after line \d+"
+        ):
             found += rows(path)
 
 
@@ -121,7 +124,11 @@ def test_text_folders(tmp_path) -> None:
     source = SourceConfig(path=str(tmp_path))
     found = [row for piece in plan_source("s", source, 1000) for row in read_piece(piece, source, LIMIT)]
     assert texts(found) == ["  A text.\n", "naïve", "x = 1\n"]
-    assert [row.reason.split(" of ")[0] for row in found if isinstance(row, BadRow)] == ["empty file", "binary file", "file"]
+    assert [row.reason.split(" of ")[0] for row in found if isinstance(row, BadRow)] == [
+        "empty file",
+        "binary file",
+        "file",
+    ]
     assert found[-1].columns["suffix"] == "py"
 
 
@@ -167,19 +174,26 @@ def test_quarantine(tmp_path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(lines(3) + b'{"text": null}\n{"other": 1}\n{"text": "  "}\n{"text": "\\ud800 lone"}\n' + lines(40))
     documents, quarantine = read(tmp_path, SourceConfig(path=str(path)))
-    assert len(documents) == 44
-    assert documents[3] == "? lone"
+    assert len(documents) == 43
     assert [(bad["place"].rsplit(":")[-1], bad["reason"]) for bad in quarantine] == [
         ("4", "column 'text' holds a NoneType, not text"),
         ("5", "no column 'text'"),
         ("6", "empty text"),
+        ("7", "not JSON: no low surrogate in string: line 1 column 11 (char 10)"),
     ]
+
+
+def test_lone_surrogates_from_other_libraries_do_not_break_a_shard(tmp_path) -> None:
+    document = to_document(Row("a:1", {"text": "\ud800 lone"}), "s", SourceConfig(path=""))
+    assert document.text == "? lone"
 
 
 def test_a_wrong_mapping_stops_at_once(tmp_path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(lines(30))
-    with pytest.raises(ValueError, match=r"a\.jsonl:1 has no column 'body', it has \['n', 'text'\]; set data_recipe.sources.s"):
+    with pytest.raises(
+        ValueError, match=r"a\.jsonl:1 has no column 'body', it has \['n', 'text'\]; set data_recipe.sources.s"
+    ):
         read(tmp_path, SourceConfig(path=str(path), columns=Columns(text="body")))
     assert not list((tmp_path / "read").glob("*.stats.json"))
 

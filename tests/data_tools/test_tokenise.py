@@ -38,9 +38,15 @@ def test_merging_is_sorting(tmp_path_factory, shards, memory_bytes: int) -> None
 
 def test_small_datasets_are_put_together(tmp_path) -> None:
     def facts(documents: int, language: str) -> dict:
-        return {"group": "m", "languages": {language: documents}, "licences": {"x": documents}, "bytes": 1, "tokens": 2, "documents": documents}
+        counts = {"bytes": 1, "tokens": 2, "documents": documents}
+        return {"group": "m", "languages": {language: documents}, "licences": {"x": documents}, **counts}
 
-    found = {"de/train": facts(30, "de"), "fo/train": facts(1, "fo"), "is/train": facts(2, "is"), "is/validation": facts(1, "is")}
+    found = {
+        "de/train": facts(30, "de"),
+        "fo/train": facts(1, "fo"),
+        "is/train": facts(2, "is"),
+        "is/validation": facts(1, "is"),
+    }
     (tmp_path / "00000.datasets.json").write_text(json.dumps(found))
     plan = plan_datasets(tmp_path, 10)
     assert list(plan) == ["de/train", "m_small/train", "m_small/validation"]
@@ -49,7 +55,14 @@ def test_small_datasets_are_put_together(tmp_path) -> None:
     assert list(plan_datasets(tmp_path, 1)) == sorted(found)
 
 
-TEXTS = ["Hello, world 2024!", "  two  spaces\tand\n", "naïve Привет 你好", "def f(x):\n    return x\n", "🙂 zażółć", ""]
+TEXTS = [
+    "Hello, world 2024!",
+    "  two  spaces\tand\n",
+    "naïve Привет 你好",
+    "def f(x):\n    return x\n",
+    "🙂 zażółć",
+    "",
+]
 
 
 @pytest.fixture(scope="module")
@@ -57,13 +70,19 @@ def sentencepiece_models(tmp_path_factory) -> Path:
     import sentencepiece
 
     folder = tmp_path_factory.mktemp("spm")
-    (folder / "text.txt").write_text("\n".join(article(i) for i in range(40)) + "\n".join(program(i) for i in range(20)))
+    (folder / "text.txt").write_text(
+        "\n".join(article(i) for i in range(40)) + "\n".join(program(i) for i in range(20))
+    )
     for name, kind, extra in (
-        ("bpe", "bpe", {"split_digits": True, "remove_extra_whitespaces": False, "normalization_rule_name": "identity"}),
+        (
+            "bpe",
+            "bpe",
+            {"split_digits": True, "remove_extra_whitespaces": False, "normalization_rule_name": "identity"},
+        ),
         ("unigram", "unigram", {}),
     ):
         sentencepiece.SentencePieceTrainer.train(
-            input=str(folder / "text.txt"), model_prefix=str(folder / name), model_type=kind, vocab_size=500,
+            input=str(folder / "text.txt"), model_prefix=str(folder / name), model_type=kind, vocab_size=380,
             byte_fallback=True, character_coverage=0.99, minloglevel=2, num_threads=1, **extra,
         )  # fmt: skip
     return folder

@@ -6,10 +6,10 @@ import json
 import random
 from pathlib import Path
 
-WORDS = (
-    "river stone morning letter garden winter travel window summer market silver branch answer number friend music "
-    "bridge castle dinner engine forest gentle harbour island jacket kitchen ladder mirror needle orange pocket quiet "
-    "ribbon school table umbrella valley walnut yellow zebra autumn butter candle danger eleven father ginger hammer"
+WORDS = (  # noqa: SIM905
+    "river stone morning letter garden winter travel window summer market silver branch answer number friend music bridge castle "
+    "dinner engine forest gentle harbour island jacket kitchen ladder mirror needle orange pocket quiet ribbon school table umbrella "
+    "valley walnut yellow zebra autumn butter candle danger eleven father ginger hammer"
 ).split()
 
 
@@ -31,7 +31,9 @@ def program(seed: int) -> str:
     """A little Python file."""
     generator = random.Random(seed)
     names = [f"{generator.choice(WORDS)}_{i}" for i in range(6)]
-    return "\n".join(f"def {name}(value):\n    result = value + {i}\n    return result\n" for i, name in enumerate(names))
+    return "\n".join(
+        f"def {name}(value):\n    result = value + {i}\n    return result\n" for i, name in enumerate(names)
+    )
 
 
 def write_jsonl(path: Path, rows: list[dict]) -> Path:

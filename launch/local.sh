@@ -1,0 +1,99 @@
+#!/usr/bin/env bash
+# One node's ranks: a laptop process, one GPU, all GPUs of a node, or this node's part of a multi-node run.
+#
+#   launch/local.sh [--dry-run] [Hydra overrides]
+#
+#   RANKS_PER_NODE   processes here (default: the number of GPUs, else 1)
+#   RUN_DIR          run directory, unless run.dir=... is among the overrides
+#   NODES, MIN_NODES nodes of the run (default 1) and the fewest it goes on with (default NODES)
+#   RENDEZVOUS       host:port that all nodes reach (the first node), needed for NODES > 1
+#   LOCAL_ADDR       this node's address, where its host name does not resolve for the others
+#   JOB              name of this attempt, the same on all nodes (default: host, time and process id)
+#   MAX_RESTARTS     restarts in place after a rank or a node is lost (default 0; 3 where MIN_NODES < NODES)
+#   SHUTDOWN_TIMEOUT seconds that ranks have to save after a signal (default 600)
+#   ENV_FILE         file of variables for NCCL and the like (default none)
+#   PYTHON, SETTINGS interpreter; a file with any of these settings
+#
+# SIGUSR1, SIGTERM or Ctrl-C: the ranks save after their step, then this ends. Again: at once.
+# Ends with 0 when the run is finished or reached train.stop_at, 75 when it was preempted (start it again), otherwise with an error.
+set -euo pipefail
+LAUNCH_DIR=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+# shellcheck source-path=SCRIPTDIR source=common.sh
+source "$LAUNCH_DIR/common.sh"
+if [[ ${1:-} == --dry-run ]]; then
+  DRY_RUN=1
+  shift
+fi
+read_settings
+gpus() {
+  if command -v nvidia-smi >/dev/null; then nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true; else echo 0; fi
+}
+PYTHON=${PYTHON:-${MLITE_PYTHON:-python3}}
+NODES=${NODES:-1} MIN_NODES=${MIN_NODES:-${NODES:-1}}
+RANKS_PER_NODE=${RANKS_PER_NODE:-$(gpus)}
+((RANKS_PER_NODE > 0)) || RANKS_PER_NODE=1
+restarts=0
+((MIN_NODES == NODES)) || restarts=3
+export MLITE_JOB=${JOB:-$(hostname)-$(date +%s)-$$}
+directory=$(run_dir "$@")
+
+command=("$PYTHON" -m)
+if ((NODES * RANKS_PER_NODE > 1)); then
+  command+=(torch.distributed.run --nproc-per-node="$RANKS_PER_NODE" --max-restarts="${MAX_RESTARTS:-$restarts}"
+    --signals-to-handle='SIGTERM,SIGINT,SIGUSR1' --shutdown-timeout="${SHUTDOWN_TIMEOUT:-600}")
+  if ((NODES > 1)); then
+    [[ -n ${JOB:-} ]] || fail "NODES=$NODES needs JOB, the same name on every node"
+    [[ -n ${RENDEZVOUS:-} ]] || fail "NODES=$NODES needs RENDEZVOUS=host:port, the same on every node"
+    command+=(--nnodes="$MIN_NODES:$NODES" --rdzv-backend=c10d --rdzv-endpoint="$RENDEZVOUS" --rdzv-id="$MLITE_JOB")
+    [[ -z ${LOCAL_ADDR:-} ]] || command+=(--local-addr="$LOCAL_ADDR")
+  else
+    command+=(--standalone)
+  fi
+  command+=(-m)
+fi
+command+=(megatron_lite.train ${@+"$@"} run.dir="$directory")
+
+read_env_file
+if [[ -n ${DRY_RUN:-} ]]; then
+  [[ -z ${ENV_FILE:-} ]] || grep -E '^[A-Za-z_]+=' "$ENV_FILE" || true
+  show env MLITE_JOB="$MLITE_JOB" "${command[@]}"
+  exit 0
+fi
+
+child=
+signals=0
+# shellcheck disable=SC2317,SC2329  # called by the traps
+pass_on() {
+  signals=$((signals + 1))
+  [[ -n $child ]] || exit 75
+  if ((signals == 1)); then
+    echo "$1: the ranks save and stop (once more: stop at once)" >&2
+    kill -USR1 "$child" 2>/dev/null || true
+  elif ((signals == 2)); then
+    kill -TERM "$child" 2>/dev/null || true
+  else
+    kill -KILL "$child" 2>/dev/null || true
+  fi
+}
+for name in USR1 TERM INT; do
+  # shellcheck disable=SC2064
+  trap "pass_on SIG$name" "$name"
+done
+before=$(cat "$directory/status.json" 2>/dev/null || true)
+"${command[@]}" &
+child=$!
+code=0
+wait "$child" || code=$?
+while kill -0 "$child" 2>/dev/null; do # a trap ends `wait` before the child has ended
+  code=0
+  wait "$child" || code=$?
+done
+
+case $(settled_outcome "$directory" "$MLITE_JOB" "$before") in
+  finished | stopped) exit 0 ;;
+  preempted) exit 75 ;;
+  none) # the run was finished before, or its config was refused: nothing was written, the process itself says which
+    ((code == 0 || signals == 0)) || exit 75
+    exit "$code" ;;
+  *) exit $((code == 0 ? 1 : code)) ;;
+esac

@@ -1,0 +1,56 @@
+#!/usr/bin/env bash
+# Submit slurm.sbatch with everything a site wants to say; prints the job's number.
+#
+#   launch/slurm.sh [--dry-run] [Hydra overrides]
+#
+#   NODES            nodes of the job (default 1)
+#   GPUS_PER_NODE    GPUs of a node (default 8; 0 for CPU nodes: then say RANKS_PER_NODE)
+#   TIME             time limit (default 04:00:00); the run goes on in the next job, however short this one is
+#   ACCOUNT, PARTITION, QOS, RESERVATION, CONSTRAINT, COMMENT, DEPENDENCY, MEM, CPUS_PER_NODE   as sbatch's options; empty: not given
+#   EXCLUSIVE        1 (default): whole nodes
+#   SIGNAL_SECONDS   how long before the time limit the ranks are told to save (default 600); above the time of one step and one save
+#   JOB_NAME         default: last part of the run directory
+#   LOG_DIR          job output (default: <run directory>/logs)
+#   SBATCH_ARGS      any further options of sbatch, separated by spaces
+# What the job itself reads (RANKS_PER_NODE, MIN_NODES, CONTAINER, ...) is described in slurm.sbatch.
+set -euo pipefail
+LAUNCH_DIR=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+export LAUNCH_DIR
+# shellcheck source-path=SCRIPTDIR source=common.sh
+source "$LAUNCH_DIR/common.sh"
+if [[ ${1:-} == --dry-run ]]; then
+  DRY_RUN=1
+  shift
+fi
+read_settings
+export GPUS_PER_NODE=${GPUS_PER_NODE:-8} SIGNAL_SECONDS=${SIGNAL_SECONDS:-600}
+export NODES=${NODES:-1}
+directory=$(run_dir "$@")
+logs=${LOG_DIR:-$directory/logs}
+[[ $GPUS_PER_NODE != 0 || -n ${RANKS_PER_NODE:-} ]] || fail "GPUS_PER_NODE=0 needs RANKS_PER_NODE, the processes of a node"
+
+command=(sbatch --parsable --nodes="$NODES" --ntasks-per-node=1 --time="${TIME:-04:00:00}" --job-name="${JOB_NAME:-$(basename "$directory")}"
+  --signal="B:USR1@$SIGNAL_SECONDS" --requeue --open-mode=append --output="$logs/%x-%j.out" --export=ALL)
+[[ $GPUS_PER_NODE == 0 ]] || command+=(--gpus-per-node="$GPUS_PER_NODE")
+[[ ${EXCLUSIVE:-1} != 1 ]] || command+=(--exclusive)
+# A job that may go on with fewer nodes must survive the loss of one.
+((${MIN_NODES:-$NODES} == NODES)) || command+=(--no-kill)
+for setting in ACCOUNT PARTITION QOS RESERVATION CONSTRAINT COMMENT DEPENDENCY MEM; do
+  [[ -z ${!setting:-} ]] || command+=("--$(tr '[:upper:]' '[:lower:]' <<<"$setting")=${!setting}")
+done
+[[ -z ${CPUS_PER_NODE:-} ]] || command+=(--cpus-per-task="$CPUS_PER_NODE")
+if [[ -n ${SBATCH_ARGS:-} ]]; then
+  read -r -a more <<<"$SBATCH_ARGS"
+  command+=("${more[@]}")
+fi
+command+=("$LAUNCH_DIR/slurm.sbatch" "$@")
+
+if [[ -n ${DRY_RUN:-} ]]; then
+  echo "# submit"
+  show "${command[@]}"
+  echo "# and the job then runs"
+  DRY_RUN=1 bash "$LAUNCH_DIR/slurm.sbatch" "$@"
+  exit 0
+fi
+mkdir -p "$logs"
+exec "${command[@]}"

@@ -1,0 +1,329 @@
+"""DeepSpeed ZeRO 1, 2 and 3 behind the same face as FSDP2. The one file that imports `deepspeed`.
+
+    stage   sharded over the data-parallel ranks            (Rajbhandari et al. 2020, arXiv 1910.02054)
+    1       master weights and Adam's moments
+    2       and gradients
+    3       and the weights themselves, gathered module by module
+
+Notable features:
+- Learning rate, loss scale and skipping are ours: the loss is divided by the global token count before backward, and one
+  decision, the same on every rank, leaves out a step whose loss or gradient is not finite.
+- DeepSpeed learns of tensor parallelism through an `mpu`; its norm counts what tensor parallelism did not cut once.
+- torch's AdamW runs on DeepSpeed's flat fp32 partitions: no C++ compiler is needed at run time.
+- DeepSpeed cuts flat buffers, not rows. `state` gathers parameter by parameter and keeps this rank's rows; `load_state`
+  brings the rows back together, one parameter at a time.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megatron_lite.engine.base import Batch, StepResult
+from megatron_lite.optim.optimizer import OptimConfig, torch_adamw
+from megatron_lite.parallel.global_view import Layout, Piece, chunk_bounds
+from megatron_lite.parallel.layers import ShardInfo
+from megatron_lite.parallel.mesh import Mesh
+from megatron_lite.runtime import ensure_process_group
+
+# Elements that travel in one collective. DeepSpeed's own 5e8 would reserve 2 GB of fp32 for the smallest model.
+_BUCKET = 50_000_000
+
+
+@dataclass
+class DeepSpeedConfig:
+    """zero_stage: 1 | 2 | 3, what is sharded. offload_optimizer: master weights and Adam on the CPU."""
+
+    kind: str = "deepspeed"
+    zero_stage: int = 1
+    offload_optimizer: bool = False
+
+    def validate(self) -> None:
+        """Raise ValueError naming the key whose value cannot be, or that deepspeed is not installed."""
+        if self.zero_stage not in (1, 2, 3):
+            way_out = "; engine=fsdp engine.shard=none shards nothing" if self.zero_stage == 0 else ""
+            raise ValueError(f"engine.zero_stage={self.zero_stage} is unknown; choose 1, 2 or 3{way_out}")
+        _deepspeed()
+
+
+def sharder(config: DeepSpeedConfig, mesh: Mesh | None, dtype: torch.dtype) -> Callable[[nn.Module], None]:
+    """A function that prepares one materialised module: stage 3 shards it, the others shard no weights.
+
+    Computing in bf16, DeepSpeed rounds the weights it is given. Each parameter keeps this rank's fp32 rows in its attribute
+    `exact_rows` until the engine has made them the master weights.
+    """
+    deepspeed, unit = _start(mesh)
+
+    def shard(module: nn.Module) -> None:
+        for parameter in module.parameters():
+            if dtype is not torch.float32 and not hasattr(parameter, "exact_rows"):
+                parameter.exact_rows = _rows(parameter.detach(), unit).clone()  # type: ignore[attr-defined]
+        if config.zero_stage == 3:
+            deepspeed.zero.Init(
+                module=module,
+                data_parallel_group=unit.get_data_parallel_group(),
+                config_dict_or_path=_ds_config(config, dtype, clip_grad=0.0),
+                dtype=dtype,
+                mpu=unit,
+            )
+
+    return shard
+
+
+class DeepSpeedEngine:
+    """The engine over a materialised objective whose layers have gone through `sharder`.
+
+    shards: for every trained parameter (named as in the decoder) its global shape and its tensor-parallel dimension.
+    mesh: None for one process. Raises ValueError for a mesh with `dp_replicate`.
+    """
+
+    def __init__(
+        self,
+        objective: nn.Module,
+        *,
+        config: DeepSpeedConfig,
+        optim: OptimConfig,
+        dtype: torch.dtype,
+        mesh: Mesh | None,
+        shards: dict[str, ShardInfo],
+    ) -> None:
+        deepspeed, self.unit = _start(mesh)
+        sharder(config, mesh, dtype)(objective)
+        self.layout = Layout() if mesh is None else mesh.layout
+        self.shards, self.stage = shards, config.zero_stage
+        self.named = {
+            name.removeprefix("decoder."): parameter
+            for name, parameter in objective.named_parameters()
+            if parameter.requires_grad
+        }
+        for name, parameter in self.named.items():
+            parameter.tensor_model_parallel = shards[name].tp_dim is not None  # type: ignore[attr-defined]
+        self.adamw = torch_adamw(
+            self.named, optim, dims={name: len(info.global_shape) for name, info in shards.items()}
+        )
+        self.engine = deepspeed.initialize(
+            model=objective,
+            optimizer=self.adamw,
+            config=_ds_config(config, dtype, clip_grad=optim.clip_grad),
+            mpu=self.unit,
+        )[0]
+        self.fragments = deepspeed.utils
+        self._start_adam()
+        for name, parameter in self.named.items():
+            if hasattr(parameter, "exact_rows"):
+                self._write(f"model.{name}", parameter.exact_rows)
+                del parameter.exact_rows
+
+    def train_step(self, micro_batches: list[Batch], *, lr: float) -> StepResult:
+        """See `Engine`."""
+        for group in self.adamw.param_groups:
+            group["lr"] = lr
+        self.engine.train()
+        valid = self._sum(torch.stack([torch.count_nonzero(b["loss_mask"]) for b in micro_batches]).sum())
+        share = valid.clamp(min=1)
+        total = torch.zeros((), device=valid.device)
+        for index, batch in enumerate(micro_batches):
+            self.engine.set_gradient_accumulation_boundary(index + 1 == len(micro_batches))
+            loss, _ = self.engine(batch)
+            # DeepSpeed divides the sum of the ranks' gradients by their number
+            scaled = loss * (self.unit.get_data_parallel_world_size() / share)
+            self.engine.backward(scaled, scale_wrt_gas=False)
+            total += loss.detach()
+        loss = self._sum(total) / share
+        bad_loss = 1.0 - torch.isfinite(loss).float()
+        self.adamw.found_inf = bad_loss  # type: ignore[attr-defined]  # DeepSpeed itself looks at the gradient only
+        self.engine.step()
+        norm = torch.as_tensor(self.engine.get_global_grad_norm(), dtype=torch.float32, device=loss.device)
+        skipped = bad_loss if self.engine.was_step_applied() else torch.ones_like(bad_loss)
+        return StepResult(loss=loss, grad_norm=norm, valid_tokens=valid, skipped=skipped)
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """See `Engine`."""
+        self.engine.eval()
+        return self.engine(batch)  # type: ignore[no-any-return]
+
+    def state(self) -> dict[str, Piece]:
+        """See `Engine`: copies on the CPU, a data-parallel rank's share of the rows of each tensor."""
+        pieces = {}
+        for kind in ("model", "exp_avg", "exp_avg_sq"):
+            for name, parameter in self.named.items():
+                if kind == "model":
+                    whole = self.fragments.safe_get_full_fp32_param(parameter)
+                else:
+                    whole = self.fragments.safe_get_full_optimizer_state(parameter, kind)
+                rows = _rows(whole, self.unit).to("cpu", copy=True)
+                info = self.shards[name]
+                pieces[f"{kind}.{name}"] = self.layout.piece(rows, info.global_shape, tp_dim=info.tp_dim)
+        return pieces
+
+    def load_state(self, pieces: dict[str, Piece], *, adam_step: int) -> None:
+        """See `Engine`."""
+        for key, piece in pieces.items():
+            self._write(key, piece.local)
+        for state in self.adamw.state.values():
+            state["step"].fill_(float(adam_step))
+
+    @property
+    def adam_step(self) -> int:
+        """See `Engine`."""
+        return int(next(iter(self.adamw.state.values()))["step"].item())
+
+    def _start_adam(self) -> None:
+        """Adam's state, which DeepSpeed leaves to the first step, so that there is something to save and to load into."""
+        zero = self.engine.optimizer
+        flats = zero.fp32_partitioned_groups_flat if self.stage == 3 else [g["params"][0] for g in zero.param_groups]
+        for flat in flats:
+            self.adamw.state[flat] = {
+                "step": torch.zeros((), dtype=torch.float32, device=flat.device),
+                "exp_avg": torch.zeros_like(flat),
+                "exp_avg_sq": torch.zeros_like(flat),
+            }
+        if self.stage < 3:
+            zero._lazy_init_hp_params_optimizer_state()
+
+    @torch.no_grad()
+    def _write(self, key: str, rows: Tensor) -> None:
+        """Bring the data-parallel ranks' rows of one tensor together and hand each rank's DeepSpeed what it holds of it."""
+        kind, name = key.split(".", 1)
+        parameter = self.named[name]
+        whole = self._gather_rows(name, rows)
+        if self.stage == 3:
+            part = _flat_part(whole, parameter.ds_tensor.numel(), self.unit.get_data_parallel_rank())  # type: ignore[attr-defined]
+            if kind == "model":
+                self.fragments.safe_set_local_fp32_param(parameter, part)
+                parameter.ds_tensor.copy_(part)  # type: ignore[attr-defined]
+            else:
+                self.fragments.safe_set_local_optimizer_state(parameter, part, kind)
+        elif kind == "model":
+            self.fragments.safe_set_full_fp32_param(parameter, whole)
+            parameter.copy_(whole)
+        else:
+            self.fragments.safe_set_full_optimizer_state(parameter, whole, kind)
+
+    def _gather_rows(self, name: str, rows: Tensor) -> Tensor:
+        """What this tensor-parallel rank holds of the tensor. Exact: a sum would turn -0.0 into 0.0."""
+        group, ranks = self.unit.get_data_parallel_group(), self.unit.get_data_parallel_world_size()
+        info = self.shards[name]
+        _, sizes = self.layout.box(info.global_shape, tp_dim=info.tp_dim, dp_sharded=False)
+        whole = torch.empty(sizes, dtype=rows.dtype, device=self.engine.device)
+        for rank in range(ranks):
+            start, end = chunk_bounds(sizes[0], ranks, rank)
+            if rank == self.unit.get_data_parallel_rank():
+                whole[start:end] = rows
+            if end > start:
+                dist.broadcast(whole[start:end], group=group, group_src=rank)
+        return whole
+
+    def _sum(self, value: Tensor) -> Tensor:
+        """Sum over the data-parallel ranks, in place."""
+        dist.all_reduce(value, group=self.unit.get_data_parallel_group())
+        return value
+
+
+class _ParallelUnit:
+    """What DeepSpeed asks of Megatron's `mpu`: who shares a layer's matrices, and who sees other samples."""
+
+    def __init__(self, mesh: Mesh | None) -> None:
+        self.mesh = mesh
+        world = dist.group.WORLD
+        self.groups = {
+            "model": world if mesh is None else mesh.tp_group,
+            "data": world if mesh is None else mesh.device_mesh.get_group("dp_shard"),
+        }
+
+    def get_model_parallel_group(self) -> Any:
+        return self.groups["model"]
+
+    def get_model_parallel_rank(self) -> int:
+        return dist.get_rank(self.groups["model"])
+
+    def get_model_parallel_world_size(self) -> int:
+        return dist.get_world_size(self.groups["model"])
+
+    get_tensor_model_parallel_group = get_model_parallel_group
+    get_tensor_model_parallel_rank = get_model_parallel_rank
+    get_tensor_model_parallel_world_size = get_model_parallel_world_size
+
+    def get_data_parallel_group(self) -> Any:
+        return self.groups["data"]
+
+    def get_data_parallel_group_ranks(self) -> list[int]:
+        return dist.get_process_group_ranks(self.groups["data"])
+
+    def get_data_parallel_rank(self) -> int:
+        return dist.get_rank(self.groups["data"])
+
+    def get_data_parallel_world_size(self) -> int:
+        return dist.get_world_size(self.groups["data"])
+
+
+def _start(mesh: Mesh | None) -> tuple[ModuleType, _ParallelUnit]:
+    """The library and its view of the processes. Raises ValueError for replicas, which it does not know."""
+    if mesh is not None and mesh.device_mesh["dp_replicate"].size() > 1:
+        raise ValueError(
+            f"parallel.dp_replicate={mesh.device_mesh['dp_replicate'].size()} with engine=deepspeed: ZeRO shards over all "
+            "data-parallel ranks; set parallel.dp_replicate=1, or engine=fsdp"
+        )
+    deepspeed = _deepspeed()
+    ensure_process_group()
+    deepspeed.init_distributed(verbose=False)
+    return deepspeed, _ParallelUnit(mesh)
+
+
+def _deepspeed() -> ModuleType:
+    """The library, whose console messages below an error are left out, those of its import too."""
+    logging.disable(logging.WARNING)
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise ValueError(
+            f"engine=deepspeed needs DeepSpeed ({error}): pip install 'megatron-lite[deepspeed]', or set engine=fsdp"
+        ) from error
+    finally:
+        logging.disable(logging.NOTSET)
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    return deepspeed
+
+
+def _ds_config(config: DeepSpeedConfig, dtype: torch.dtype, *, clip_grad: float) -> dict[str, Any]:
+    """What DeepSpeed reads. Batch sizes stand for nothing: the engine says itself when a global batch is complete."""
+    zero = {
+        "stage": config.zero_stage,
+        "reduce_bucket_size": _BUCKET,
+        "allgather_bucket_size": _BUCKET,
+        "stage3_param_persistence_threshold": 0,  # everything is sharded, small parameters too
+        "memory_efficient_linear": False,  # it would replace torch.nn.functional.linear for the whole process
+    }
+    if config.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": clip_grad,
+        "zero_optimization": zero,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_allow_untested_optimizer": True,
+        "bf16": {"enabled": dtype is torch.bfloat16, "check_grad_overflow": True},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
+    }
+
+
+def _rows(whole: Tensor, unit: _ParallelUnit) -> Tensor:
+    """This data-parallel rank's rows of a tensor."""
+    start, end = chunk_bounds(whole.shape[0], unit.get_data_parallel_world_size(), unit.get_data_parallel_rank())
+    return whole[start:end]
+
+
+def _flat_part(whole: Tensor, length: int, index: int) -> Tensor:
+    """Part `index` of the flattened tensor, cut into parts of `length`; the last ones are filled up with zeros."""
+    part = whole.flatten()[index * length : (index + 1) * length]
+    return torch.nn.functional.pad(part, (0, length - part.numel()))

@@ -1,0 +1,274 @@
+"""Who hangs, and who is slow: a thread beside the training loop of every rank.
+
+    loop:     enter("data", 7)  enter("train_step", 7)  enter("save", 7) ...
+    thread:   looks every tick at where the loop is; tells the others through the process group's store
+
+Notable features:
+- Hang: when the loop has stayed in one phase for `timeout_seconds`, every rank that can writes the stacks of its threads (and on GPUs
+  the flight recorder) to <run.dir>/hang, the ranks compare notes, one of them names the culprit in status.json, and all end.
+  Culprits are ranks that do not answer, else ranks that are not themselves waiting for others.
+- A rank whose interpreter is stuck (its thread cannot run either) is ended by faulthandler's own C thread, stacks to stderr.
+- Slow: a rank's own time is what it does not spend waiting in a collective, found by looking at its stack at every tick. Where one
+  rank's own time per step is `slow_factor` times the median, rank 0 warns with the times. It sees the host: a GPU that computes
+  slowly while its host runs ahead shows only where the host waits for it.
+- No collective is used and nothing waits for the device; one process needs no watchdog and starts none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import json
+import logging
+import os
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_lite.runtime import Runtime
+from megatron_lite.tracking.status import Status
+
+logger = logging.getLogger(__name__)
+EXIT_CODE = 3
+_COUNTED = ("data", "train_step", "agree")  # phases that belong to a step
+_PASSED_THROUGH = ("torch/_ops.py", "torch/utils/", "torch/autograd/", "contextlib.py", "torch/_dynamo/")
+
+
+@dataclass
+class WatchdogConfig:
+    """timeout_seconds: longest stay in one phase (a step, one validation batch, a save); 0 switches it off. Above the longest save.
+
+    slow_factor: own time per step, over the median of all ranks, from which a rank is called slow; 0: never.
+    report_seconds: how often ranks are compared.
+    """
+
+    timeout_seconds: float = 1800.0
+    slow_factor: float = 1.5
+    report_seconds: float = 60.0
+
+    def validate(self) -> None:
+        """Raise ValueError naming the key whose value cannot be."""
+        if self.timeout_seconds < 0:
+            raise ValueError(f"watchdog.timeout_seconds={self.timeout_seconds} must not be negative; 0 switches it off")
+        if self.slow_factor != 0 and self.slow_factor <= 1:
+            raise ValueError(f"watchdog.slow_factor={self.slow_factor} must be above 1, or 0 to compare nobody")
+        if self.report_seconds <= 0:
+            raise ValueError(f"watchdog.report_seconds={self.report_seconds} must be above 0")
+
+
+class Watchdog:
+    """A context manager around the loop; `enter` says where the loop is."""
+
+    def __init__(self, config: WatchdogConfig, *, runtime: Runtime, run_dir: Path) -> None:
+        self.config, self.runtime, self.run_dir = config, runtime, run_dir
+        self.enabled = config.timeout_seconds > 0 and runtime.world_size > 1
+        self._tick = min(0.1, config.timeout_seconds / 20)
+        self._where = (0, "start", time.monotonic())
+        self._steps, self._own = 0, 0.0
+        self._loop = threading.get_ident()
+        self._ended = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def enter(self, phase: str, step: int) -> None:
+        """The loop begins `phase` of `step`."""
+        if phase == "train_step":
+            self._steps += 1
+        self._where = (step, phase, time.monotonic())
+        if self.enabled and phase != "agree":
+            self._arm()
+
+    def __enter__(self) -> Watchdog:
+        if self.enabled:
+            self._loop = threading.get_ident()
+            self._where = (*self._where[:2], time.monotonic())
+            board = Board(self.runtime.rank, self.runtime.world_size)
+            self._thread = threading.Thread(target=self._watch, args=(board,), name="watchdog", daemon=True)
+            self._arm()
+            self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._ended.set()
+        if self._thread is not None:
+            faulthandler.cancel_dump_traceback_later()
+            self._thread.join(timeout=10)
+
+    def _arm(self) -> None:
+        """The last resort: it needs no interpreter lock. It comes after the thread has had its time."""
+        with contextlib.suppress(AttributeError, OSError, ValueError):  # no stderr with a file behind it
+            faulthandler.dump_traceback_later(self.config.timeout_seconds * 1.25 + 60, exit=True, file=sys.__stderr__)
+
+    # ---- the thread
+
+    def _watch(self, board: Board) -> None:
+        last = told = compared = time.monotonic()
+        while not self._ended.wait(self._tick):
+            now = time.monotonic()
+            step, phase, since = self._where
+            if phase in _COUNTED and not waits_for_others(self._frame()):
+                self._own += now - last
+            last = now
+            if now - since > self.config.timeout_seconds:
+                self._end_the_job(board, now - since)
+            if now - told > min(5.0, self.config.timeout_seconds / 4, self.config.report_seconds / 2):
+                board.tell("beat", {"step": step, "phase": phase, "own": self._own, "steps": self._steps})
+                told = now
+            if self.runtime.rank == 0 and self.config.slow_factor and now - compared > self.config.report_seconds:
+                self._compare(board)
+                compared = now
+
+    def _frame(self) -> FrameType | None:
+        return sys._current_frames().get(self._loop)
+
+    def _compare(self, board: Board) -> None:
+        times = board.own_times()
+        slow = slow_ranks(times, self.config.slow_factor)
+        if slow:
+            typical = statistics.median(times.values())
+            logger.warning(
+                "slow: %s against a median of %.3f s over %d ranks (own time per step, waiting for others not counted)",
+                ", ".join(f"rank {rank} {times[rank]:.3f} s" for rank in slow[:8]), typical, len(times),
+            )  # fmt: skip
+
+    def _end_the_job(self, board: Board, seconds: float) -> None:
+        """Dump, compare notes, say who it was, end this process. Never returns."""
+        rank = self.runtime.rank
+        step, phase, _ = self._where
+        frame = self._frame()
+        try:
+            self._dump(rank)
+            board.tell("hang", {"step": step, "phase": phase, "waits": waits_for_others(frame), "at": place(frame)})
+            notes = board.collect("hang", seconds=min(20.0, max(3.0, self.config.timeout_seconds / 4)))
+            if rank == min(notes, default=rank):
+                verdict = self._verdict(notes, board.read("beat"), seconds)
+                print(f"watchdog: {verdict}", file=sys.stderr, flush=True)
+                Status(self.run_dir, main_process=True).write(
+                    "failed", step, verdict, job=self.runtime.job, time=time.time()
+                )
+            else:
+                time.sleep(2.0)  # the launcher ends all ranks when the first one goes: let that one finish its note
+        except Exception as error:  # whatever goes wrong here, the process must end
+            print(f"watchdog: rank {rank}: step {step}, {phase}: no progress for {seconds:.0f} s ({error})", file=sys.stderr, flush=True)
+        finally:
+            os._exit(EXIT_CODE)
+
+    def _dump(self, rank: int) -> None:
+        folder = self.run_dir / "hang"
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / f"rank_{rank:05}.txt").open("w") as file:
+            faulthandler.dump_traceback(file, all_threads=True)
+        record = getattr(torch._C._distributed_c10d, "_dump_fr_trace_json", None)
+        if record is not None:
+            (folder / f"rank_{rank:05}.flight.json").write_bytes(record())
+
+    def _verdict(self, notes: dict[int, dict[str, Any]], beats: dict[int, dict[str, Any]], seconds: float) -> str:
+        world = self.runtime.world_size
+        silent = [rank for rank in range(world) if rank not in notes]
+        busy = [rank for rank, note in notes.items() if not note["waits"]]
+        parts = [f"no progress for {seconds:.0f} s (watchdog.timeout_seconds={self.config.timeout_seconds:g})"]
+        for rank in silent[:8]:
+            seen = beats.get(rank)
+            last = f"last seen in step {seen['step']}, {seen['phase']}" if seen else "never seen"
+            parts.append(f"rank {rank} does not answer ({last})")
+        for rank in busy[:8]:
+            note = notes[rank]
+            parts.append(f"rank {rank} is stuck in step {note['step']}, {note['phase']}, at {note['at']}")
+        waiting = sorted(set(notes) - set(busy))
+        if waiting:
+            first = notes[waiting[0]]
+            parts.append(f"{numbers(waiting)} wait for others in step {first['step']}, {first['phase']}, at {first['at']}")
+        return "; ".join(parts) + f". Stacks: {self.run_dir}/hang"
+
+
+class Board:
+    """Notes of all ranks in the process group's store; every call is short and none needs the other ranks to be alive."""
+
+    def __init__(self, rank: int, ranks: int) -> None:
+        self.rank, self.ranks = rank, ranks
+        # a connection of its own: the training's one may be waiting in a blocking call
+        store = dist.distributed_c10d._get_default_store().clone()
+        store.set_timeout(timedelta(seconds=5))
+        self._store = store
+        self._before: dict[int, tuple[int, float]] = {}
+
+    def tell(self, kind: str, note: dict[str, Any]) -> None:
+        """Publish this rank's note."""
+        with contextlib.suppress(RuntimeError):  # a store that is gone; the hang itself is found without it
+            self._store.set(f"watchdog/{kind}/{self.rank}", json.dumps(note))
+
+    def read(self, kind: str) -> dict[int, dict[str, Any]]:
+        """The notes there are."""
+        found = {}
+        try:
+            for rank in range(self.ranks):
+                key = f"watchdog/{kind}/{rank}"
+                if self._store.check([key]):
+                    found[rank] = json.loads(self._store.get(key))
+        except RuntimeError:
+            logger.warning("the store of the process group does not answer")
+        return found
+
+    def collect(self, kind: str, *, seconds: float) -> dict[int, dict[str, Any]]:
+        """The notes of all ranks, or of those that wrote one within `seconds`."""
+        end = time.monotonic() + seconds
+        found = self.read(kind)
+        while len(found) < self.ranks and time.monotonic() < end:
+            time.sleep(0.2)
+            found = self.read(kind)
+        return found
+
+    def own_times(self) -> dict[int, float]:
+        """rank -> own seconds per step since the last call, of ranks that made a step."""
+        times = {}
+        for rank, note in self.read("beat").items():
+            steps, own = self._before.get(rank, (0, 0.0))
+            if note["steps"] > steps:
+                times[rank] = (note["own"] - own) / (note["steps"] - steps)
+                self._before[rank] = (note["steps"], note["own"])
+        return times
+
+
+def waits_for_others(frame: FrameType | None) -> bool:
+    """Whether the innermost frame, thin wrappers aside, stands in torch.distributed: in a collective, or waiting for one."""
+    while frame is not None and any(part in frame.f_code.co_filename for part in _PASSED_THROUGH):
+        frame = frame.f_back
+    return frame is not None and "torch/distributed/" in frame.f_code.co_filename
+
+
+def place(frame: FrameType | None) -> str:
+    """The innermost line outside of torch, e.g. `megatron_lite/engine/fsdp.py:131 train_step`."""
+    while frame is not None and "/torch/" in frame.f_code.co_filename:
+        frame = frame.f_back
+    if frame is None:
+        return "an unknown place"
+    return f"{'/'.join(Path(frame.f_code.co_filename).parts[-3:])}:{frame.f_lineno} {frame.f_code.co_name}"
+
+
+def slow_ranks(times: dict[int, float], factor: float) -> list[int]:
+    """Ranks whose own time is more than `factor` times the median, the slowest first."""
+    if len(times) < 2:
+        return []
+    typical = statistics.median_low(times.values())  # of two ranks the faster one is typical
+    return sorted((rank for rank, own in times.items() if own > factor * max(typical, 1e-3)), key=lambda r: -times[r])
+
+
+def numbers(ranks: Sequence[int]) -> str:
+    """`rank 3` or `ranks 0-2, 7`."""
+    runs: list[list[int]] = []
+    for rank in ranks:
+        if runs and rank == runs[-1][1] + 1:
+            runs[-1][1] = rank
+        else:
+            runs.append([rank, rank])
+    text = ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+    return f"rank{'s' if len(ranks) > 1 else ''} {text}"

@@ -1,0 +1,144 @@
+"""The recipes in `configs/`: what they compose to, and the shares that a run would really see."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from data_tools.configuration import ConfigError, compose, config_dir
+from data_tools.inspect import InspectConfig, from_corpus
+from data_tools.prepare import PrepareConfig
+from data_tools.recipe import SourceConfig
+from data_tools.starter_blend import data_yaml
+from megatron_lite.data.config import DataConfig
+from megatron_lite.data.phases import phase_shares, resolve
+
+RECIPES = sorted(path.stem for path in (config_dir() / "data_recipe").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("executor", ["local", "slurm", "ray"])
+def test_every_recipe_composes_and_is_valid(name: str, executor: str) -> None:
+    overrides = [f"data_recipe={name}", f"executor={executor}"]
+    if name == "local_jsonl":
+        overrides.append("data_recipe.sources.text.path=x.jsonl")
+    config = compose("prepare", PrepareConfig, overrides)
+    config.data_recipe.validate()
+    assert config.executor.kind == executor
+    assert config.data_recipe.output == f"data/corpora/{config.data_recipe.name}"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data_recipe.near.threshold=0.2", r"data_recipe.near.threshold=0.2 cannot be; allowed: 0.5 to 1"),
+        (
+            "data_recipe.sources.english.kind=poem",
+            r"data_recipe.sources.english.kind=poem cannot be; allowed: prose or code",
+        ),
+        ("data_recipe.sources.english.dataset='{tongue}'", r"only \{source\}, \{group\} and \{language\} are replaced"),
+        (
+            "+data_recipe.filter.languages.ja.min_word=3",
+            r"filter.languages.ja sets \['min_word'\], which is no key of filter.prose",
+        ),
+        ("data_recipe.read.on_damaged_file=cry", r"read.on_damaged_file=cry cannot be; allowed: stop or keep_rows"),
+    ],
+)
+def test_wrong_values_are_named(override: str, message: str) -> None:
+    config = compose("prepare", PrepareConfig, ["data_recipe=three_groups", override])
+    with pytest.raises(ValueError, match=message):
+        config.data_recipe.validate()
+
+
+def test_wrong_keys_are_named() -> None:
+    with pytest.raises(ConfigError, match="nearr"):
+        compose("prepare", PrepareConfig, ["data_recipe=three_groups", "data_recipe.nearr.threshold=1"])
+    recipe = compose("prepare", PrepareConfig, ["data_recipe=three_groups"]).data_recipe
+    recipe.sources = {"a b": SourceConfig(path="x")}
+    with pytest.raises(ValueError, match="a source's name becomes part of file names"):
+        recipe.validate()
+
+
+def blend(name: str) -> DataConfig:
+    config = compose("inspect", InspectConfig, [f"data={name}"]).data
+    config.validate()
+    return config
+
+
+def by_group(shares: dict) -> dict[str, float]:
+    total: dict[str, float] = {}
+    for name, share in shares.items():
+        group = name.split("/")[0]
+        total[group] = total.get(group, 0.0) + float(share)
+    return total
+
+
+def test_nemotron4_blend_is_the_papers() -> None:
+    config = blend("nemotron4_blend")
+    tokens = {name: 1000 * (i + 1) ** 2 for i, name in enumerate(config.sources())}
+    (segment,) = resolve(config, tokens, horizon_samples=1000).segments
+    assert by_group(segment.shares) == pytest.approx({"english": 0.70, "multilingual": 0.15, "code": 0.15})
+    # tokens^0.5 inside the multilingual group: four times the text is drawn twice as often.
+    languages = {name: float(share) for name, share in segment.shares.items() if name.startswith("multilingual/")}
+    roots = {name: tokens[name] ** 0.5 for name in languages}
+    assert languages == pytest.approx(
+        {name: 0.15 * root / sum(roots.values()) for name, root in roots.items()}, abs=1e-8
+    )
+
+
+def test_nano2_changes_at_60_and_90_percent() -> None:
+    config = blend("nano2_phases")
+    phases = resolve(config, dict.fromkeys(config.sources(), 1000), horizon_samples=10_000)
+    assert [segment.start for segment in phases.segments] == [0, 6_000, 9_000]
+    python = [float(segment.shares["code/python"]) for segment in phases.segments]
+    assert python == sorted(python)
+    assert by_group(phases.segments[0].shares) == pytest.approx({"english": 0.70, "multilingual": 0.15, "code": 0.15})
+
+
+def test_continued_training_is_the_last_ninth_in_two_distributions() -> None:
+    config = blend("nemotron4_continued")
+    phases = resolve(config, dict.fromkeys(config.sources(), 1000), horizon_samples=90_000)
+    starts = [segment.start for segment in phases.segments]
+    assert len(starts) == 3
+    assert starts[1] / 90_000 == pytest.approx(8 / 9, abs=1e-3)  # 1T tokens after 8T
+    assert starts[2] - starts[1] > 90_000 - starts[2]  # the first distribution is the larger
+    for phase in config.phases:
+        assert sum(phase_shares(config, phase, dict.fromkeys(config.sources(), 1)).values()) == 1
+
+
+def test_the_starter_blend_of_a_corpus(tmp_path: Path) -> None:
+    datasets = {
+        "en/train": {"group": "english"},
+        "en/validation": {"group": "english"},
+        "de/train": {"group": "multilingual"},
+        "fr/validation": {"group": "multilingual"},
+        "poems/train": {"group": "poetry"},
+    }
+    (tmp_path / "data.yaml").write_text(data_yaml(tmp_path, datasets))
+    config = from_corpus(str(tmp_path))
+    config.validate()
+    assert {name: group.weight for name, group in config.groups.items()} == {
+        "english": 0.7,
+        "multilingual": 0.15,
+        "poetry": 0.1,
+    }
+    assert config.groups["multilingual"].alpha == 0.5
+    assert config.groups["english"].sources["en"].validation == str(tmp_path / "en.validation")
+    assert list(config.groups["multilingual"].sources) == ["de"]
+    with pytest.raises(ValueError, match=r"holds no data\.yaml"):
+        from_corpus(str(tmp_path / "nowhere"))
+
+
+def test_the_blends_read_what_the_recipe_writes() -> None:
+    """`nemotron4_blend` names files that `three_groups` can give: its datasets are named after languages."""
+    recipe = compose("prepare", PrepareConfig, ["data_recipe=three_groups"]).data_recipe
+    templates = {source.group: source.dataset for source in recipe.sources.values()}
+    assert templates == {"english": "{source}", "multilingual": "{language}", "code": "code_{language}"}
+    raw = OmegaConf.to_container(OmegaConf.load(config_dir() / "data" / "nemotron4_blend.yaml"), resolve=False)
+    for group, members in raw["groups"].items():
+        for name, source in members["sources"].items():
+            expected = templates[group].format(source=name, language=name)
+            assert source["path"].endswith(f"/{expected}")
+            assert source["validation"].endswith(f"/{expected}.validation")

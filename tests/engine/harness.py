@@ -1,0 +1,297 @@
+"""The same 20 steps on any layout and engine, and how far they are from one process.
+
+What makes wrong gradients visible: no warm-up, clipping at every step, documents of uneven lengths with masked ends, a last
+sample with hardly a counted token, biases, and norms, biases and embeddings outside decay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_lite.build import build_engine
+from megatron_lite.checkpoint.store import CheckpointConfig, CheckpointStore
+from megatron_lite.config import RunConfig
+from megatron_lite.engine.deepspeed import DeepSpeedConfig
+from megatron_lite.engine.fsdp import FsdpConfig
+from megatron_lite.models.config import ModelConfig
+from megatron_lite.optim.optimizer import OptimConfig
+from megatron_lite.parallel.global_view import Piece
+from megatron_lite.parallel.mesh import ParallelConfig, build_mesh
+from megatron_lite.precision.dtypes import PrecisionConfig
+
+STEPS = 20
+SAMPLES = 8
+LENGTH = 32
+WORDS = 300  # padded to 384
+END = 0
+CLIP = 0.25
+PEAK = 1e-3
+# Adam's g / (|g| + eps) has the slope 1 / eps at 0: with the usual 1e-8 it makes a tenth of the learning rate out of a difference
+# of 1e-9, which is the last digit of gradients of 1e-2. With 1e-6 weights agree as well as gradients do.
+EPS = 1e-6
+DEVICE = torch.device("cpu")
+
+# Reordered fp32 sums differ by 1e-7 in losses and 1e-6 in gradients; a doubled gradient moves 20 losses of Adam by 3e-6.
+TOLERANCE = 1e-5
+
+Boxes = dict[str, tuple[tuple[int, ...], tuple[int, ...], torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One layout, engine and precision. `parallel` and `engine` are fields of their configs, `model` of ModelConfig."""
+
+    parallel: dict[str, Any] = field(default_factory=dict)
+    engine: dict[str, Any] = field(default_factory=dict)
+    precision: str = "fp32"
+    model: dict[str, Any] = field(default_factory=dict)
+    micro_batch: int = 2
+
+
+@dataclass
+class Trace:
+    """What one rank saw. The boxes are its pieces of the weights at the start, and of weights and moment after step 1."""
+
+    losses: list[float]
+    norms: list[float]
+    boxes: dict[str, Boxes]
+
+
+def run_config(case: Case) -> RunConfig:
+    """The typed config of a case."""
+    model = dict(
+        family="nemotron4", unit="*-", num_layers=2, hidden_size=32, num_heads=4, num_kv_heads=4, head_dim=8, ffn_size=64,
+        vocab_size=WORDS, max_seq_len=LENGTH, activation="squared_relu", norm="layernorm1p", linear_bias=True,
+    )  # fmt: skip
+    kinds = {"fsdp": FsdpConfig, "deepspeed": DeepSpeedConfig}
+    return RunConfig(
+        seed=7,
+        model=ModelConfig(**(model | case.model)),
+        engine=kinds[case.engine.get("kind", "fsdp")](**case.engine),
+        parallel=ParallelConfig(**case.parallel),
+        precision=PrecisionConfig(case.precision),
+        optim=OptimConfig(lr=PEAK, eps=EPS, weight_decay=0.5, clip_grad=CLIP),
+    )
+
+
+def sample(step: int, index: int) -> dict[str, torch.Tensor]:
+    """Sample `index` of the global batch of `step`: the next word is mostly three times this one plus one."""
+    draw = torch.Generator().manual_seed(1000 * step + index)
+    words = torch.randint(1, WORDS, (LENGTH + 1,), generator=draw)
+    for position in range(LENGTH):
+        if torch.rand((), generator=draw) < 0.7:
+            words[position + 1] = (3 * words[position] + 1) % WORDS
+    words[torch.rand(LENGTH + 1, generator=draw) < 0.1] = END
+    tokens, targets = words[:-1], words[1:]
+    mask = targets != END
+    if index == SAMPLES - 1:
+        mask[3:] = False
+    ends = (tokens == END).long()
+    return {"tokens": tokens, "targets": targets, "loss_mask": mask, "documents": ends.cumsum(0) - ends}
+
+
+def micro_batches(step: int, *, rank: int = 0, ranks: int = 1, size: int = 1) -> list[dict[str, torch.Tensor]]:
+    """The share of data-parallel rank `rank` of the global batch of `step`."""
+    share = SAMPLES // ranks
+    samples = [sample(step, index) for index in range(rank * share, (rank + 1) * share)]
+    return [
+        {key: torch.stack([s[key] for s in samples[start : start + size]]) for key in samples[0]}
+        for start in range(0, share, size)
+    ]
+
+
+def open_engine(case: Case, world_size: int) -> tuple[Any, int, int]:
+    """(engine, this process's data-parallel rank, number of them)."""
+    run = run_config(case)
+    run.engine.validate()
+    mesh = build_mesh(run.parallel, world_size=world_size, device_type="cpu")
+    engine = build_engine(run, mesh, DEVICE)
+    return engine, *((mesh.data_parallel_rank, mesh.data_parallel_size) if mesh else (0, 1))
+
+
+def train(rank: int, world_size: int, case: Case, *, steps: int = STEPS, bug: str | None = None) -> Trace:
+    """Train from the initial weights. `bug` names one of `BUGS`."""
+    with torch.random.fork_rng():
+        torch.manual_seed(rank)  # nothing may depend on it
+        engine, place, places = open_engine(case, world_size)
+    undo = BUGS[bug](engine) if bug else None
+    try:
+        trace = Trace([], [], {"start": boxes(engine, "model.")})
+        move_off_zero(engine)
+        for step in range(1, steps + 1):
+            batches = micro_batches(step, rank=place, ranks=places, size=case.micro_batch)
+            result = engine.train_step(batches, lr=PEAK * (1 - step / 50))
+            assert result.skipped == 0
+            trace.losses.append(result.loss.item())
+            trace.norms.append(result.grad_norm.item())
+            if step == 1:
+                trace.boxes |= {"weights": boxes(engine, "model."), "moment": boxes(engine, "exp_avg.")}
+    finally:
+        if undo:
+            undo()
+    trace.boxes |= {"end": boxes(engine, "")}
+    return trace
+
+
+def move_off_zero(engine: Any) -> None:
+    """Give parameters that start at zero (biases, gains less one) other values, the same on every layout.
+
+    A weight that was zero is nothing but lr g / (|g| + eps) after one step, the worst conditioned number there is (see EPS).
+    """
+    pieces = {key: piece for key, piece in engine.state().items() if key.startswith("model.")}
+    for key, piece in pieces.items():
+        if len(piece.global_shape) == 1:
+            draw = torch.Generator().manual_seed(len(key))
+            whole = 0.1 * torch.randn(piece.global_shape, generator=draw)
+            piece.local.copy_(whole[piece.offsets[0] : piece.offsets[0] + len(piece.local)])
+    engine.load_state(pieces, adam_step=0)
+
+
+def boxes(engine: Any, prefix: str) -> Boxes:
+    """The engine's pieces as plain values."""
+    return {
+        key: (piece.global_shape, piece.offsets, piece.local.detach().clone())
+        for key, piece in engine.state().items()
+        if key.startswith(prefix)
+    }
+
+
+def assemble(ranks: list[Boxes]) -> dict[str, torch.Tensor]:
+    """Global tensors from all ranks' boxes; fails where a number is missing or ranks hold different bits of it."""
+    whole = {name: torch.full(shape, torch.nan) for name, (shape, _, _) in ranks[0].items()}
+    for held in ranks:
+        for name, (_, offsets, local) in held.items():
+            target = whole[name][tuple(slice(o, o + n) for o, n in zip(offsets, local.shape))]
+            known = ~target.isnan()
+            assert torch.equal(target[known], local[known]), f"ranks hold different values of {name}"
+            target.copy_(local)
+    missing = [name for name, tensor in whole.items() if tensor.isnan().any()]
+    assert not missing, missing
+    return whole
+
+
+def differences(reference: list[Trace], traces: list[Trace], tolerance: float = TOLERANCE) -> list[str]:
+    """What is farther from `reference` than the tolerance allows: losses, norms, gradients and weights of step 1."""
+    found = []
+    for name, wanted, got in (
+        ("loss", reference[0].losses, traces[0].losses),
+        ("grad_norm", reference[0].norms, traces[0].norms),
+    ):
+        worst = max(abs(a - b) / abs(a) for a, b in zip(wanted, got, strict=True))
+        if not worst <= tolerance:
+            found.append(f"{name} by {worst:.1e}")
+    for kind in ("moment", "weights"):
+        wanted, got = (assemble([trace.boxes[kind] for trace in side]) for side in (reference, traces))
+        assert wanted.keys() == got.keys()
+        for name, tensor in wanted.items():
+            # before clipping, Adam's first moment after one step is a tenth of the gradient
+            scale = [max(1.0, side[0].norms[0] / CLIP) if kind == "moment" else 1.0 for side in (reference, traces)]
+            worst = (tensor * scale[0] - got[name] * scale[1]).abs().max() / (tensor * scale[0]).abs().max()
+            if not worst <= tolerance:
+                found.append(f"{kind} of {name} by {worst:.1e}")
+    return found
+
+
+# ---- planted bugs: each takes the engine and returns what takes the bug out again
+
+
+def _doubled_gradient(engine: Any) -> Callable[[], None]:
+    if hasattr(engine, "_take_gradients"):
+        right = engine._take_gradients
+        engine._take_gradients = lambda: {name: 2 * g for name, g in right().items()}
+    else:
+        right = engine.engine.backward
+        engine.engine.backward = lambda loss, **settings: right(2 * loss, **settings)
+    return lambda: None
+
+
+def _norm_once_per_tp_rank(engine: Any) -> Callable[[], None]:
+    if hasattr(engine, "_global_norm"):
+        right, shards = engine._global_norm, engine.shards
+
+        def wrong(gradients: Any) -> torch.Tensor:
+            engine.shards = {name: replace(info, tp_dim=0) for name, info in shards.items()}
+            norm = right(gradients)
+            engine.shards = shards
+            return norm
+
+        engine._global_norm = wrong
+    else:
+        for parameter in engine.named.values():
+            parameter.tensor_model_parallel = True
+    return lambda: None
+
+
+def _unreduced_norm_gradients(engine: Any) -> Callable[[], None]:
+    from megatron_lite.parallel.layers import TensorParallel
+
+    right = TensorParallel.on_stream
+    TensorParallel.on_stream = lambda self, parameter: parameter  # type: ignore[method-assign]
+
+    def undo() -> None:
+        TensorParallel.on_stream = right  # type: ignore[method-assign]
+
+    return undo
+
+
+def _swapped_decay(engine: Any) -> Callable[[], None]:
+    adamw = engine.optimizer._torch if hasattr(engine, "optimizer") else engine.adamw
+    for group in adamw.param_groups:
+        group["weight_decay"] = 0.5 - group["weight_decay"]
+    return lambda: None
+
+
+BUGS: dict[str, Callable[[Any], Callable[[], None]]] = {
+    "gradient scale": _doubled_gradient,
+    "norm counted once per tensor-parallel rank": _norm_once_per_tp_rank,
+    "norm gradients under sequence parallelism not reduced": _unreduced_norm_gradients,
+    "decay groups swapped": _swapped_decay,
+}
+
+
+# ---- checkpoints
+
+
+def save_after(rank: int, world_size: int, case: Case, directory: str, *, step: int, stop: int) -> Trace:
+    """Train to `stop`, with a checkpoint after `step`."""
+    engine, place, places = open_engine(case, world_size)
+    store = CheckpointStore.with_own_group(Path(directory), CheckpointConfig(every=0))
+    trace = Trace([], [], {})
+    for number in range(1, stop + 1):
+        batches = micro_batches(number, rank=place, ranks=places, size=case.micro_batch)
+        result = engine.train_step(batches, lr=PEAK)
+        trace.losses.append(result.loss.item())
+        trace.norms.append(result.grad_norm.item())
+        if number == step:
+            trace.boxes["saved"] = boxes(engine, "")
+            store.save(step, engine.state(), manifest_state(engine.adam_step))
+    return trace
+
+
+def resume_from(rank: int, world_size: int, case: Case, directory: str, *, step: int, stop: int) -> Trace:
+    """Load the checkpoint of `step` and go on to `stop`."""
+    engine, place, places = open_engine(case, world_size)
+    store = CheckpointStore.with_own_group(Path(directory), CheckpointConfig(every=0))
+    pieces: dict[str, Piece] = engine.state()
+    for piece in pieces.values():
+        piece.local.fill_(torch.nan)
+    adam_step = store.load(step, pieces)["adam_step"]
+    engine.load_state(pieces, adam_step=adam_step)
+    assert engine.adam_step == adam_step == step
+    trace = Trace([], [], {"loaded": boxes(engine, "")})
+    for number in range(step + 1, stop + 1):
+        batches = micro_batches(number, rank=place, ranks=places, size=case.micro_batch)
+        result = engine.train_step(batches, lr=PEAK)
+        trace.losses.append(result.loss.item())
+        trace.norms.append(result.grad_norm.item())
+    return trace
+
+
+def manifest_state(adam_step: int) -> dict[str, Any]:
+    """The rest of a manifest, which an engine knows nothing about."""
+    return {"consumed_samples": 0, "config": {}, "tokenizer": "", "schedule": {}, "data": {}, "rng": {}, "adam_step": adam_step}

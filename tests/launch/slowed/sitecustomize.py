@@ -1,0 +1,58 @@
+"""Makes ranks slow or deaf: Python imports this at its start when this folder is on PYTHONPATH. Tests use it, nobody else.
+
+SLOW_STEP=0.5        every training step takes that many seconds more
+SLOW_SAVE=32         writing the tensors of a checkpoint takes that many seconds more
+SLOW_RANK=1          only that rank (default: all)
+HANG_STEP=7          the step that never ends (Python sleeps), on SLOW_RANK
+STOP_STEP=7          the step in which the process is stopped (as by SIGSTOP), on SLOW_RANK
+A job that Slurm restarted, or a group that torchrun restarted, runs at full speed.
+"""
+
+import os
+import signal
+import sys
+import time
+
+
+def _slow(function, seconds):
+    def slowed(*args, **kwargs):
+        time.sleep(seconds)
+        return function(*args, **kwargs)
+
+    return slowed
+
+
+def _at_step(function, step, act):
+    calls = [0]
+
+    def counted(*args, **kwargs):
+        calls[0] += 1
+        if calls[0] == step:
+            act()
+        return function(*args, **kwargs)
+
+    return counted
+
+
+def _apply(settings):
+    if "SLOW_SAVE" in settings:
+        from megatron_lite.checkpoint import saving
+
+        saving.write_pieces = _slow(saving.write_pieces, float(settings["SLOW_SAVE"]))
+    from megatron_lite.engine.fsdp import FsdpEngine
+
+    if "SLOW_STEP" in settings:
+        FsdpEngine.train_step = _slow(FsdpEngine.train_step, float(settings["SLOW_STEP"]))
+    if "HANG_STEP" in settings:
+        FsdpEngine.train_step = _at_step(FsdpEngine.train_step, int(settings["HANG_STEP"]), lambda: time.sleep(10_000))
+    if "STOP_STEP" in settings:
+        stop = lambda: os.kill(os.getpid(), signal.SIGSTOP)  # noqa: E731
+        FsdpEngine.train_step = _at_step(FsdpEngine.train_step, int(settings["STOP_STEP"]), stop)
+
+
+_asked = {key: value for key, value in os.environ.items() if key.startswith(("SLOW_", "HANG_", "STOP_"))}
+_rank = os.environ.get("RANK")
+_first = os.environ.get("SLURM_RESTART_COUNT", "0") == "0" and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+if _asked and _first and _rank is not None and "megatron_lite.train" in sys.orig_argv:
+    if _asked.get("SLOW_RANK", _rank) == _rank:
+        _apply(_asked)
