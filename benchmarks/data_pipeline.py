@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import loguru
 from rich.console import Console
 from rich.table import Table
 
@@ -149,12 +150,15 @@ def datasets_map(folder: Path, texts: list[str], tokenizer: Path) -> dict[str, f
     return {
         "filter": timed(
             lambda: table.map(
-                lambda row: {"reason": prose.reason(row["text"], "en") or ""}, cache_file_name=str(folder / "f")
+                lambda row: {"reason": prose.reason(row["text"], "en") or ""},
+                cache_file_name=str(folder / "filtered.arrow"),
             )
         ),
         "tokenise": timed(
             lambda: table.map(
-                lambda rows: {"ids": fast(rows["text"])["input_ids"]}, batched=True, cache_file_name=str(folder / "t")
+                lambda rows: {"ids": fast(rows["text"])["input_ids"]},
+                batched=True,
+                cache_file_name=str(folder / "tokens.arrow"),
             )
         ),
     }
@@ -171,6 +175,7 @@ def main() -> None:
     rows = read_texts(options.files, limit) if options.files else default_texts(limit)
     megabytes = sum(len(row["text"].encode()) for row in rows) / 1e6
     logging.getLogger("transformers").setLevel(logging.ERROR)
+    loguru.logger.disable("datatrove")
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         seconds, pipeline = ours(folder, rows, options.vocab)

@@ -24,7 +24,7 @@ from megatron_lite.checkpoint.store import CheckpointStore
 from megatron_lite.config import RunConfig, from_dict, to_dict, to_yaml
 from megatron_lite.data.blend import Blend, open_blend
 from megatron_lite.data.config import DataConfig
-from megatron_lite.data.loader import Loader, rank_samples, validation_batches
+from megatron_lite.data.loader import Loader, validation_batches
 from megatron_lite.data.manifest import TokenizerIdentity
 from megatron_lite.data.resume import resume_blend
 from megatron_lite.data.sample_corpus import prepare
@@ -36,7 +36,7 @@ from megatron_lite.metrics import Metrics, Work, device_peak_flops
 from megatron_lite.models.config import ModelConfig
 from megatron_lite.models.decoder import Decoder
 from megatron_lite.models.flops import flops_per_token, parameter_count
-from megatron_lite.objectives.next_token import NextToken
+from megatron_lite.objectives.registry import build_objective
 from megatron_lite.optim.schedule import BatchSize, LearningRate
 from megatron_lite.parallel.layers import shard_info
 from megatron_lite.parallel.mesh import Mesh, build_mesh
@@ -209,7 +209,7 @@ def build_engine(run: RunConfig, mesh: Mesh | None, device: torch.device) -> Eng
     materialize(decoder, seed=run.seed, device=device, shard=sharder(run.engine, mesh, dtype))
     vocab_start, group = vocabulary_shard(decoder)
     return engine(
-        NextToken(decoder, vocab_start=vocab_start, group=group),
+        build_objective(run.objective, decoder, vocab_start=vocab_start, group=group),
         config=run.engine,
         optim=run.optim,
         dtype=dtype,
@@ -233,6 +233,11 @@ def choose_checkpoint(run: RunConfig, store: CheckpointStore) -> Path | None:
         return None
     if run.resume == "auto":
         return store.newest_valid()
+    if not Path(run.resume).exists():
+        raise ValueError(
+            f"resume={run.resume} does not exist; give a checkpoint or a run directory, auto for the newest one of run.dir, "
+            "or never"
+        )
     return find_checkpoint(run.resume)
 
 
@@ -285,11 +290,9 @@ def build_trainer(run: RunConfig, runtime: Runtime, *, store: CheckpointStore, c
 def build_feed(
     run: RunConfig, blend: Blend, held_out: dict[str, Source], mesh: Mesh | None, device: torch.device
 ) -> DataFeed:
-    """This data-parallel rank's batches. Raises ValueError when a batch size of the run does not split evenly."""
+    """This data-parallel rank's batches."""
     rank, ranks = (mesh.data_parallel_rank, mesh.data_parallel_size) if mesh else (0, 1)
     size = run.train.micro_batch_size
-    for batch in {run.train.global_batch_size, *(stage.global_batch_size for stage in run.train.batch_ramp)}:
-        rank_samples(0, batch=batch, micro_batch=size, rank=rank, ranks=ranks)
     loader = Loader(
         blend,
         micro_batch_size=size,
@@ -372,8 +375,12 @@ def write_config(run: RunConfig) -> None:
     """`config.yaml` of the run directory: the config that this job runs with, whole or not there."""
     target = Path(run.run.dir) / "config.yaml"
     temporary = target.with_suffix(".yaml.tmp")
-    temporary.write_text(to_yaml(run), encoding="utf-8")
-    os.replace(temporary, target)
+    try:
+        temporary.write_text(to_yaml(run), encoding="utf-8")
+        os.replace(temporary, target)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def keep_tokenizer(run: RunConfig) -> None:

@@ -9,10 +9,10 @@ Notable features:
 
 from __future__ import annotations
 
-import difflib
+import re
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +22,17 @@ from hydra.errors import HydraException
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from megatron_lite.checkpoint.ranks import CheckpointError
+from megatron_lite import config_errors
+from megatron_lite.checkpoint.ranks import CheckpointError, error_text
 from megatron_lite.checkpoint.store import CheckpointConfig
 from megatron_lite.data.config import DataConfig
+from megatron_lite.data.loader import rank_samples
 from megatron_lite.engine.deepspeed import DeepSpeedConfig
 from megatron_lite.engine.fsdp import FsdpConfig
 from megatron_lite.models.config import ModelConfig
 from megatron_lite.models.huggingface import family_named
 from megatron_lite.models.sampling import SamplingConfig
+from megatron_lite.objectives.registry import ObjectiveConfig
 from megatron_lite.optim.optimizer import OptimConfig
 from megatron_lite.optim.schedule import ScheduleConfig
 from megatron_lite.parallel.mesh import ParallelConfig
@@ -37,8 +40,11 @@ from megatron_lite.parallel.plans import check_divisible
 from megatron_lite.precision.dtypes import PrecisionConfig
 from megatron_lite.tracking.base import TrackingConfig
 from megatron_lite.tracking.profile import ProfileConfig
-from megatron_lite.trainer import TrainConfig, TrainingDivergedError
+from megatron_lite.trainer import TrainConfig, TrainingFailedError
 from megatron_lite.watchdog import WatchdogConfig
+
+
+_FREE_TEXT = ("prompt", "prompt_file", "checkpoint", "source", "target", "resume", "run.dir", "init_from.path")
 
 
 class ConfigError(ValueError):
@@ -51,6 +57,12 @@ class RunSection:
 
     name: str = "default"
     dir: str = "runs/${run.name}"
+
+    def validate(self) -> None:
+        """Raise ValueError when there is no directory to be named."""
+        for key in ("name", "dir"):
+            if not getattr(self, key).strip():
+                raise ValueError(f"run.{key} is empty; give it a name, e.g. run.dir=runs/first")
 
 
 @dataclass
@@ -83,6 +95,7 @@ class RunConfig:
     engine: Any = None
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
     watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
     init_from: InitFromSection = field(default_factory=InitFromSection)
@@ -139,17 +152,21 @@ def compose_config(door: str, overrides: list[str]) -> Any:
     """The typed config object of `door` (train, evaluate, ...) with `overrides` applied; ConfigError tells what is wrong."""
     _register_schemas()
     overrides = _spelled_out(overrides)
-    try:
-        with initialize_config_dir(str(config_dir().resolve()), version_base="1.3"):
-            return OmegaConf.to_object(compose(door, overrides=overrides))
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(_explain(error, overrides)) from None
+    with initialize_config_dir(str(config_dir().resolve()), version_base="1.3"):
+        try:
+            config = OmegaConf.to_object(compose(door, overrides=overrides))
+        except (HydraException, OmegaConfBaseException) as error:
+            raise ConfigError(config_errors.explain(error, overrides, lambda: _keys_of(door))) from None
+    wrong = config_errors.check_values(config)
+    if wrong:
+        raise ConfigError(wrong)
+    return config
 
 
 def _spelled_out(overrides: list[str]) -> list[str]:
     """The overrides with short forms written out.
 
-    `init_from=x` -> `init_from.path=x`; `--config-dir DIR` (a folder with groups of one's own, e.g. DIR/data/mine.yaml) -> Hydra's
+    `init_from=x` -> `init_from.path=x`; text and paths need no quotes of their own (`prompt=def main(`); `--config-dir DIR` (a folder with groups of one's own, e.g. DIR/data/mine.yaml) -> Hydra's
     search path.
     """
     result: list[str] = []
@@ -164,12 +181,28 @@ def _spelled_out(overrides: list[str]) -> list[str]:
             raise ConfigError(f"{override} is unknown; overrides are written key=value, see --help")
         else:
             result.append(
-                override.replace("init_from=", "init_from.path=", 1) if override.startswith("init_from=") else override
+                _as_text(
+                    override.replace("init_from=", "init_from.path=", 1)
+                    if override.startswith("init_from=")
+                    else override
+                )
             )
     names_model = any(o.lstrip("+~").startswith(("model=", "model.")) for o in result)
     if names_model and any(o.startswith("init_from.path=") for o in result):
         result.insert(0, "init_from.model=config")
     return result
+
+
+def _as_text(override: str) -> str:
+    """The override with its value quoted for Hydra where it is free text, or a path that Hydra's grammar would stumble over."""
+    key, _, value = override.partition("=")
+    if key not in _FREE_TEXT or (len(value) > 1 and value[0] == value[-1] and value[0] in "'\""):
+        return override
+    # Inside quotes Hydra takes a backslash for itself only in front of a quote.
+    escaped = re.sub(r"(\\*)('|$)", lambda m: 2 * m[1] + ("\\'" if m[2] else ""), value)
+    if key == "prompt":  # in a path ${...} is a variable, in a prompt it is text
+        escaped = escaped.replace("${", r"\${")
+    return f"{key}='{escaped}'"
 
 
 def to_yaml(config: Any) -> str:
@@ -197,10 +230,17 @@ def validate(run: RunConfig, world_size: int) -> None:
     """
     for section in (
         run.data, run.train, run.optim, run.schedule, run.precision, run.engine, run.checkpoint, run.tracking,
-        run.profile, run.watchdog,
+        run.objective, run.profile, run.watchdog, run.run,
     ):  # fmt: skip
         section.validate()
     run.parallel.validate(world_size=world_size)
+    dp_replicate, dp_shard, _ = run.parallel.degrees(world_size)
+    for size in run.train.batch_sizes:
+        rank_samples(0, batch=size, micro_batch=run.train.micro_batch_size, rank=0, ranks=dp_replicate * dp_shard)
+    if run.seed < 0:
+        raise ValueError(f"seed={run.seed} must be 0 or more")
+    if not run.resume:
+        raise ValueError("resume is empty; give auto, never, or the path of a checkpoint")
     if run.init_from.model not in ("source", "config"):
         raise ValueError(f"init_from.model={run.init_from.model} is unknown; choose source or config")
     if not run.takes_model_of_source:  # else the model is not known yet
@@ -234,31 +274,14 @@ def _register_schemas() -> None:
     store.store("deepspeed_schema", DeepSpeedConfig, group="engine")
 
 
-def known_keys(schema: type, prefix: str = "") -> Iterator[str]:
-    """Every dotted key of a schema, e.g. `train.max_steps`."""
-    for item in fields(schema):
-        yield prefix + item.name
-        default = item.default_factory() if callable(item.default_factory) else None  # type: ignore[misc]
-        if is_dataclass(default):
-            yield from known_keys(type(default), f"{prefix}{item.name}.")
-
-
-def _explain(error: Exception, overrides: list[str]) -> str:
-    """Hydra's message in one line, the override that it is about, and the nearest key that exists."""
-    cause: BaseException = error
-    while cause.__cause__ is not None:
-        cause = cause.__cause__
-    text = " ".join(line.strip() for line in str(error).splitlines() if not line.strip().startswith("object_type"))
-    detail = str(cause).splitlines()[0]
-    if detail not in text:
-        text += f": {detail}"
-    for override in overrides:
-        key = override.lstrip("+~").split("=")[0]
-        if key and (f"'{key}'" in text or f"'{key.split('.')[-1]}'" in text):
-            near = difflib.get_close_matches(key, list(known_keys(RunConfig)), n=3)
-            hint = f"; did you mean {' or '.join(near)}?" if near and key not in near else ""
-            return f"{override}: {text}{hint}"
-    return text
+def _keys_of(door: str) -> Iterator[str]:
+    """Every dotted key of a door as composed without overrides, e.g. `train.max_steps`; Hydra must be initialised."""
+    waiting: list[tuple[str, Any]] = [("", OmegaConf.to_container(compose(door), resolve=False))]
+    for prefix, tree in waiting:
+        for name, value in tree.items():
+            yield prefix + name
+            if isinstance(value, dict):
+                waiting.append((f"{prefix}{name}.", value))
 
 
 def help_text(door: str, purpose: str) -> str:
@@ -278,16 +301,21 @@ def help_text(door: str, purpose: str) -> str:
 
 
 def run_door(door: str, purpose: str, main: Any) -> None:
-    """Parse the command line, call `main(config)`, and turn an error that is the user's into one clear line and exit 2."""
+    """Parse the command line, call `main(config)`, and turn an error that is the user's into one clear line and exit 2.
+
+    A training that began and failed exits with 1: its run directory says why, and the same command goes on from there.
+    """
     arguments = sys.argv[1:]
     if {"-h", "--help"} & set(arguments):
         print(help_text(door, purpose))
         return
     try:
         sys.exit(main(compose_config(door, arguments)) or 0)
-    except (ValueError, CheckpointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except TrainingDivergedError as error:
+    except TrainingFailedError as error:
         print(f"failed: {error}", file=sys.stderr)
         sys.exit(1)
+    except (ValueError, CheckpointError, OSError) as error:
+        print(f"error: {error_text(error)}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)  # as a shell says it: ended by SIGINT

@@ -77,14 +77,18 @@ def _to_hugging_face(config: ConvertConfig, weights: Weights, tensors: Mapping[s
         max_shard_bytes=int(config.max_shard_gb * 2**30),
     )
     if weights.tokenizer is not None:
-        copy_tokenizer(weights.tokenizer, Path(config.target))
+        try:
+            copy_tokenizer(weights.tokenizer, Path(config.target))
+        except OSError:  # a folder without its tokenizer would look whole
+            shutil.rmtree(config.target, ignore_errors=True)
+            raise
 
 
 def _to_native(config: ConvertConfig, weights: Weights, tensors: Mapping[str, Tensor]) -> None:
     """A run directory with one checkpoint of step 0 that holds weights only: for `init_from`, evaluate, generate, load."""
     target = Path(config.target)
-    if target.exists() and any(target.iterdir()):
-        raise ValueError(f"target={target} exists and is not empty; choose another folder or remove it")
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise ValueError(f"target={target} exists and is not an empty folder; choose another folder or remove it")
     state = {
         "consumed_samples": 0,
         "adam_step": 0,

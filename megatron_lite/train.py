@@ -19,6 +19,7 @@ from megatron_lite.build import (
     write_config,
 )
 from megatron_lite.checkpoint.lock import RunLock
+from megatron_lite.checkpoint.ranks import error_text
 from megatron_lite.checkpoint.store import CheckpointStore
 from megatron_lite.config import RunConfig, run_door, validate, validate_model
 from megatron_lite.runtime import Runtime, set_deterministic, set_threads, start, stop
@@ -40,11 +41,14 @@ def train(run: RunConfig) -> int:
         set_threads(run.train.threads)
         set_deterministic(run.train.deterministic)
         store = CheckpointStore.with_own_group(Path(run.run.dir) / "checkpoints", run.checkpoint)
-        store.check_shared()
         lock = RunLock(run.run.dir)
         store.ranks.first("lock run.dir", lambda: _acquire(lock))
         try:
+            store.check_shared()
             return _locked(run, runtime, store)
+        except OSError as error:
+            error.filename = error.filename or run.run.dir  # a write that fails does not say where
+            raise
         finally:
             lock.release()
     finally:
@@ -67,10 +71,11 @@ def _locked(run: RunConfig, runtime: Runtime, store: CheckpointStore) -> int:
         return 0
     if checkpoint:
         say(f"resuming from {checkpoint}: step {position.step}, {position.consumed_samples} samples consumed")
-        store.abandon_after(position.step)
     if runtime.is_main:
         write_config(run)
         keep_tokenizer(run)
+    if checkpoint:
+        store.abandon_after(position.step)
     trainer.tracker.start(run_info(run, trainer))
     outcome = trainer.fit()
     if runtime.is_main:
@@ -80,9 +85,11 @@ def _locked(run: RunConfig, runtime: Runtime, store: CheckpointStore) -> int:
 
 def _report(run: RunConfig, trainer: Trainer, outcome: str) -> None:
     directory = Path(run.run.dir)
-    picture = write_loss_plot(directory)
-    report = write_report(directory)
-    print(f"{outcome} at step {trainer.position.step}. Losses: {picture}. Report: {report}.")
+    try:
+        drawn = f"Losses: {write_loss_plot(directory)}. Report: {write_report(directory)}."
+    except OSError as error:  # the training is done and saved: a full disk must not turn it into a failure
+        drawn = f"Losses and report could not be drawn: {error_text(error)}."
+    print(f"{outcome} at step {trainer.position.step}. {drawn}")
     if outcome != "finished":
         print(f"Go on with the same command (run.dir={directory}).")
         return

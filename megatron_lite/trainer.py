@@ -12,13 +12,14 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
+from megatron_lite.checkpoint.ranks import CheckpointError, error_text
 from megatron_lite.checkpoint.rng import rng_state, set_rng_state
 from megatron_lite.checkpoint.store import CheckpointStore
 from megatron_lite.engine.base import Batch, Engine
@@ -64,6 +65,12 @@ class TrainConfig:
             raise ValueError(
                 f"train.eval_every={self.eval_every} must not be negative; 0 validates at the end only"
             )
+        BatchSize(self.global_batch_size, self.batch_ramp)
+
+    @property
+    def batch_sizes(self) -> list[int]:
+        """Every global batch size that occurs, in order."""
+        return BatchSize(self.global_batch_size, self.batch_ramp).sizes
 
 
 @dataclass(frozen=True)
@@ -96,7 +103,11 @@ class Feed(Protocol):
         """source -> samples, share, target share and epochs of the first `consumed` samples."""
 
 
-class TrainingDivergedError(RuntimeError):
+class TrainingFailedError(RuntimeError):
+    """A training that began could not go on; the run directory holds what was saved before."""
+
+
+class TrainingDivergedError(TrainingFailedError):
     """Too many steps in a row without a finite loss and gradient."""
 
 
@@ -228,6 +239,14 @@ class Trainer:
         seen = self.feed.seen(self.position.consumed_samples)
         self.status.write(state, self.position.step, reason, blend_seen=seen, job=self.runtime.job, time=time.time())
 
+    def _lost(self, error: Exception) -> str:
+        steps = self.store.steps()
+        saved = f"the checkpoint of step {steps[-1]} is there" if steps else "no checkpoint is there yet"
+        return (
+            f"step {self.position.step}, run.dir={self.store.directory.parent}: {error_text(error)}; {saved}: when this is "
+            "mended, the same command goes on from it"
+        )
+
     @contextmanager
     def _reported(self) -> Iterator[None]:
         """status.json and the trackers learn how it ended, whatever happens."""
@@ -235,7 +254,11 @@ class Trainer:
         try:
             yield
         except BaseException as error:
-            self._write_status("failed", f"{type(error).__name__}: {error}")
-            self.tracker.close("failed")
+            with suppress(OSError):  # a full disk: what is to be said is the first error, not this one
+                self._write_status("failed", error_text(error))
+            with suppress(OSError):
+                self.tracker.close("failed")
+            if isinstance(error, OSError | CheckpointError):
+                raise TrainingFailedError(self._lost(error)) from error
             raise
         self.tracker.close(self.status.state)

@@ -13,6 +13,7 @@ import logging
 import os
 import socket
 import weakref
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO
@@ -31,13 +32,30 @@ class RunLock:
     def __init__(self, run_dir: str | Path) -> None:
         self.path = Path(run_dir) / "run.lock"
         self._file: IO[str] | None = None
+        self._made: list[Path] = []
         # a forked worker shares the lock: unless it lets go, it would hold the run after our death
         me = weakref.ref(self)
         os.register_at_fork(after_in_child=lambda: _close_in_child(me))
 
     def acquire(self) -> RunLock:
-        """Take the lock or raise."""
+        """Take the lock or raise. Directories that are missing are made."""
+        file = self._locked()
+        while not _is_at(file, self.path):  # its holder took the file away with it, see `release`
+            file.close()
+            file = self._locked()
+        self._file = file
+        with suppress(OSError):  # for the eyes of others only; on a full disk something else fails, and says so
+            file.seek(0)
+            file.truncate()
+            json.dump({"host": socket.gethostname(), "pid": os.getpid()}, file)
+            file.flush()
+        return self
+
+    def _locked(self) -> IO[str]:
+        """The file, opened and locked."""
+        missing = [folder for folder in (self.path.parent, *self.path.parent.parents) if not folder.exists()]
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._made = self._made or missing
         file = open(self.path, "a+", encoding="utf-8")  # noqa: SIM115  (stays open as long as the lock is held)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -55,18 +73,20 @@ class RunLock:
                 self.path,
                 error.strerror,
             )
-        file.seek(0)
-        file.truncate()
-        json.dump({"host": socket.gethostname(), "pid": os.getpid()}, file)
-        file.flush()
-        self._file = file
-        return self
+        return file
 
     def release(self) -> None:
-        """Let go. The file stays: removing it would let two processes lock two files of one name."""
-        if self._file is not None:
+        """Let go. The file stays, unless the directory was made for it and nothing else was written there."""
+        if self._file is None:
+            return
+        if self._made and os.listdir(self.path.parent) == [self.path.name]:
+            with suppress(OSError):
+                self.path.unlink()
+                for folder in self._made:
+                    folder.rmdir()
+        with suppress(OSError):  # what a full disk did not take
             self._file.close()
-            self._file = None
+        self._file = None
 
     def __enter__(self) -> RunLock:
         return self.acquire()
@@ -82,6 +102,13 @@ def _close_in_child(reference: weakref.ref[RunLock]) -> None:
     if lock is not None and lock._file is not None:
         lock._file.close()
         lock._file = None
+
+
+def _is_at(file: IO[str], path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _owner(file: IO[str]) -> str:

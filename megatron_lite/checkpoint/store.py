@@ -18,6 +18,7 @@ import logging
 import threading
 import uuid
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -97,13 +98,15 @@ class CheckpointStore:
         return cls(directory, config, group=dist.new_group(backend="gloo", timeout=timeout))
 
     def check_shared(self) -> None:
-        """Every rank must see one directory: rank 0 leaves a file there, the others look for it.
+        """Every rank must see one directory: rank 0 leaves a file there for a moment, the others look for it.
 
         Raises CheckpointError on every rank, naming those that do not see it.
         """
+        if self.ranks.size == 1:
+            return
         mark = self.directory / self.ranks.first("mark", lambda: _leave_mark(self.directory))
         seen = self.ranks.agree("look for the mark", mark.exists)
-        self.ranks.first("unmark", mark.unlink)
+        self.ranks.first("unmark", lambda: _take_mark(mark))
         blind = [rank for rank, sees in enumerate(seen) if not sees]
         if blind:
             raise CheckpointError(
@@ -268,6 +271,12 @@ def _leave_mark(directory: Path) -> str:
     directory.mkdir(parents=True, exist_ok=True)
     (directory / name).touch()
     return name
+
+
+def _take_mark(mark: Path) -> None:
+    mark.unlink()
+    with suppress(OSError):  # made for the mark alone, or holding checkpoints already
+        mark.parent.rmdir()
 
 
 def _signature(path: Path, manifest: dict[str, Any]) -> str:

@@ -47,6 +47,8 @@ class DeepSpeedConfig:
 
     def validate(self) -> None:
         """Raise ValueError naming the key whose value cannot be, or that deepspeed is not installed."""
+        if self.kind != "deepspeed":
+            raise ValueError(f"engine.kind={self.kind} is not to be set: choose engine=fsdp or engine=deepspeed")
         if self.zero_stage not in (1, 2, 3):
             way_out = "; engine=fsdp engine.shard=none shards nothing" if self.zero_stage == 0 else ""
             raise ValueError(f"engine.zero_stage={self.zero_stage} is unknown; choose 1, 2 or 3{way_out}")

@@ -45,6 +45,8 @@ class FsdpConfig:
 
     def validate(self) -> None:
         """Raise ValueError naming the key whose value cannot be."""
+        if self.kind != "fsdp":
+            raise ValueError(f"engine.kind={self.kind} is not to be set: choose engine=fsdp or engine=deepspeed")
         if self.shard not in SHARD_MODES:
             raise ValueError(f"engine.shard={self.shard} is unknown; choose one of {', '.join(SHARD_MODES)}")
 

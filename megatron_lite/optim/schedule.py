@@ -56,12 +56,13 @@ class ScheduleConfig:
             raise ValueError(
                 f"schedule.{other} has no meaning with schedule.unit={self.unit}; set one of the two"
             )
-        if self.min_lr < 0 or self.warmup < 0:
-            raise ValueError(
-                f"schedule.min_lr={self.min_lr} and the warm-up {self.warmup} must not be negative"
-            )
+        for key in ("min_lr", "warmup_steps", "warmup_tokens", "decay"):
+            if (getattr(self, key) or 0) < 0:
+                raise ValueError(f"schedule.{key}={getattr(self, key)} must not be negative")
         if self.decay is not None and self.decay_fraction is not None:
-            raise ValueError("schedule.decay and schedule.decay_fraction exclude each other; drop one")
+            raise ValueError(
+                f"schedule.decay={self.decay} and schedule.decay_fraction={self.decay_fraction} exclude each other; set one to null"
+            )
         if self.decay_fraction is not None and not 0 < self.decay_fraction <= 1:
             raise ValueError(f"schedule.decay_fraction={self.decay_fraction} must be in (0, 1]")
         if self.name == "wsd" and self.decay is None and self.decay_fraction is None:
@@ -92,8 +93,8 @@ class LearningRate:
         self.decay_start = config.warmup if config.name == "cosine" else self.horizon - decay
         if config.name != "constant" and not config.warmup <= self.decay_start <= self.horizon:
             raise ValueError(
-                f"warm-up {config.warmup} and decay {decay} {config.unit} do not fit into the horizon of "
-                f"{self.horizon} {config.unit} (train.max_steps or train.max_tokens); shorten one of them"
+                f"schedule.warmup_{config.unit}={config.warmup} and a decay of {decay} {config.unit} do not fit into the horizon "
+                f"of {self.horizon} {config.unit} (train.max_steps or train.max_tokens); shorten one of them, or train longer"
             )
 
     def __call__(self, step: int, tokens: int) -> float:

@@ -24,5 +24,9 @@ class Status:
         if not self.main_process:
             return
         temporary = self.path.with_suffix(".json.tmp")
-        temporary.write_text(json.dumps({"state": state, "step": step, "reason": reason, **more}) + "\n")
-        os.replace(temporary, self.path)
+        try:
+            temporary.write_text(json.dumps({"state": state, "step": step, "reason": reason, **more}) + "\n")
+            os.replace(temporary, self.path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise

@@ -84,7 +84,14 @@ def test_repeated_share_by_hand() -> None:
     assert repeated_share(word_hashes("a b c d"), 2) == 0
 
 
-CODE = "def area(radius):\n    return 3.14159 * radius ** 2\n\n\nclass Circle:\n    def __init__(self, radius):\n        self.radius = radius\n"
+CODE = """def area(radius):
+    return 3.14159 * radius ** 2
+
+
+class Circle:
+    def __init__(self, radius):
+        self.radius = radius
+"""
 
 
 @pytest.mark.parametrize(

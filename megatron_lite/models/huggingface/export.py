@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -108,7 +109,11 @@ def _write_shards(
     first_dtype: torch.dtype | None = None
 
     def flush() -> None:
-        save_file(pending, folder / f"part-{len(shards)}.safetensors", metadata={"format": "pt"})
+        file = folder / f"part-{len(shards)}.safetensors"
+        try:
+            save_file(pending, file, metadata={"format": "pt"})
+        except SafetensorError as error:  # it wraps what the disk says
+            raise OSError(None, str(error), str(file)) from error
         shards.append(list(pending))
         pending.clear()
 

@@ -1,0 +1,166 @@
+"""The three extensions of docs/extending.md, each made with what that page names and nothing else."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+import megatron_lite
+from megatron_lite.data.tokenizer import load_tokenizer
+from megatron_lite.models.config import ModelConfig
+from megatron_lite.models.huggingface.family import Family, number, read_sizes, rope, written_sizes
+from megatron_lite.models.huggingface.registry import FAMILIES
+from megatron_lite.models.huggingface.rules import transformer_rules
+from megatron_lite.objectives.next_token import NextToken
+from megatron_lite.objectives.registry import OBJECTIVES
+from tests import runs
+from tests.hf_folders import door
+
+# ------------------------------------------------------------------ a dense family: one config, one mapping
+
+STABLE_TINY = {
+    "family": "stablelm", "num_layers": 2, "hidden_size": 32, "num_heads": 4, "num_kv_heads": 2, "ffn_size": 64,
+    "vocab_size": 384, "max_seq_len": 128, "activation": "swiglu", "norm": "layernorm", "rotary_fraction": 0.25,
+}  # fmt: skip
+REQUIRED: dict[str, Any] = {"norm": "layernorm", "activation": "swiglu"}
+
+
+def write_config(config: ModelConfig) -> dict[str, Any]:
+    sizes = written_sizes(config)
+    del sizes["head_dim"]  # StableLM's is hidden_size / num_heads
+    sizes["rope_parameters"]["partial_rotary_factor"] = config.rotary_fraction
+    own = {"hidden_act": "silu", "layer_norm_eps": config.norm_eps, "use_qkv_bias": False, "qk_layernorm": False}
+    return sizes | own | {"use_parallel_residual": False, "partial_rotary_factor": config.rotary_fraction}
+
+
+def read_config(hf: Mapping[str, Any]) -> ModelConfig:
+    base, fraction = rope(hf, default_fraction=0.25)
+    eps = number(hf, "layer_norm_eps")
+    return ModelConfig(
+        family="stablelm", norm_eps=eps, rope_base=base, rotary_fraction=fraction, **REQUIRED, **read_sizes(hf)
+    )
+
+
+STABLELM = Family(
+    name="stablelm",
+    model_type="stablelm",
+    architecture="StableLmForCausalLM",
+    required=REQUIRED | {"linear_bias": False},
+    defaults={"layer_norm_eps": 1e-5, "initializer_range": 0.02, "tie_word_embeddings": False, "hidden_act": "silu"},
+    only={
+        "hidden_act": ("silu",),
+        "use_qkv_bias": (False, None),
+        "qk_layernorm": (False, None),
+        "use_parallel_residual": (False, None),
+    },
+    write_config=write_config,
+    read_config=read_config,
+    rules=transformer_rules,
+)
+
+
+def test_a_dense_family(tiny_data, tmp_path, monkeypatch):
+    """transformers' StableLM: LayerNorm, SwiGLU, a quarter of each head rotates; not among the families that come with us."""
+    monkeypatch.setitem(FAMILIES, "stablelm", STABLELM)
+    (tmp_path / "own" / "model").mkdir(parents=True)
+    (tmp_path / "own" / "model" / "stable_tiny.yaml").write_text(yaml.safe_dump(STABLE_TINY))
+    (tmp_path / "own" / "data").symlink_to(tiny_data / "data")
+    command = [word for word in runs.TINY if not word.startswith("model")]
+    door(
+        "train", "--config-dir", str(tmp_path / "own"), *command, "model=stable_tiny", "train.max_steps=6",
+        f"run.dir={tmp_path / 'r'}",
+    )  # fmt: skip
+    assert runs.rows(tmp_path / "r")[-1]["loss"] < runs.rows(tmp_path / "r")[0]["loss"]
+
+    door("convert", f"source={tmp_path / 'r'}", f"target={tmp_path / 'hf'}", "to=hf")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32).eval()
+    assert type(theirs).__name__ == "StableLmForCausalLM"
+    ours, _ = megatron_lite.load(tmp_path / "r")
+    tokens = torch.randint(0, 384, (2, 40), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        difference = (ours(tokens) - theirs(tokens).logits).abs().max() / ours(tokens).std()
+        assert difference < 1e-4  # fp32 rounding is about 1e-6 of the spread, a wrong rotation about 1
+        again, _ = megatron_lite.load(tmp_path / "hf")
+        assert torch.equal(again(tokens), ours(tokens))
+
+
+# ------------------------------------------------------------------ a data source: config only
+
+
+def test_a_data_source(tiny_data, tmp_path):
+    """A fourth source, tokenised elsewhere, joins the blend by a few lines of YAML in a folder of one's own."""
+    draw = random.Random(1)
+    letters = [" ".join(draw.choices("abcdefg", k=40)) for _ in range(100)]
+    runs.write_source(tmp_path / "letters", load_tokenizer(tiny_data / "tokenizer"), letters)
+    (tmp_path / "data").mkdir()
+    group = {"weight": 0.5, "sources": {"letters": {"path": str(tmp_path / "letters")}}}
+    own = {"defaults": ["tiny", "_self_"], "groups": {"letters": group}, "phases": []}
+    (tmp_path / "data" / "with_letters.yaml").write_text(yaml.safe_dump(own))
+    (tmp_path / "data" / "tiny.yaml").symlink_to(tiny_data / "data" / "tiny.yaml")
+    assert runs.run(tmp_path, tmp_path / "r", "data=with_letters", "train.max_steps=6") == 0
+    seen = runs.status(tmp_path / "r")["blend_seen"]
+    assert seen["letters/letters"]["samples"] == 16  # a third of 48: its weight is 0.5 of 1.5
+    assert sum(source["samples"] for source in seen.values()) == 48
+
+
+# ------------------------------------------------------------------ an objective: one file
+
+
+class QuietHidden(NextToken):
+    """Next-token loss, and `weight` times the mean square of the final hidden states of every counted token."""
+
+    def __init__(self, decoder, *, weight: float, **keys) -> None:
+        super().__init__(decoder, **keys)
+        self.weight = weight
+
+    def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        loss, count = super().forward(batch)
+        x_BTD = self.decoder.hidden(batch["tokens"], batch.get("documents"))
+        squares_BT = x_BTD.float().square().mean(dim=-1)
+        return loss + self.weight * (squares_BT * batch["loss_mask"]).sum(), count
+
+
+@pytest.fixture
+def quiet(monkeypatch):
+    monkeypatch.setitem(OBJECTIVES, "quiet_hidden", QuietHidden)
+
+
+def loud(run_dir) -> float:
+    model, tokenizer = megatron_lite.load(run_dir)
+    with torch.no_grad():
+        return model.hidden(torch.tensor([tokenizer("the model reads every word")["input_ids"]])).square().mean().item()
+
+
+def test_an_objective(tiny_data, straight, tmp_path, quiet):
+    (tmp_path / "own" / "objective").mkdir(parents=True)
+    (tmp_path / "own" / "data").symlink_to(tiny_data / "data")
+    (tmp_path / "own" / "objective" / "quiet.yaml").write_text("kind: quiet_hidden\noptions: {weight: 0.0}\n")
+    for name, weight in (("same", 0.0), ("other", 1.0)):
+        keys = ("objective=quiet", f"objective.options.weight={weight}", "train.stop_at=10")
+        assert runs.run(tmp_path / "own", tmp_path / name, *keys) == 0
+    assert runs.curve(tmp_path / "same") == runs.curve(straight)[:10]  # with weight 0 it is the other objective
+    # LayerNorm makes the mean square of a fresh model 1, less what norm_eps=1e-5 is beside a variance of some 4e-4
+    first = [runs.rows(directory)[0]["loss"] for directory in (tmp_path / "other", straight)]
+    assert first[0] - first[1] == pytest.approx(1.0, abs=0.04)
+    assert loud(tmp_path / "other") < 0.9 * loud(tmp_path / "same")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["objective.kind=guess"], "objective.kind=guess is unknown; choose one of next_token"),
+        (["+objective.options.weight=1"], "objective.options.weight=1.0 is not among the options of next_token"),
+        (["objective.kind=quiet_hidden", "+objective.options.wieght=1"], r"wieght=1.0 is not .*quiet_hidden"),
+        (["objective.kind=quiet_hidden"], "objective.options.weight is not given; quiet_hidden needs it"),
+    ],
+)
+def test_an_objective_that_is_not_there(overrides, message, tiny_data, tmp_path, quiet):
+    with pytest.raises(ValueError, match=message):
+        runs.run(tiny_data, tmp_path / "r", *overrides)

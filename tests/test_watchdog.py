@@ -1,0 +1,91 @@
+"""Hangs name their culprit, slow ranks are reported; a run without either is left alone."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+
+from megatron_lite.watchdog import WatchdogConfig, numbers, place, slow_ranks, waits_for_others
+from tests import runs
+from tests.launch import local_run
+
+
+def test_slow_ranks():
+    assert slow_ranks({0: 1.0, 1: 1.1, 2: 4.0, 3: 2.0}, 1.5) == [2, 3]
+    assert slow_ranks({0: 1.0, 1: 1.6}, 1.5) == [1]
+    assert slow_ranks({0: 1.0}, 1.5) == []
+    assert slow_ranks({0: 0.0, 1: 0.0005}, 1.5) == []  # below a millisecond nobody is slow
+
+
+def test_numbers():
+    assert numbers([3]) == "rank 3"
+    assert numbers([0, 1, 2, 7, 9, 10]) == "ranks 0-2, 7, 9-10"
+
+
+def test_a_frame_of_ours_waits_for_nobody():
+    frame = sys._getframe()
+    assert not waits_for_others(frame)
+    assert place(frame).endswith("test_a_frame_of_ours_waits_for_nobody")
+    assert not waits_for_others(None)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("timeout_seconds", -1.0), ("slow_factor", 0.5), ("slow_factor", 1.0), ("report_seconds", 0.0)]
+)
+def test_refused(key, value):
+    with pytest.raises(ValueError, match=f"watchdog.{key}="):
+        WatchdogConfig(**{key: value}).validate()
+
+
+@pytest.mark.slow
+def test_a_rank_that_sleeps_is_named(tiny_data, tmp_path):
+    run = tmp_path / "asleep"
+    job = local_run.start(
+        tiny_data, run, "watchdog.timeout_seconds=8", "train.global_batch_size=6", RANKS_PER_NODE="3", HANG_STEP="7", SLOW_RANK="1", SHUTDOWN_TIMEOUT="5",
+        TORCH_FR_BUFFER_SIZE="200",
+    )  # fmt: skip
+    assert local_run.finish(job) != 0
+    status = runs.status(run)
+    assert status["state"] == "failed"
+    assert "rank 1 is stuck in step 7, train_step, at launch/slowed/sitecustomize.py" in status["reason"], status
+    assert "ranks 0, 2 wait for others in step 7, train_step" in status["reason"], status
+    assert status["reason"] in local_run.output(run)
+    stacks = [(run / "hang" / f"rank_0000{rank}.txt").read_text() for rank in range(3)]
+    assert "sitecustomize.py" in stacks[1]
+    assert all("trainer.py" in text for text in stacks)
+    assert json.loads((run / "hang" / "rank_00000.flight.json").read_text())
+
+
+@pytest.mark.slow
+def test_a_stopped_rank_is_named(tiny_data, tmp_path):
+    """Rank 0 itself, whose thread cannot say anything either."""
+    run = tmp_path / "stopped"
+    job = local_run.start(
+        tiny_data, run, "watchdog.timeout_seconds=8", RANKS_PER_NODE="2", STOP_STEP="5", SLOW_RANK="0", SHUTDOWN_TIMEOUT="5"
+    )
+    assert local_run.finish(job) != 0
+    assert "rank 0 does not answer (last seen in step 5, train_step)" in runs.status(run)["reason"]
+    assert "rank 1 wait" in runs.status(run)["reason"]
+
+
+@pytest.mark.slow
+def test_a_slow_rank_is_reported(tiny_data, tmp_path):
+    run = tmp_path / "slow"
+    job = local_run.start(
+        tiny_data, run, "watchdog.report_seconds=3", RANKS_PER_NODE="2", SLOW_STEP="0.6", SLOW_RANK="1"
+    )
+    assert local_run.finish(job) == 0
+    assert "slow: rank 1 0." in local_run.output(run)
+    assert "slow: rank 0" not in local_run.output(run)
+
+
+@pytest.mark.slow
+def test_a_healthy_run_hears_nothing(tiny_data, tmp_path, straight):
+    run = tmp_path / "healthy"
+    job = local_run.start(tiny_data, run, "watchdog.timeout_seconds=60", "watchdog.report_seconds=1", RANKS_PER_NODE="2")
+    assert local_run.finish(job) == 0
+    assert "watchdog" not in local_run.output(run)
+    assert not (run / "hang").exists()
+    assert len(runs.curve(run)) == len(runs.curve(straight))
