@@ -21,9 +21,11 @@ import numpy as np
 import orjson
 import zstandard
 
-from data_tools.atomic import atomic_path, read_json
+from data_tools.atomic import atomic_path, read_json, write_array, write_json
 
 SHARD_SUFFIX = ".jsonl.zst"
+OFFSETS = "offsets.npy"
+SOURCES = "sources.json"
 
 
 @dataclass(slots=True)
@@ -94,8 +96,27 @@ class Corpus:
 
     def offsets(self) -> np.ndarray:
         """int64 (shards + 1): the ordinal of every shard's first document, then the number of documents."""
+        summary = self.folder / OFFSETS
+        if summary.exists():
+            return np.load(summary)
         counts = [read_json(stats_path(self.folder, i))["documents_out"] for i in range(len(self.shards()))]
         return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]).astype(np.int64)
+
+    def bytes_by_source(self) -> dict[str, int]:
+        """Source -> bytes of normalised text."""
+        summary = self.folder / SOURCES
+        if summary.exists():
+            return read_json(summary)
+        sizes: dict[str, int] = {}
+        for shard in range(len(self.shards())):
+            for source, (_, size) in read_json(stats_path(self.folder, shard))["kept"].items():
+                sizes[source] = sizes.get(source, 0) + size
+        return sizes
+
+    def summarise(self) -> None:
+        """Write offsets and sizes once, so that a task need not read every other task's counts."""
+        write_json(self.folder / SOURCES, self.bytes_by_source())
+        write_array(self.folder / OFFSETS, self.offsets())
 
     def dropped_rows(self, shard: int) -> np.ndarray:
         """Sorted int64 rows of `shard` that an earlier stage dropped."""

@@ -126,6 +126,7 @@ def run_step(step: Step, executor: ExecutorConfig, console: Console) -> float:
                 raise RuntimeError(
                     f"{step.name}: a task failed ({error}); its log is in {step.folder / 'logs'}"
                 ) from error
+    step.finish()
     seconds = time.monotonic() - start
     write_json(step.folder / DONE, {"tasks": tasks, "seconds": round(seconds, 3)})
     return seconds

@@ -114,11 +114,12 @@ class CandidateStep(Step):
             + [_one_band(minhash, part[:, first : first + self.settings.rows]) for part in store.parts]
         )
         order = np.argsort(keys, kind="stable")
-        edges = np.flatnonzero(np.diff(keys[order])) + 1
+        starts = np.flatnonzero(np.diff(keys[order], prepend=keys[order][:1] + np.uint64(1)))
+        lengths = np.diff(np.append(starts, len(keys)))
         pairs = []
-        for bucket in np.split(order, edges):
-            if len(bucket) > 1:
-                pairs += similar_pairs(store.take(bucket), bucket, self.settings.threshold)
+        for start, length in zip(starts[lengths > 1], lengths[lengths > 1]):
+            bucket = order[start : start + length]
+            pairs += similar_pairs(store.take(bucket), bucket, self.settings.threshold)
         found = np.array([(store.ordinals[a], store.ordinals[b]) for a, b in pairs], PAIR)
         write_array(self.folder / f"{rank:05d}.pairs.npy", np.unique(found))
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from data_tools.atomic import write_array
-from data_tools.documents import SHARD_SUFFIX, ShardWriter, read_shard
+from data_tools.documents import SHARD_SUFFIX, Corpus, ShardWriter, read_shard
 from data_tools.language import identify
 from data_tools.normalise import Normaliser, line_key
 from data_tools.recipe import NormaliseConfig
@@ -50,6 +50,33 @@ class CountLinesStep(Step):
             progress.add(len(document.text))
         pairs = np.array(sorted((k, n) for k, n in counts.items() if n > 1), dtype=LINE)
         write_array(self.folder / f"{rank:05d}.{source}.lines.npy", pairs)
+
+    def finish(self) -> None:
+        """Write the frequent lines of each source."""
+        by_source: dict[str, list[Path]] = {}
+        for path in sorted(self.folder.glob("*.lines.npy")):
+            by_source.setdefault(path.name.split(".")[1], []).append(path)
+        for source, paths in by_source.items():
+            total = np.empty(0, LINE)
+            for path in paths:
+                total = add_lines(total, np.load(path))
+            frequent = total["key"][total["documents"] >= self.settings.boilerplate_documents]
+            write_array(frequent_path(self.folder, source), frequent)
+
+
+def frequent_path(folder: Path, source: str) -> Path:
+    """Where the hashes of the frequent lines of `source` stand."""
+    return folder / f"{source}.frequent.npy"
+
+
+def add_lines(total: np.ndarray, more: np.ndarray) -> np.ndarray:
+    """Two counts of lines added up, sorted by key."""
+    pairs = np.concatenate([total, more])
+    keys, where = np.unique(pairs["key"], return_inverse=True)
+    result = np.empty(len(keys), LINE)
+    result["key"] = keys
+    result["documents"] = np.bincount(where, weights=pairs["documents"], minlength=len(keys))
+    return result
 
 
 @dataclass
@@ -93,12 +120,13 @@ class NormaliseStep(Step):
             tally.bytes_out = writer.text_bytes
         tally.save(self.folder, rank)
 
+    def finish(self) -> None:
+        """Write the summary of the corpus."""
+        Corpus(self.folder).summarise()
+
     def _frequent_lines(self, source: str) -> set[int]:
-        parts = [np.load(path) for path in sorted(self.lines.glob(f"*.{source}.lines.npy"))]
-        pairs = np.concatenate([np.empty(0, LINE), *parts])
-        keys, where = np.unique(pairs["key"], return_inverse=True)
-        documents = np.bincount(where, weights=pairs["documents"], minlength=len(keys))
-        return set(keys[documents >= self.settings.boilerplate_documents].tolist())
+        path = frequent_path(self.lines, source)
+        return set(np.load(path).tolist()) if path.exists() else set()
 
 
 def dataset_name(template: str, source: str, group: str, language: str) -> str:

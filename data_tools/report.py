@@ -14,7 +14,7 @@ import numpy as np
 import xxhash
 
 from data_tools.atomic import read_json
-from data_tools.documents import Corpus, read_shard, stats_path
+from data_tools.documents import read_shard
 from data_tools.pipeline import Pipeline
 from data_tools.steps import EXAMPLE_CHARS
 from data_tools.tokenise import plan_datasets
@@ -216,12 +216,3 @@ def timing(pipeline: Pipeline, seconds: dict[str, float], cores: int) -> dict[st
         "mb_per_second_and_core": round(rate, 2),
         "steps": steps,
     }
-
-
-def documents_by_source(corpus: Corpus) -> dict[str, int]:
-    """source -> normalised documents."""
-    found: dict[str, int] = defaultdict(int)
-    for shard in range(len(corpus.shards())):
-        for source, (count, _) in read_json(stats_path(corpus.folder, shard))["kept"].items():
-            found[source] += count
-    return dict(found)

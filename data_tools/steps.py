@@ -39,6 +39,9 @@ class Step:
         """Do task `rank`, write its files into `self.folder`."""
         raise NotImplementedError
 
+    def finish(self) -> None:
+        """Sum up what all tasks left; the door calls it once, after the last of them."""
+
 
 class Progress:
     """Tells the watching door how far a task is, through a tiny file, so that it works across processes and nodes alike."""

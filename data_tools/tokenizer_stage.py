@@ -19,8 +19,8 @@ import orjson
 import xxhash
 import zstandard
 
-from data_tools.atomic import atomic_path, read_json, write_json
-from data_tools.documents import SHARD_SUFFIX, Corpus, Document, stats_path
+from data_tools.atomic import atomic_path, write_json
+from data_tools.documents import SHARD_SUFFIX, Corpus, Document
 from data_tools.hashing import word_count
 from data_tools.recipe import RecipeConfig, TokenizerSection
 from data_tools.steps import Progress, Step
@@ -75,9 +75,8 @@ class SampleStep(Step):
     def _rates(self) -> dict[str, float]:
         """How often a byte of each group is in the sample, on average."""
         sizes: dict[str, int] = defaultdict(int)
-        for shard in range(len(self.corpus.shards())):
-            for source, (_, size) in read_json(stats_path(self.corpus.folder, shard))["kept"].items():
-                sizes[self.sources[source]] += size
+        for source, size in self.corpus.bytes_by_source().items():
+            sizes[self.sources[source]] += size
         weighted = {group: size * self.settings.upsample.get(group, 1.0) for group, size in sizes.items()}
         total = sum(weighted.values()) or 1
         budget = min(self.settings.sample_bytes, total)

@@ -7,6 +7,7 @@
 #   RUN_DIR          run directory, unless run.dir=... is among the overrides
 #   NODES, MIN_NODES nodes of the run (default 1) and the fewest it goes on with (default NODES)
 #   RENDEZVOUS       host:port that all nodes reach (the first node), needed for NODES > 1
+#   NODE_INDEX       0 on the node that RENDEZVOUS names (default: Kubernetes' JOB_COMPLETION_INDEX, else found by name or LOCAL_ADDR)
 #   LOCAL_ADDR       this node's address, where its host name does not resolve for the others
 #   JOB              name of this attempt, the same on all nodes (default: host, time and process id)
 #   MAX_RESTARTS     restarts in place after a rank or a node is lost (default 0; 3 where MIN_NODES < NODES)
@@ -45,7 +46,15 @@ if ((NODES * RANKS_PER_NODE > 1)); then
     [[ -n ${JOB:-} ]] || fail "NODES=$NODES needs JOB, the same name on every node"
     [[ -n ${RENDEZVOUS:-} ]] || fail "NODES=$NODES needs RENDEZVOUS=host:port, the same on every node"
     command+=(--nnodes="$MIN_NODES:$NODES" --rdzv-backend=c10d --rdzv-endpoint="$RENDEZVOUS" --rdzv-id="$MLITE_JOB")
-    [[ -z ${LOCAL_ADDR:-} ]] || command+=(--local-addr="$LOCAL_ADDR")
+    index=${NODE_INDEX:-${JOB_COMPLETION_INDEX:-}}
+    if [[ -n ${LOCAL_ADDR:-} ]]; then
+      command+=(--local-addr="$LOCAL_ADDR")
+      if [[ -z $index ]]; then
+        index=1
+        [[ $LOCAL_ADDR != "${RENDEZVOUS%:*}" ]] || index=0
+      fi
+    fi
+    [[ -z $index ]] || command+=(--rdzv-conf=is_host=$((index == 0)))
   else
     command+=(--standalone)
   fi

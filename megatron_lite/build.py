@@ -21,17 +21,17 @@ from torch import Tensor
 
 from megatron_lite.checkpoint.reader import SavedTensors, find_checkpoint
 from megatron_lite.checkpoint.store import CheckpointStore
-from megatron_lite.config import RunConfig, from_dict, to_dict, to_yaml
+from megatron_lite.config import RunConfig, flatten, from_dict, to_dict, to_yaml
 from megatron_lite.data.blend import Blend, open_blend
 from megatron_lite.data.config import DataConfig
-from megatron_lite.data.loader import Loader, validation_batches
+from megatron_lite.data.loader import Loader, rank_samples, validation_batches
 from megatron_lite.data.manifest import TokenizerIdentity
 from megatron_lite.data.resume import resume_blend
 from megatron_lite.data.sample_corpus import prepare
 from megatron_lite.data.source import Source, open_validation
 from megatron_lite.data.tokenizer import fingerprint, load_tokenizer
-from megatron_lite.engine.base import Batch, Engine
 from megatron_lite.engine import deepspeed, fsdp
+from megatron_lite.engine.base import Batch, Engine
 from megatron_lite.metrics import Metrics, Work, device_peak_flops
 from megatron_lite.models.config import ModelConfig
 from megatron_lite.models.decoder import Decoder
@@ -136,7 +136,7 @@ def choose_model(run: RunConfig, store: CheckpointStore, checkpoint: Path | None
     if checkpoint:
         model = from_dict(ModelConfig, store.read_manifest(checkpoint)["config"]["model"])
     else:
-        model = open_weights(run.init_from.path).config
+        model = open_weights(run.init_from.path or "").config
     return replace(run, model=model)
 
 
@@ -191,6 +191,15 @@ def build_schedule(run: RunConfig) -> Schedule:
     return Schedule(batch, rate, horizon_steps=steps, horizon_samples=samples, seq_len=seq_len)
 
 
+def build_grid(run: RunConfig, *, world_size: int, device_type: str) -> Mesh | None:
+    """The grid of processes, None for one. Where the engine shards nothing, all data-parallel processes are replicas."""
+    parallel = run.parallel
+    if run.engine.replicates:
+        dp_replicate, dp_shard, _ = parallel.degrees(world_size)
+        parallel = replace(parallel, dp_replicate=dp_replicate * dp_shard, dp_shard=1)
+    return build_mesh(parallel, world_size=world_size, device_type=device_type)
+
+
 # kind -> (what shards a module as soon as it has memory, the engine over the whole objective)
 ENGINES: dict[str, tuple[Any, Any]] = {
     "fsdp": (fsdp.sharder, fsdp.FsdpEngine),
@@ -232,7 +241,13 @@ def choose_checkpoint(run: RunConfig, store: CheckpointStore) -> Path | None:
             )
         return None
     if run.resume == "auto":
-        return store.newest_valid()
+        newest = store.newest_valid()
+        if newest is None and store.steps():  # starting afresh would write over what may be mended
+            raise ValueError(
+                f"run.dir={run.run.dir} holds checkpoints, but none of them is whole (steps {store.steps()}, see the warnings "
+                "above); put a whole copy of one back, or give another run.dir"
+            )
+        return newest
     if not Path(run.resume).exists():
         raise ValueError(
             f"resume={run.resume} does not exist; give a checkpoint or a run directory, auto for the newest one of run.dir, "
@@ -259,7 +274,9 @@ def build_trainer(run: RunConfig, runtime: Runtime, *, store: CheckpointStore, c
             consumed_samples=manifest["consumed_samples"],
             allow=run.resume_allow,
         )
-    mesh = build_mesh(run.parallel, world_size=runtime.world_size, device_type=runtime.device.type)
+    consumed = manifest["consumed_samples"] if manifest else 0
+    check_batch_sizes(run, schedule, consumed=consumed, world_size=runtime.world_size)
+    mesh = build_grid(run, world_size=runtime.world_size, device_type=runtime.device.type)
     engine = build_engine(run, mesh, runtime.device)
     trainer = Trainer(
         config=run.train,
@@ -269,7 +286,7 @@ def build_trainer(run: RunConfig, runtime: Runtime, *, store: CheckpointStore, c
         feed=build_feed(run, blend, open_validation(run.data, tokenizer), mesh, runtime.device),
         store=store,
         tracker=build_tracker(run.tracking, main_process=runtime.is_main, has_key=has_wandb_key()),
-        metrics=build_metrics(run, runtime, consumed=manifest["consumed_samples"] if manifest else 0),
+        metrics=build_metrics(run, runtime, consumed=consumed),
         status=Status(Path(run.run.dir), main_process=runtime.is_main),
         watchdog=Watchdog(run.watchdog, runtime=runtime, run_dir=Path(run.run.dir)),
         profiler=Profiler(run.profile, Path(run.run.dir) / "profile", main_process=runtime.is_main),
@@ -285,6 +302,22 @@ def build_trainer(run: RunConfig, runtime: Runtime, *, store: CheckpointStore, c
     elif run.init_from.path:
         start_from(engine, run, tokenizer)
     return trainer
+
+
+def check_batch_sizes(run: RunConfig, schedule: Schedule, *, consumed: int, world_size: int) -> None:
+    """Raise ValueError when a batch size between here and this job's end does not split evenly over its ranks.
+
+    Only those: a ramp may grow together with the number of ranks, in jobs that end at its stages (`train.stop_at`).
+    """
+    batch, end = schedule.batch, schedule.horizon_samples
+    if run.train.stop_at is not None:
+        end = min(end, batch.samples(run.train.stop_at))
+    first_steps = [batch.samples(batch.steps(stage.from_samples)) for stage in run.train.batch_ramp]
+    dp_replicate, dp_shard, _ = run.parallel.degrees(world_size)
+    for start in [consumed, *(step for step in first_steps if consumed < step < end)]:
+        rank_samples(
+            0, batch=batch.at(start), micro_batch=run.train.micro_batch_size, rank=0, ranks=dp_replicate * dp_shard
+        )
 
 
 def build_feed(
@@ -340,13 +373,6 @@ def check_same_run(manifest: dict[str, Any], run: RunConfig, tokenizer: Tokenize
             f"run.dir={run.run.dir} holds a run with another config: {'; '.join(different)}. Give it another run.dir, "
             "set these back, or name the keys in resume_allow=[...]"
         )
-
-
-def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested dicts as dotted keys."""
-    if not isinstance(tree, dict):
-        return {prefix: tree}
-    return {k: v for key, value in tree.items() for k, v in flatten(value, f"{prefix}.{key}".lstrip(".")).items()}
 
 
 def _allowed(key: str, allow: list[str]) -> bool:

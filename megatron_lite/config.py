@@ -43,7 +43,6 @@ from megatron_lite.tracking.profile import ProfileConfig
 from megatron_lite.trainer import TrainConfig, TrainingFailedError
 from megatron_lite.watchdog import WatchdogConfig
 
-
 _FREE_TEXT = ("prompt", "prompt_file", "checkpoint", "source", "target", "resume", "run.dir", "init_from.path")
 
 
@@ -118,6 +117,13 @@ class EvaluateConfig:
     micro_batch_size: int = 8
     json: bool = False
 
+    def validate(self) -> None:
+        """Raise ValueError naming the key whose value cannot be."""
+        if self.micro_batch_size < 1:
+            raise ValueError(f"micro_batch_size={self.micro_batch_size} must be at least 1")
+        self.data.validate()
+        self.precision.validate()
+
 
 @dataclass
 class GenerateConfig:
@@ -155,8 +161,8 @@ def compose_config(door: str, overrides: list[str]) -> Any:
     with initialize_config_dir(str(config_dir().resolve()), version_base="1.3"):
         try:
             config = OmegaConf.to_object(compose(door, overrides=overrides))
-        except (HydraException, OmegaConfBaseException) as error:
-            raise ConfigError(config_errors.explain(error, overrides, lambda: _keys_of(door))) from None
+        except (HydraException, OmegaConfBaseException, ValueError) as error:
+            raise ConfigError(config_errors.explain(error, overrides, lambda: _keys_of(door, overrides))) from None
     wrong = config_errors.check_values(config)
     if wrong:
         raise ConfigError(wrong)
@@ -166,15 +172,15 @@ def compose_config(door: str, overrides: list[str]) -> Any:
 def _spelled_out(overrides: list[str]) -> list[str]:
     """The overrides with short forms written out.
 
-    `init_from=x` -> `init_from.path=x`; text and paths need no quotes of their own (`prompt=def main(`); `--config-dir DIR` (a folder with groups of one's own, e.g. DIR/data/mine.yaml) -> Hydra's
-    search path.
+    `init_from=x` -> `init_from.path=x`; text and paths need no quotes of their own (`prompt=def main(`); `--config-dir DIR` (a folder
+    with groups of one's own, e.g. DIR/data/mine.yaml) -> Hydra's search path.
     """
     result: list[str] = []
     waiting = iter(overrides)
     for override in waiting:
         if override == "--config-dir" or override.startswith("--config-dir="):
             folder = override.partition("=")[2] or next(waiting, "")
-            if not Path(folder).is_dir():
+            if not folder or not Path(folder).is_dir():
                 raise ConfigError(f"--config-dir {folder or '(nothing)'} is no folder")
             result.append(f"hydra.searchpath=[file://{Path(folder).resolve()}]")
         elif override.startswith("-"):
@@ -196,7 +202,7 @@ def _spelled_out(overrides: list[str]) -> list[str]:
 def _as_text(override: str) -> str:
     """The override with its value quoted for Hydra where it is free text, or a path that Hydra's grammar would stumble over."""
     key, _, value = override.partition("=")
-    if key not in _FREE_TEXT or (len(value) > 1 and value[0] == value[-1] and value[0] in "'\""):
+    if key not in _FREE_TEXT or value == "null" or (len(value) > 1 and value[0] == value[-1] and value[0] in "'\""):
         return override
     # Inside quotes Hydra takes a backslash for itself only in front of a quote.
     escaped = re.sub(r"(\\*)('|$)", lambda m: 2 * m[1] + ("\\'" if m[2] else ""), value)
@@ -213,6 +219,13 @@ def to_yaml(config: Any) -> str:
 def to_dict(config: Any) -> dict[str, Any]:
     """A typed config as plain dicts, lists and values (what a checkpoint's manifest holds)."""
     return OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)  # type: ignore[return-value]
+
+
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as dotted keys."""
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    return {k: v for key, value in tree.items() for k, v in flatten(value, f"{prefix}.{key}".lstrip(".")).items()}
 
 
 def from_dict(schema: type, values: dict[str, Any]) -> Any:
@@ -235,12 +248,21 @@ def validate(run: RunConfig, world_size: int) -> None:
         section.validate()
     run.parallel.validate(world_size=world_size)
     dp_replicate, dp_shard, _ = run.parallel.degrees(world_size)
-    for size in run.train.batch_sizes:
+    for size in run.train.batch_sizes if not run.train.batch_ramp else []:  # ranks may grow with a ramp: see build.check_batch_sizes
         rank_samples(0, batch=size, micro_batch=run.train.micro_batch_size, rank=0, ranks=dp_replicate * dp_shard)
+    kind = type(run.engine)().kind
+    if run.engine.kind != kind:
+        raise ValueError(f"engine.kind={run.engine.kind} is not to be set beside engine={kind}; choose engine=fsdp or deepspeed")
     if run.seed < 0:
         raise ValueError(f"seed={run.seed} must be 0 or more")
     if not run.resume:
         raise ValueError("resume is empty; give auto, never, or the path of a checkpoint")
+    if run.init_from.optimizer and run.init_from.path is None:
+        raise ValueError("init_from.optimizer=true says nothing without init_from=<path>; name it, or drop this")
+    keys = flatten(to_dict(run))
+    for name in run.resume_allow:
+        if not any(key == name or key.startswith(f"{name}.") for key in keys):
+            raise ValueError(f"resume_allow names {name!r}: {config_errors.unknown_key(name, keys)}")
     if run.init_from.model not in ("source", "config"):
         raise ValueError(f"init_from.model={run.init_from.model} is unknown; choose source or config")
     if not run.takes_model_of_source:  # else the model is not known yet
@@ -274,9 +296,14 @@ def _register_schemas() -> None:
     store.store("deepspeed_schema", DeepSpeedConfig, group="engine")
 
 
-def _keys_of(door: str) -> Iterator[str]:
-    """Every dotted key of a door as composed without overrides, e.g. `train.max_steps`; Hydra must be initialised."""
-    waiting: list[tuple[str, Any]] = [("", OmegaConf.to_container(compose(door), resolve=False))]
+def _keys_of(door: str, overrides: list[str]) -> Iterator[str]:
+    """Every dotted key of a door with its groups chosen, e.g. `train.max_steps`; Hydra must be initialised."""
+    choices = [o for o in overrides if "." not in config_errors.key_of(o) or o.startswith("hydra.")]
+    try:
+        tree = compose(door, overrides=choices)
+    except (HydraException, OmegaConfBaseException):
+        tree = compose(door)
+    waiting: list[tuple[str, Any]] = [("", OmegaConf.to_container(tree, resolve=False))]
     for prefix, tree in waiting:
         for name, value in tree.items():
             yield prefix + name

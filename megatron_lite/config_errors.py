@@ -35,11 +35,19 @@ def explain(error: BaseException, overrides: list[str], known_keys: Callable[[],
         key = reason.rsplit(": ", 1)[-1]
         return f"{key} is not given, and it has no default: add {key}=..."
     override = _culprit(text, overrides)
+    if override is None and "Config group override" in text:  # it does not say which
+        parser = OverridesParser.create()
+        override = next(
+            o for o in overrides if "." not in key_of(o) and not isinstance(parser.parse_override(o).value(), str)
+        )
+        reason = "a group's choice is a name"
     if override is None:
         return " ".join(line.strip() for line in text.splitlines() if "object_type" not in line)
     key = key_of(override)
     if isinstance(chain[-1], ConfigAttributeError | ConfigKeyError) or "does not exist" in text:
-        return f"{override}: {unknown_key(key, known_keys())}"
+        known = list(known_keys())
+        if key not in known:
+            return f"{override}: {unknown_key(key, known)}"
     return f"{override}: {reason}; `mlite <door> --help` shows {key} as it is without overrides"
 
 
@@ -47,7 +55,11 @@ def unknown_key(key: str, known_keys: Iterable[str]) -> str:
     """That `key` does not exist, with those that are spelled nearly so, or that stand elsewhere under the same last name."""
     known = list(known_keys)
     last = key.rsplit(".", 1)[-1]
-    near = [other for other in known if other.rsplit(".", 1)[-1] == last] or difflib.get_close_matches(key, known, n=3)
+    near = (
+        difflib.get_close_matches(key, known, n=3, cutoff=0.85)
+        or [other for other in known if other.rsplit(".", 1)[-1] == last]
+        or difflib.get_close_matches(key, known, n=3)
+    )
     hint = f"did you mean {' or '.join(near[:3])}?" if near else "--help lists all keys"
     return f"there is no key {key}; {hint}"
 
@@ -94,6 +106,8 @@ def _unknown_choice(error: MissingConfigException) -> str:
 def _unreadable(overrides: list[str]) -> str | None:
     parser = OverridesParser.create()
     for override in overrides:
+        if not key_of(override):
+            return f"{override} has no key; overrides are written key=value"
         try:
             parser.parse_override(override)
         except HydraException as error:

@@ -33,8 +33,8 @@ def evaluate(config: EvaluateConfig) -> int:
 
     Raises ValueError when model, tokenizer and data do not belong together.
     """
+    config.validate()
     weights = open_weights(config.checkpoint)
-    config.data.validate()
     prepare_data(config.data, vocab_size=weights.config.vocab_size, report=print)
     tokenizer = open_tokenizer(config.data)
     check_vocabulary(weights.config, tokenizer)

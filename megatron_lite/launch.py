@@ -21,7 +21,12 @@ from typing import Any
 
 import yaml
 
-SCRIPTS = {"local": "local.sh", "slurm": "slurm.sh", "deepspeed": "deepspeed.sh"}
+SCRIPTS = {
+    "local": "local.sh",
+    "slurm": "slurm.sh",
+    "deepspeed": "deepspeed.sh",
+    "nemotron4_15b": "recipes/nemotron4_15b.sh",
+}
 USAGE = """usage: mlite launch <where> [--dry-run] [SETTING=value ...] [Hydra overrides]
 
 where:
@@ -29,6 +34,7 @@ where:
   slurm        submit a job; it is requeued until the run is finished
   deepspeed    the hosts of HOSTFILE, by DeepSpeed's launcher
   kubernetes   print the manifest of an indexed Job
+  nemotron4_15b   print the three chained Slurm jobs of that run
 
 settings of each: """
 
@@ -65,7 +71,9 @@ def split_words(words: list[str]) -> tuple[list[str], list[str]]:
     overrides = [word for word in words if word not in settings and word != "--dry-run"]
     for before, word in zip(["", *overrides], overrides):
         if word.startswith("-") and not word.startswith("--config-dir") and before != "--config-dir":
-            raise ValueError(f"{word} is unknown; options are --dry-run and --config-dir, settings NAME=value, overrides key=value")
+            raise ValueError(
+                f"{word} is unknown; options are --dry-run and --config-dir, settings NAME=value, overrides key=value"
+            )
     return settings, overrides
 
 
@@ -75,7 +83,15 @@ def command(where: str, words: list[str]) -> list[str]:
         raise ValueError(f"launch {where!r} is unknown; choose one of {', '.join([*SCRIPTS, 'kubernetes'])}")
     settings, overrides = split_words(words)
     dry = ["--dry-run"] if "--dry-run" in words else []
-    return ["env", f"MLITE_PYTHON={sys.executable}", *settings, "bash", str(scripts_dir() / SCRIPTS[where]), *dry, *overrides]
+    return [
+        "env",
+        f"MLITE_PYTHON={sys.executable}",
+        *settings,
+        "bash",
+        str(scripts_dir() / SCRIPTS[where]),
+        *dry,
+        *overrides,
+    ]
 
 
 def manifest(settings: dict[str, str], overrides: list[str]) -> str:
@@ -92,7 +108,9 @@ def manifest(settings: dict[str, str], overrides: list[str]) -> str:
     placed = {"NAME", "NAMESPACE", "IMAGE", "NODES", "GPUS_PER_NODE", "CLAIM", "GRACE_SECONDS"}
     unknown = sorted(set(settings) - known - placed)
     if unknown:
-        raise ValueError(f"{unknown[0]} is no setting of launch kubernetes; known are {', '.join(sorted(known | placed))}")
+        raise ValueError(
+            f"{unknown[0]} is no setting of launch kubernetes; known are {', '.join(sorted(known | placed))}"
+        )
     if nodes := settings.get("NODES"):
         job["spec"]["completions"] = job["spec"]["parallelism"] = int(nodes)
     if gpus := settings.get("GPUS_PER_NODE"):

@@ -258,7 +258,7 @@ class Trainer:
                 self._write_status("failed", error_text(error))
             with suppress(OSError):
                 self.tracker.close("failed")
-            if isinstance(error, OSError | CheckpointError):
+            if isinstance(error, OSError | CheckpointError | ValueError):
                 raise TrainingFailedError(self._lost(error)) from error
             raise
         self.tracker.close(self.status.state)

@@ -84,8 +84,6 @@ class Watchdog:
         if phase == "train_step":
             self._steps += 1
         self._where = (step, phase, time.monotonic())
-        if self.enabled and phase != "agree":
-            self._arm()
 
     def __enter__(self) -> Watchdog:
         if self.enabled:
@@ -93,25 +91,28 @@ class Watchdog:
             self._where = (*self._where[:2], time.monotonic())
             board = Board(self.runtime.rank, self.runtime.world_size)
             self._thread = threading.Thread(target=self._watch, args=(board,), name="watchdog", daemon=True)
-            self._arm()
             self._thread.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._ended.set()
         if self._thread is not None:
             faulthandler.cancel_dump_traceback_later()
             self._thread.join(timeout=10)
 
     def _arm(self) -> None:
-        """The last resort: it needs no interpreter lock. It comes after the thread has had its time."""
-        with contextlib.suppress(AttributeError, OSError, ValueError):  # no stderr with a file behind it
-            faulthandler.dump_traceback_later(self.config.timeout_seconds * 1.25 + 60, exit=True, file=sys.__stderr__)
+        """The last resort, for when this thread does not get its turn any more: it needs no interpreter lock."""
+        if sys.__stderr__ is not None:
+            with contextlib.suppress(OSError, ValueError):  # no file behind it
+                faulthandler.dump_traceback_later(self.config.timeout_seconds + 60, exit=True, file=sys.__stderr__)
 
     # ---- the thread
 
     def _watch(self, board: Board) -> None:
         last = told = compared = time.monotonic()
+        self._arm()
         while not self._ended.wait(self._tick):
             now = time.monotonic()
             step, phase, since = self._where
@@ -123,6 +124,7 @@ class Watchdog:
             if now - told > min(5.0, self.config.timeout_seconds / 4, self.config.report_seconds / 2):
                 board.tell("beat", {"step": step, "phase": phase, "own": self._own, "steps": self._steps})
                 told = now
+                self._arm()
             if self.runtime.rank == 0 and self.config.slow_factor and now - compared > self.config.report_seconds:
                 self._compare(board)
                 compared = now
@@ -148,17 +150,20 @@ class Watchdog:
         try:
             self._dump(rank)
             board.tell("hang", {"step": step, "phase": phase, "waits": waits_for_others(frame), "at": place(frame)})
-            notes = board.collect("hang", seconds=min(20.0, max(3.0, self.config.timeout_seconds / 4)))
-            if rank == min(notes, default=rank):
-                verdict = self._verdict(notes, board.read("beat"), seconds)
+            patience = min(20.0, max(3.0, self.config.timeout_seconds / 4))
+            if board.first_to_arrive(patience):
+                verdict = self._verdict(board.read("hang"), board.read("beat"), seconds)
                 print(f"watchdog: {verdict}", file=sys.stderr, flush=True)
                 Status(self.run_dir, main_process=True).write(
                     "failed", step, verdict, job=self.runtime.job, time=time.time()
                 )
-            else:
-                time.sleep(2.0)  # the launcher ends all ranks when the first one goes: let that one finish its note
+                board.settled()
         except Exception as error:  # whatever goes wrong here, the process must end
-            print(f"watchdog: rank {rank}: step {step}, {phase}: no progress for {seconds:.0f} s ({error})", file=sys.stderr, flush=True)
+            print(
+                f"watchdog: rank {rank}: step {step}, {phase}: no progress for {seconds:.0f} s ({error})",
+                file=sys.stderr,
+                flush=True,
+            )
         finally:
             os._exit(EXIT_CODE)
 
@@ -186,7 +191,9 @@ class Watchdog:
         waiting = sorted(set(notes) - set(busy))
         if waiting:
             first = notes[waiting[0]]
-            parts.append(f"{numbers(waiting)} wait for others in step {first['step']}, {first['phase']}, at {first['at']}")
+            parts.append(
+                f"{numbers(waiting)} wait for others in step {first['step']}, {first['phase']}, at {first['at']}"
+            )
         return "; ".join(parts) + f". Stacks: {self.run_dir}/hang"
 
 
@@ -196,7 +203,7 @@ class Board:
     def __init__(self, rank: int, ranks: int) -> None:
         self.rank, self.ranks = rank, ranks
         # a connection of its own: the training's one may be waiting in a blocking call
-        store = dist.distributed_c10d._get_default_store().clone()
+        store: Any = dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
         store.set_timeout(timedelta(seconds=5))
         self._store = store
         self._before: dict[int, tuple[int, float]] = {}
@@ -218,14 +225,21 @@ class Board:
             logger.warning("the store of the process group does not answer")
         return found
 
-    def collect(self, kind: str, *, seconds: float) -> dict[int, dict[str, Any]]:
-        """The notes of all ranks, or of those that wrote one within `seconds`."""
-        end = time.monotonic() + seconds
-        found = self.read(kind)
-        while len(found) < self.ranks and time.monotonic() < end:
-            time.sleep(0.2)
-            found = self.read(kind)
-        return found
+    def first_to_arrive(self, seconds: float) -> bool:
+        """True for one rank, after all have come or `seconds` have passed; False for the others, when that one has `settled`.
+
+        Two counters, so that a job of thousands of ranks does not read thousands of notes thousands of times.
+        """
+        first = self._store.add("watchdog/arrived", 1) == 1
+        end = time.monotonic() + seconds + (0.0 if first else 5.0)
+        counter, enough = ("watchdog/arrived", self.ranks) if first else ("watchdog/settled", 1)
+        while time.monotonic() < end and self._store.add(counter, 0) < enough:
+            time.sleep(0.5)
+        return first
+
+    def settled(self) -> None:
+        """Let the others go: the launcher ends all ranks as soon as one has ended."""
+        self._store.add("watchdog/settled", 1)
 
     def own_times(self) -> dict[int, float]:
         """rank -> own seconds per step since the last call, of ranks that made a step."""

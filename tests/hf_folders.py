@@ -61,9 +61,7 @@ def metaspace_tokenizer(path: Path) -> Path:
     special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     trainer = trainers.BpeTrainer(vocab_size=340, special_tokens=special, limit_alphabet=60, show_progress=False)
     tokenizer.train_from_iterator(TEXTS[:1] * 3, trainer)
-    wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    )
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
     wrapped.save_pretrained(path)
     return path
 

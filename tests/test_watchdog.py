@@ -43,8 +43,8 @@ def test_refused(key, value):
 def test_a_rank_that_sleeps_is_named(tiny_data, tmp_path):
     run = tmp_path / "asleep"
     job = local_run.start(
-        tiny_data, run, "watchdog.timeout_seconds=8", "train.global_batch_size=6", RANKS_PER_NODE="3", HANG_STEP="7", SLOW_RANK="1", SHUTDOWN_TIMEOUT="5",
-        TORCH_FR_BUFFER_SIZE="200",
+        tiny_data, run, "watchdog.timeout_seconds=8", "train.global_batch_size=6",
+        RANKS_PER_NODE="3", HANG_STEP="7", SLOW_RANK="1", SHUTDOWN_TIMEOUT="5", TORCH_FR_BUFFER_SIZE="200",
     )  # fmt: skip
     assert local_run.finish(job) != 0
     status = runs.status(run)
@@ -63,7 +63,13 @@ def test_a_stopped_rank_is_named(tiny_data, tmp_path):
     """Rank 0 itself, whose thread cannot say anything either."""
     run = tmp_path / "stopped"
     job = local_run.start(
-        tiny_data, run, "watchdog.timeout_seconds=8", RANKS_PER_NODE="2", STOP_STEP="5", SLOW_RANK="0", SHUTDOWN_TIMEOUT="5"
+        tiny_data,
+        run,
+        "watchdog.timeout_seconds=8",
+        RANKS_PER_NODE="2",
+        STOP_STEP="5",
+        SLOW_RANK="0",
+        SHUTDOWN_TIMEOUT="5",
     )
     assert local_run.finish(job) != 0
     assert "rank 0 does not answer (last seen in step 5, train_step)" in runs.status(run)["reason"]
@@ -84,7 +90,9 @@ def test_a_slow_rank_is_reported(tiny_data, tmp_path):
 @pytest.mark.slow
 def test_a_healthy_run_hears_nothing(tiny_data, tmp_path, straight):
     run = tmp_path / "healthy"
-    job = local_run.start(tiny_data, run, "watchdog.timeout_seconds=60", "watchdog.report_seconds=1", RANKS_PER_NODE="2")
+    job = local_run.start(
+        tiny_data, run, "watchdog.timeout_seconds=60", "watchdog.report_seconds=1", RANKS_PER_NODE="2"
+    )
     assert local_run.finish(job) == 0
     assert "watchdog" not in local_run.output(run)
     assert not (run / "hang").exists()

@@ -144,7 +144,7 @@ def test_a_source_without_optimizer_cannot_give_one(tiny_data, tmp_path):
 
 def test_the_source_decides_how_long_a_window_may_be(tiny_data, tmp_path):
     folder = make_folder(tmp_path / "hf", "llama", max_position_embeddings=16)
-    with pytest.raises(ValueError, match="data.seq_len=32 is longer than model.max_seq_len=16"):
+    with pytest.raises(ValueError, match=r"data.seq_len=32 is longer than model.max_seq_len=16"):
         train(tiny_data, tmp_path / "r", f"init_from={folder}")
     # and the default model, which is not meant, decides nothing: its max_seq_len is 2048
     validate(config(tiny_data, tmp_path / "r", f"init_from={folder}", "data.seq_len=4000"), 1)

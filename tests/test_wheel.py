@@ -42,8 +42,21 @@ def installed(wheel, tmp_path_factory) -> Path:
     python = folder / "bin" / "python"
     here = sysconfig.get_paths()["purelib"]
     site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])", cwd=folder).strip())
-    run(python, "-m", "pip", "install", "--no-deps", "--no-index", "--disable-pip-version-check", "-q", wheel, cwd=folder)
-    (site / "dependencies.pth").write_text(here + "\n")  # of which the .pth files, and so the editable checkout, are not read
+    run(
+        python,
+        "-m",
+        "pip",
+        "install",
+        "--no-deps",
+        "--no-index",
+        "--disable-pip-version-check",
+        "-q",
+        wheel,
+        cwd=folder,
+    )
+    (site / "dependencies.pth").write_text(
+        here + "\n"
+    )  # of which the .pth files, and so the editable checkout, are not read
     return folder / "bin"
 
 

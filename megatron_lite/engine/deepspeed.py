@@ -17,6 +17,8 @@ Notable features:
 from __future__ import annotations
 
 import logging
+import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
@@ -27,13 +29,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_lite.engine.base import Batch, StepResult
+from megatron_lite.engine.mpu import ModelParallelUnit
 from megatron_lite.optim.optimizer import OptimConfig, torch_adamw
 from megatron_lite.parallel.global_view import Layout, Piece, chunk_bounds
 from megatron_lite.parallel.layers import ShardInfo
 from megatron_lite.parallel.mesh import Mesh
 from megatron_lite.runtime import ensure_process_group
 
-# Elements that travel in one collective. DeepSpeed's own 5e8 would reserve 2 GB of fp32 for the smallest model.
+# Elements that travel in one collective, at most. DeepSpeed reserves memory for them, 2 GB with its own 5e8.
 _BUCKET = 50_000_000
 
 
@@ -44,6 +47,11 @@ class DeepSpeedConfig:
     kind: str = "deepspeed"
     zero_stage: int = 1
     offload_optimizer: bool = False
+
+    @property
+    def replicates(self) -> bool:
+        """Whether every data-parallel rank holds everything."""
+        return False
 
     def validate(self) -> None:
         """Raise ValueError naming the key whose value cannot be, or that deepspeed is not installed."""
@@ -71,7 +79,7 @@ def sharder(config: DeepSpeedConfig, mesh: Mesh | None, dtype: torch.dtype) -> C
             deepspeed.zero.Init(
                 module=module,
                 data_parallel_group=unit.get_data_parallel_group(),
-                config_dict_or_path=_ds_config(config, dtype, clip_grad=0.0),
+                config_dict_or_path=_ds_config(config, dtype),
                 dtype=dtype,
                 mpu=unit,
             )
@@ -98,6 +106,7 @@ class DeepSpeedEngine:
     ) -> None:
         deepspeed, self.unit = _start(mesh)
         sharder(config, mesh, dtype)(objective)
+        self.objective = objective
         self.layout = Layout() if mesh is None else mesh.layout
         self.shards, self.stage = shards, config.zero_stage
         self.named = {
@@ -110,10 +119,11 @@ class DeepSpeedEngine:
         self.adamw = torch_adamw(
             self.named, optim, dims={name: len(info.global_shape) for name, info in shards.items()}
         )
+        elements = sum(math.prod(info.global_shape) for info in shards.values())
         self.engine = deepspeed.initialize(
             model=objective,
             optimizer=self.adamw,
-            config=_ds_config(config, dtype, clip_grad=optim.clip_grad),
+            config=_ds_config(config, dtype, clip_grad=optim.clip_grad, bucket=min(_BUCKET, elements)),
             mpu=self.unit,
         )[0]
         self.fragments = deepspeed.utils
@@ -150,7 +160,7 @@ class DeepSpeedEngine:
     def evaluate(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """See `Engine`."""
         self.engine.eval()
-        return self.engine(batch)  # type: ignore[no-any-return]
+        return self.engine(batch)
 
     def state(self) -> dict[str, Piece]:
         """See `Engine`: copies on the CPU, a data-parallel rank's share of the rows of each tensor."""
@@ -230,44 +240,7 @@ class DeepSpeedEngine:
         return value
 
 
-class _ParallelUnit:
-    """What DeepSpeed asks of Megatron's `mpu`: who shares a layer's matrices, and who sees other samples."""
-
-    def __init__(self, mesh: Mesh | None) -> None:
-        self.mesh = mesh
-        world = dist.group.WORLD
-        self.groups = {
-            "model": world if mesh is None else mesh.tp_group,
-            "data": world if mesh is None else mesh.device_mesh.get_group("dp_shard"),
-        }
-
-    def get_model_parallel_group(self) -> Any:
-        return self.groups["model"]
-
-    def get_model_parallel_rank(self) -> int:
-        return dist.get_rank(self.groups["model"])
-
-    def get_model_parallel_world_size(self) -> int:
-        return dist.get_world_size(self.groups["model"])
-
-    get_tensor_model_parallel_group = get_model_parallel_group
-    get_tensor_model_parallel_rank = get_model_parallel_rank
-    get_tensor_model_parallel_world_size = get_model_parallel_world_size
-
-    def get_data_parallel_group(self) -> Any:
-        return self.groups["data"]
-
-    def get_data_parallel_group_ranks(self) -> list[int]:
-        return dist.get_process_group_ranks(self.groups["data"])
-
-    def get_data_parallel_rank(self) -> int:
-        return dist.get_rank(self.groups["data"])
-
-    def get_data_parallel_world_size(self) -> int:
-        return dist.get_world_size(self.groups["data"])
-
-
-def _start(mesh: Mesh | None) -> tuple[ModuleType, _ParallelUnit]:
+def _start(mesh: Mesh | None) -> tuple[ModuleType, ModelParallelUnit]:
     """The library and its view of the processes. Raises ValueError for replicas, which it does not know."""
     if mesh is not None and mesh.device_mesh["dp_replicate"].size() > 1:
         raise ValueError(
@@ -277,7 +250,7 @@ def _start(mesh: Mesh | None) -> tuple[ModuleType, _ParallelUnit]:
     deepspeed = _deepspeed()
     ensure_process_group()
     deepspeed.init_distributed(verbose=False)
-    return deepspeed, _ParallelUnit(mesh)
+    return deepspeed, ModelParallelUnit(mesh)
 
 
 def _deepspeed() -> ModuleType:
@@ -292,15 +265,19 @@ def _deepspeed() -> ModuleType:
     finally:
         logging.disable(logging.NOTSET)
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message=".*torch.distributed.* is deprecated", category=FutureWarning)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # gloo's collectives: these ask for a C++ compiler
     return deepspeed
 
 
-def _ds_config(config: DeepSpeedConfig, dtype: torch.dtype, *, clip_grad: float) -> dict[str, Any]:
+def _ds_config(
+    config: DeepSpeedConfig, dtype: torch.dtype, *, clip_grad: float = 0.0, bucket: int = _BUCKET
+) -> dict[str, Any]:
     """What DeepSpeed reads. Batch sizes stand for nothing: the engine says itself when a global batch is complete."""
-    zero = {
+    zero: dict[str, Any] = {
         "stage": config.zero_stage,
-        "reduce_bucket_size": _BUCKET,
-        "allgather_bucket_size": _BUCKET,
+        "reduce_bucket_size": bucket,
+        "allgather_bucket_size": bucket,
         "stage3_param_persistence_threshold": 0,  # everything is sharded, small parameters too
         "memory_efficient_linear": False,  # it would replace torch.nn.functional.linear for the whole process
     }
@@ -319,7 +296,7 @@ def _ds_config(config: DeepSpeedConfig, dtype: torch.dtype, *, clip_grad: float)
     }
 
 
-def _rows(whole: Tensor, unit: _ParallelUnit) -> Tensor:
+def _rows(whole: Tensor, unit: ModelParallelUnit) -> Tensor:
     """This data-parallel rank's rows of a tensor."""
     start, end = chunk_bounds(whole.shape[0], unit.get_data_parallel_world_size(), unit.get_data_parallel_rank())
     return whole[start:end]

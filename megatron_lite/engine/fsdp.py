@@ -3,7 +3,7 @@
 Notable features:
 - One process needs no wrapper and no process group: the same step runs on the plain module.
 - `engine.shard=full` gathers a layer for forward and again for backward (ZeRO-3), `optimizer` keeps the gathered weights in
-  between (ZeRO-2), `none` keeps everything on every rank and only sums gradients (the shard dimension of the mesh is 1).
+  between (ZeRO-2), `none` keeps everything on every rank and only sums gradients: `build` gives it a mesh whose shard dimension is 1.
 - Gradients are reduced on the last micro-batch only, as a sum: the loss was divided by the global token count before.
 - Clipping, the finite check and the update stay on the device: nothing in a step waits for a number.
 """
@@ -43,6 +43,11 @@ class FsdpConfig:
     shard: str = "full"
     cpu_offload: bool = False
 
+    @property
+    def replicates(self) -> bool:
+        """Whether every data-parallel rank holds everything."""
+        return self.shard == "none"
+
     def validate(self) -> None:
         """Raise ValueError naming the key whose value cannot be."""
         if self.kind != "fsdp":
@@ -55,9 +60,7 @@ def sharder(config: FsdpConfig, mesh: Mesh | None, dtype: torch.dtype) -> Callab
     """A function that shards one materialised module over the data-parallel ranks (without a mesh: leaves it alone)."""
     if mesh is None:
         return lambda module: None
-    policy = MixedPrecisionPolicy(
-        param_dtype=None if dtype is torch.float32 else dtype, reduce_dtype=torch.float32
-    )
+    policy = MixedPrecisionPolicy(param_dtype=None if dtype is torch.float32 else dtype, reduce_dtype=torch.float32)
     offload = CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if config.cpu_offload else OffloadPolicy()
 
     def shard(module: nn.Module) -> None:
@@ -150,8 +153,8 @@ class FsdpEngine:
 
     def _forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         if self.mesh is None:
-            return call_in(self.dtype, self.objective, batch)  # type: ignore[no-any-return]
-        return self.objective(batch)  # type: ignore[no-any-return]
+            return call_in(self.dtype, self.objective, batch)
+        return self.objective(batch)
 
     def _synchronise_gradients(self, enabled: bool) -> None:
         if isinstance(self.objective, FSDPModule):

@@ -11,6 +11,7 @@ Notable features:
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -41,9 +42,7 @@ class OptimConfig:
         if self.weight_decay < 0:
             raise ValueError(f"optim.weight_decay={self.weight_decay} must not be negative")
         if self.clip_grad < 0:
-            raise ValueError(
-                f"optim.clip_grad={self.clip_grad} must not be negative; 0 switches clipping off"
-            )
+            raise ValueError(f"optim.clip_grad={self.clip_grad} must not be negative; 0 switches clipping off")
 
 
 def decays(name: str, ndim: int, config: OptimConfig) -> bool:
@@ -62,7 +61,7 @@ def decays(name: str, ndim: int, config: OptimConfig) -> bool:
 
 
 def torch_adamw(
-    parameters: dict[str, Tensor], config: OptimConfig, *, dims: dict[str, int] | None = None
+    parameters: Mapping[str, Tensor], config: OptimConfig, *, dims: Mapping[str, int] | None = None
 ) -> torch.optim.AdamW:
     """torch's fused AdamW over `parameters` (global name -> tensor), those that decay in its first group.
 

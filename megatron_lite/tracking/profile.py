@@ -49,8 +49,8 @@ class Profiler:
         if not self.enabled:
             yield from steps
             return
-        for _, step in zip(range(self.config.skip), steps):
-            yield step
+        for _, early in zip(range(self.config.skip), steps):
+            yield early
         recording = profile(activities=_activities())
         recording.start()
         done = 0

@@ -5,29 +5,61 @@ from __future__ import annotations
 from functools import cache
 
 import pytest
+import torch
+from torch.distributed.tensor.debug import CommDebugMode
 
 from tests.distributed import run_ranks
 from tests.engine import harness
 from tests.engine.harness import Case, Trace
 
+SECONDS = 180  # for a job: the first one of a pool imports the package
+
+
+def zero(stage: int, *, offload: bool = False) -> dict[str, object]:
+    return {"kind": "deepspeed", "zero_stage": stage, "offload_optimizer": offload}
+
+
+SEQUENCE = {"tp": 2, "sequence_parallel": True}
+TIED = {"tie_embeddings": True, "norm": "rmsnorm", "activation": "swiglu", "num_kv_heads": 2}
+
 FAST: dict[str, tuple[int, Case]] = {
     "tp": (2, Case({"tp": 2}, micro_batch=4)),
-    "tp, sequence parallel": (2, Case({"tp": 2, "sequence_parallel": True}, micro_batch=4)),
+    "tp, sequence parallel": (2, Case(SEQUENCE, micro_batch=4)),
     "dp, nothing sharded": (2, Case(engine={"shard": "none"})),
     "dp, optimizer": (2, Case(engine={"shard": "optimizer"})),
-    "dp, full": (2, Case(engine={"shard": "full"})),
+    "dp, full": (2, Case(engine={"shard": "full"}, micro_batch=1)),
     "dp, cpu offload": (2, Case(engine={"cpu_offload": True})),
-    "dp x tp": (4, Case({"tp": 2, "sequence_parallel": True})),
+    "zero 1": (2, Case(engine=zero(1))),
+    "zero 2": (2, Case(engine=zero(2), micro_batch=1)),
+    "zero 3": (2, Case(engine=zero(3))),
+    "zero 1, tp, sequence parallel": (2, Case(SEQUENCE, zero(1), micro_batch=4)),
+    "zero 3, optimizer on the cpu": (2, Case(engine=zero(3, offload=True))),
+    "dp x tp": (4, Case(SEQUENCE)),
     "hsdp": (4, Case({"dp_replicate": 2})),
-    "zero 1": (2, Case(engine={"kind": "deepspeed", "zero_stage": 1})),
-    "zero 2": (2, Case(engine={"kind": "deepspeed", "zero_stage": 2})),
-    "zero 3": (2, Case(engine={"kind": "deepspeed", "zero_stage": 3})),
-    "zero 1 x tp": (4, Case({"tp": 2}, {"kind": "deepspeed", "zero_stage": 1})),
-    "zero 2 x tp": (4, Case({"tp": 2}, {"kind": "deepspeed", "zero_stage": 2})),
-    "zero 3 x tp": (4, Case({"tp": 2, "sequence_parallel": True}, {"kind": "deepspeed", "zero_stage": 3})),
-    "zero 1, optimizer on the cpu": (2, Case(engine={"kind": "deepspeed", "zero_stage": 1, "offload_optimizer": True})),
-    "zero 3, optimizer on the cpu": (2, Case(engine={"kind": "deepspeed", "zero_stage": 3, "offload_optimizer": True})),
-    "zero 2 in one process": (1, Case(engine={"kind": "deepspeed", "zero_stage": 2})),
+    "zero 3 x tp": (4, Case({"tp": 2}, zero(3))),
+}
+SLOW: dict[str, tuple[int, Case]] = {
+    "dp x tp, nothing sharded": (4, Case({"tp": 2}, {"shard": "none"}, micro_batch=1)),
+    "tp 4": (4, Case({"tp": 4}, micro_batch=4)),
+    "tp 4, sequence parallel": (4, Case({"tp": 4, "sequence_parallel": True}, micro_batch=4)),
+    "dp 4": (4, Case()),
+    "hsdp, nothing sharded": (4, Case({"dp_replicate": 4}, {"shard": "none"})),
+    "hsdp x tp": (4, Case({"dp_replicate": 2, **SEQUENCE}, {"shard": "optimizer"})),
+    "zero 1 x tp": (4, Case({"tp": 2}, zero(1))),
+    "zero 2 x tp": (4, Case(SEQUENCE, zero(2))),
+    "zero 3 x tp, sequence parallel": (4, Case(SEQUENCE, zero(3), micro_batch=1)),
+    "zero 2, optimizer on the cpu": (2, Case(engine=zero(2, offload=True), micro_batch=1)),
+    "zero 1 in one process": (1, Case(engine=zero(1))),
+    "zero 3 in one process": (1, Case(engine=zero(3))),
+    "tp, recompute selective": (2, Case({"tp": 2, "recompute": "selective"}, micro_batch=4)),
+    "dp, recompute full": (2, Case({"recompute": "full"})),
+    "zero 2, recompute full": (2, Case({"recompute": "full"}, zero(2))),
+    "zero 3, recompute full": (2, Case({"recompute": "full"}, zero(3))),
+    "zero 3, recompute selective": (2, Case({"recompute": "selective"}, zero(3))),
+    "tied, tp": (2, Case(SEQUENCE, model=TIED, micro_batch=4)),
+    "tied, dp": (2, Case(model=TIED)),
+    "tied, zero 3": (2, Case(engine=zero(3), model=TIED)),
+    "tied, zero 2 x tp": (4, Case({"tp": 2}, zero(2), model=TIED)),
 }
 
 
@@ -36,11 +68,105 @@ def train(rank: int, world_size: int, case: Case, steps: int = harness.STEPS, bu
 
 
 @cache
-def one_process() -> list[Trace]:
-    return [harness.train(0, 1, Case(micro_batch=4))]
+def one_process(tied: bool = False, precision: str = "fp32") -> list[Trace]:
+    return [harness.train(0, 1, Case(model=TIED if tied else {}, precision=precision, micro_batch=4))]
+
+
+def check(world_size: int, case: Case) -> None:
+    traces = run_ranks(world_size, train, case, timeout=SECONDS)
+    reference = one_process(case.model == TIED)
+    assert harness.differences(reference, traces) == []
+    wanted, got = (harness.assemble([trace.boxes["start"] for trace in side]) for side in (reference, traces))
+    assert wanted.keys() == got.keys()
+    for name, tensor in wanted.items():
+        assert torch.equal(tensor, got[name]), f"initial {name}"
 
 
 @pytest.mark.parametrize("name", FAST)
 def test_as_one_process(name: str) -> None:
-    world_size, case = FAST[name]
-    assert harness.differences(one_process(), run_ranks(world_size, train, case, timeout=180)) == []
+    check(*FAST[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SLOW)
+def test_more_as_one_process(name: str) -> None:
+    check(*SLOW[name])
+
+
+@pytest.mark.parametrize(
+    "case", [Case(SEQUENCE, micro_batch=4), Case(), Case(engine=zero(2))], ids=["tp", "dp", "zero 2"]
+)
+def test_the_same_layout_twice_gives_the_same_bits(case: Case) -> None:
+    first, second = (run_ranks(2, train, case, 5, timeout=SECONDS) for _ in range(2))
+    for one, other in zip(first, second):
+        assert (one.losses, one.norms) == (other.losses, other.norms)
+        for name, (_, _, tensor) in one.boxes["end"].items():
+            assert torch.equal(tensor, other.boxes["end"][name][2]), name
+
+
+def gradient_reductions(rank: int, world_size: int, micro_batch: int) -> int:
+    engine, place, places = harness.open_engine(Case(), world_size)
+    batches = harness.micro_batches(1, rank=place, ranks=places, size=micro_batch)
+    with CommDebugMode() as counted:
+        engine.train_step(batches, lr=1e-3)
+    return sum(n for operator, n in counted.get_comm_counts().items() if "reduce_scatter" in str(operator))
+
+
+def test_gradients_travel_once_a_step() -> None:
+    """Four micro-batches reduce their gradients as often as one does."""
+    (one, _), (four, _) = (run_ranks(2, gradient_reductions, size, timeout=SECONDS) for size in (4, 1))
+    assert one == four > 0
+
+
+def local_elements(rank: int, world_size: int, case: Case) -> int:
+    engine, _, _ = harness.open_engine(case, world_size)
+    return sum(piece.local.numel() for piece in engine.state().values())
+
+
+def test_what_a_rank_keeps() -> None:
+    """`none` keeps everything on every rank, the other modes half of it (all sizes here are even)."""
+    none, optimizer, full = (
+        run_ranks(2, local_elements, Case(engine={"shard": shard}), timeout=SECONDS)
+        for shard in ("none", "optimizer", "full")
+    )
+    assert none[0] == none[1] == 2 * full[0]
+    assert optimizer == full
+
+
+@pytest.mark.parametrize("bug", harness.BUGS)
+@pytest.mark.parametrize("engine", [{}, zero(1)], ids=["fsdp", "deepspeed"])
+def test_a_planted_bug_is_found(bug: str, engine: dict[str, object]) -> None:
+    """The harness would notice: each of these hides behind Adam in a plain look at the losses."""
+    traces = run_ranks(2, train, Case(SEQUENCE, engine, micro_batch=4), 3, bug, timeout=SECONDS)
+    assert harness.differences(one_process(), traces) != []
+
+
+@pytest.mark.parametrize(
+    "case", [Case(precision="bf16"), Case(engine=zero(3), precision="bf16")], ids=["fsdp", "zero 3"]
+)
+def test_bf16_stays_near_one_process(case: Case) -> None:
+    """bf16 has 8 bits: a reordered sum differs by up to 2^-8 in a gradient; losses average over 200 tokens."""
+    check_bf16(2, case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("parallel", [{}, {"tp": 2}], ids=["dp", "tp"])
+def test_more_bf16(stage: int, parallel: dict[str, object]) -> None:
+    check_bf16(2, Case(parallel, zero(stage), precision="bf16"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", [{"tp": 2}, SEQUENCE], ids=["tp", "sequence parallel"])
+def test_bf16_under_tensor_parallelism(parallel: dict[str, object]) -> None:
+    check_bf16(2, Case(parallel, precision="bf16", micro_batch=4))
+
+
+def check_bf16(world_size: int, case: Case) -> None:
+    traces = run_ranks(world_size, train, case, timeout=SECONDS)
+    reference = one_process(precision="bf16")
+    assert torch.tensor(traces[0].losses).sub(torch.tensor(reference[0].losses)).abs().max() < 5e-3
+    torch.testing.assert_close(torch.tensor(traces[0].norms), torch.tensor(reference[0].norms), rtol=2e-2, atol=0)
+    wanted, got = (harness.assemble([trace.boxes["start"] for trace in side]) for side in (reference, traces))
+    for name, tensor in wanted.items():
+        assert torch.equal(tensor, got[name]), f"initial {name}: master weights are fp32, and exact"

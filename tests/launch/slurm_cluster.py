@@ -92,7 +92,13 @@ class SlurmCluster:
         for name in ("state", *NODES):
             (self.root / name).mkdir()
         controller, first, second = free_ports(3)
-        values = {"host": socket.gethostname(), "root": self.root, "controller": controller, "first": first, "second": second}
+        values = {
+            "host": socket.gethostname(),
+            "root": self.root,
+            "controller": controller,
+            "first": first,
+            "second": second,
+        }
         self.conf.write_text(CONFIG.format(**values))
         key = self.root / "munge.key"
         key.write_bytes(os.urandom(128))
@@ -110,7 +116,12 @@ class SlurmCluster:
         command = [program(name) or name, *words]
         # a session of its own, so that stop() and kill_node() reach it and nothing else
         self.daemons[key or name] = subprocess.Popen(
-            command, stdout=output, stderr=output, stdin=subprocess.DEVNULL, env=self.environment, start_new_session=True
+            command,
+            stdout=output,
+            stderr=output,
+            stdin=subprocess.DEVNULL,
+            env=self.environment,
+            start_new_session=True,
         )
 
     def start_node(self, node: str) -> None:
@@ -143,7 +154,12 @@ class SlurmCluster:
 
     def idle(self) -> bool:
         done = subprocess.run(
-            ["sinfo", "-h", "-N", "-o", "%T"], env=self.environment, capture_output=True, text=True, timeout=60, check=False
+            ["sinfo", "-h", "-N", "-o", "%T"],
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
         )
         return done.stdout.split() == ["idle", "idle"]
 

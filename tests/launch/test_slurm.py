@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -50,6 +51,10 @@ class Job:
             f"\n== {f}\n{f.read_text(errors='replace')[-6000:]}" for f in files if f.exists()
         )
 
+    def output(self) -> str:
+        (log,) = (self.run_dir / "logs").glob(f"*-{self.number}.out")
+        return log.read_text(errors="replace")
+
     def wait(self, seconds: float = 300) -> str:
         wait_for(lambda: self.state in ENDED, seconds=seconds, what=self.story)
         return self.state
@@ -85,7 +90,9 @@ def test_preempted_by_the_time_limit(slurm, tiny_data, tmp_path, uninterrupted):
     """The save takes longer than the 30 s that torchrun grants by default, and the run ends with the same numbers."""
     run = tmp_path / "preempted"
     # The signal comes 60 to 120 s before the limit of three minutes; 20 steps of 10 s do not end before that.
-    job = Job(slurm, tiny_data, run, "checkpoint.every=0", TIME="3", SIGNAL_SECONDS="60", SLOW_STEP="10", SLOW_SAVE="32")
+    job = Job(
+        slurm, tiny_data, run, "checkpoint.every=0", TIME="3", SIGNAL_SECONDS="60", SLOW_STEP="10", SLOW_SAVE="32"
+    )
     assert job.wait(seconds=420) == "COMPLETED", job.story()
     assert job.restarts == 1, job.story()
     attempts = [line.split("\t") for line in (run / "attempts.log").read_text().splitlines()]
@@ -110,7 +117,7 @@ def test_a_wrong_config_is_not_requeued(slurm, tiny_data, tmp_path):
     job = Job(slurm, tiny_data, tmp_path / "wrong", "train.micro_batch_size=3")
     assert job.wait() == "FAILED"
     assert job.restarts == 0
-    assert "does not divide" in job.story()
+    assert "does not divide" in job.output()
 
 
 def test_two_jobs_on_one_run_directory(slurm, tiny_data, tmp_path, uninterrupted):
@@ -121,7 +128,7 @@ def test_two_jobs_on_one_run_directory(slurm, tiny_data, tmp_path, uninterrupted
     second = Job(slurm, tiny_data, run, NODES="1", RANKS_PER_NODE="2")
     assert second.wait() == "FAILED", second.story()
     assert second.restarts == 0
-    assert "is in use by" in second.story()
+    assert "is in use by" in second.output()
     assert first.wait() == "COMPLETED", first.story()
     assert runs.curve(run) == runs.curve(uninterrupted)
 
@@ -134,3 +141,25 @@ def test_chained_by_stop_at(slurm, tiny_data, tmp_path, uninterrupted):
     assert second.wait() == "COMPLETED", second.story()
     assert (first.state, first.restarts) == ("COMPLETED", 0)
     assert runs.curve(run) == runs.curve(uninterrupted)
+
+
+def test_goes_on_without_a_node(slurm, tiny_data, tmp_path, straight):
+    """With MIN_NODES=1 the job is not requeued: torchrun restarts the ranks on the node that is left."""
+    run = tmp_path / "smaller"
+    job = Job(slurm, tiny_data, run, "checkpoint.keep=9", MIN_NODES="1", SLOW_STEP="1")
+    job.wait_for_step(10)
+    slurm.kill_node("node2")
+    try:
+        assert job.wait(seconds=400) == "COMPLETED", job.story()
+    finally:
+        slurm.start_node("node2")
+        wait_for(slurm.idle, seconds=120, what=slurm.logs)
+    assert job.restarts == 0
+    checkpoints = run / "checkpoints"
+    ranks = [
+        json.loads((checkpoints / f"step_000000{n}" / "manifest.json").read_text())["world_size"] for n in ("08", "20")
+    ]
+    assert ranks == [2, 1]
+    rows, expected = runs.curve(run), runs.curve(straight)
+    assert [row[:2] for row in rows] == [row[:2] for row in expected]
+    assert [row[2] for row in rows] == pytest.approx([row[2] for row in expected], rel=1e-4)

@@ -53,6 +53,6 @@ def _apply(settings):
 _asked = {key: value for key, value in os.environ.items() if key.startswith(("SLOW_", "HANG_", "STOP_"))}
 _rank = os.environ.get("RANK")
 _first = os.environ.get("SLURM_RESTART_COUNT", "0") == "0" and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
-if _asked and _first and _rank is not None and "megatron_lite.train" in sys.orig_argv:
-    if _asked.get("SLOW_RANK", _rank) == _rank:
-        _apply(_asked)
+_meant = _rank is not None and _asked.get("SLOW_RANK", _rank) == _rank
+if _asked and _first and _meant and "megatron_lite.train" in sys.orig_argv:
+    _apply(_asked)

@@ -1,0 +1,57 @@
+"""What the DeepSpeed engine refuses, and what it leaves alone."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from megatron_lite.engine.deepspeed import DeepSpeedConfig
+from tests.distributed import run_ranks
+from tests.engine import harness
+from tests.engine.harness import Case
+
+
+@pytest.mark.parametrize("stage", [0, 4])
+def test_unknown_stage(stage: int) -> None:
+    with pytest.raises(ValueError, match=f"engine.zero_stage={stage}.*1, 2 or 3"):
+        DeepSpeedConfig(zero_stage=stage).validate()
+
+
+def test_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    with pytest.raises(ValueError, match=r"pip install 'megatron-lite\[deepspeed\]'"):
+        DeepSpeedConfig().validate()
+
+
+def refused(rank: int, world_size: int) -> str:
+    try:
+        harness.open_engine(Case({"dp_replicate": 2}, {"kind": "deepspeed"}), world_size)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_replicas_are_refused() -> None:
+    for text in run_ranks(2, refused, timeout=180):
+        assert "parallel.dp_replicate=2" in text
+        assert "engine=fsdp" in text
+
+
+def test_nothing_loads_it_unasked_and_nothing_is_compiled_or_said() -> None:
+    """In a process of its own, without a compiler on the path and without a launcher's variables."""
+    code = (
+        "import sys; from tests.engine import harness; assert 'deepspeed' not in sys.modules; "
+        "trace = harness.train(0, 1, harness.Case(engine={'kind': 'deepspeed', 'zero_stage': 3}), steps=2); "
+        "print(len(trace.losses))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=180,
+        env={"PATH": "/nowhere", "PYTHONPATH": "."},
+    )
+    assert done.stdout == "2\n", done.stderr
+    assert done.stderr == ""

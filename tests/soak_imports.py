@@ -1,0 +1,11 @@
+"""What the soak's server imports before it forks: all that a job would import itself, also what it imports late."""
+
+import matplotlib.figure  # noqa: F401
+import torch
+import torch.distributed.checkpoint.hf_storage
+import transformers
+
+import megatron_lite.train  # noqa: F401
+
+transformers.AutoTokenizer, transformers.PreTrainedTokenizerFast  # noqa: B018  (transformers imports them when they are named)
+torch.set_num_threads(1)
