@@ -1,7 +1,7 @@
 """megatron_lite: a readable, exact and fast pretraining framework.
 
-    model, tokenizer = megatron_lite.load("runs/smoke")
-    logits_BTV = model(tokens_BT)
+model, tokenizer = megatron_lite.load("runs/smoke")
+logits_BTV = model(tokens_BT)
 """
 
 from __future__ import annotations

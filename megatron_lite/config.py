@@ -248,11 +248,15 @@ def validate(run: RunConfig, world_size: int) -> None:
         section.validate()
     run.parallel.validate(world_size=world_size)
     dp_replicate, dp_shard, _ = run.parallel.degrees(world_size)
-    for size in run.train.batch_sizes if not run.train.batch_ramp else []:  # ranks may grow with a ramp: see build.check_batch_sizes
+    for size in (
+        run.train.batch_sizes if not run.train.batch_ramp else []
+    ):  # ranks may grow with a ramp: see build.check_batch_sizes
         rank_samples(0, batch=size, micro_batch=run.train.micro_batch_size, rank=0, ranks=dp_replicate * dp_shard)
     kind = type(run.engine)().kind
     if run.engine.kind != kind:
-        raise ValueError(f"engine.kind={run.engine.kind} is not to be set beside engine={kind}; choose engine=fsdp or deepspeed")
+        raise ValueError(
+            f"engine.kind={run.engine.kind} is not to be set beside engine={kind}; choose engine=fsdp or deepspeed"
+        )
     if run.seed < 0:
         raise ValueError(f"seed={run.seed} must be 0 or more")
     if not run.resume:

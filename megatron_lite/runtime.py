@@ -38,9 +38,7 @@ class Runtime:
         """True on every rank when it is true on one: how all ranks agree to stop at the same step."""
         if self.world_size == 1:
             return flag
-        verdict = torch.tensor(
-            [int(flag)]
-        )  # on the CPU: gloo carries it, and no GPU has to finish its step first
+        verdict = torch.tensor([int(flag)])  # on the CPU: gloo carries it, and no GPU has to finish its step first
         dist.all_reduce(verdict, op=dist.ReduceOp.MAX)
         return bool(verdict.item())
 

@@ -8,21 +8,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_lite.build import (
-    build_schedule,
-    build_trainer,
-    choose_checkpoint,
-    choose_model,
-    keep_tokenizer,
-    prepare_data,
-    run_info,
-    write_config,
-)
+from megatron_lite.build import build_schedule, build_trainer, prepare_data, run_info
 from megatron_lite.checkpoint.lock import RunLock
 from megatron_lite.checkpoint.ranks import error_text
 from megatron_lite.checkpoint.store import CheckpointStore
 from megatron_lite.config import RunConfig, run_door, validate, validate_model
+from megatron_lite.run_directory import keep_tokenizer, write_config
 from megatron_lite.runtime import Runtime, set_deterministic, set_threads, start, stop
+from megatron_lite.start import choose_checkpoint, choose_model
 from megatron_lite.tracking import write_loss_plot, write_report
 from megatron_lite.trainer import Trainer
 

@@ -62,9 +62,7 @@ class TrainConfig:
             if value is not None and value < 1:
                 raise ValueError(f"train.{key}={value} must be at least 1")
         if self.eval_every < 0:
-            raise ValueError(
-                f"train.eval_every={self.eval_every} must not be negative; 0 validates at the end only"
-            )
+            raise ValueError(f"train.eval_every={self.eval_every} must not be negative; 0 validates at the end only")
         BatchSize(self.global_batch_size, self.batch_ramp)
 
     @property
@@ -91,9 +89,7 @@ class Schedule:
 class Feed(Protocol):
     """This rank's share of the data; a pure function of sample numbers."""
 
-    def steps(
-        self, consumed: int, batch_size_at: Callable[[int], int], stop: int
-    ) -> Iterator[tuple[int, list[Batch]]]:
+    def steps(self, consumed: int, batch_size_at: Callable[[int], int], stop: int) -> Iterator[tuple[int, list[Batch]]]:
         """(global batch size, this rank's micro-batches) of every step of samples `consumed` to `stop`."""
 
     def validation(self) -> Iterable[tuple[str, Iterable[Batch]]]:
@@ -203,9 +199,7 @@ class Trainer:
     def save(self, skips: torch.Tensor) -> None:
         """Write a checkpoint of this step, unless the last step was not finite: such weights must not become the newest."""
         if skips.item() > 0:
-            warnings.warn(
-                f"step {self.position.step} had no finite loss or gradient: not saved", stacklevel=2
-            )
+            warnings.warn(f"step {self.position.step} had no finite loss or gradient: not saved", stacklevel=2)
             return
         manifest = {
             **self.facts,

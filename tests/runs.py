@@ -19,9 +19,9 @@ from megatron_lite.train import train
 
 GROUPS = {"english": ("prose", 0.70), "multilingual": ("other", 0.15), "code": ("program", 0.15)}
 WORDS = {
-    "prose": "the a model of text reads every word and learns what comes next in it".split(),
-    "other": "модель читает текст und lernt das nächste Wort モデル は 文章 を 読む".split(),
-    "program": "def return for in if else import class self x y ( ) : = + [ ] \n    ".split(" "),
+    "prose": "the a model of text reads every word and learns what comes next in it",
+    "other": "модель читает текст und lernt das nächste Wort モデル は 文章 を 読む",
+    "program": "def return for in if else import class self x y ( ) : = + [ ] \n    ",
 }
 
 # A model of about 60,000 parameters; every step takes milliseconds.
@@ -37,7 +37,8 @@ def make_data(folder: Path) -> Path:
     """A folder to be given as `--config-dir`: token files of three sources and `data/tiny.yaml`, which names them."""
     draw = random.Random(0)
     documents = {
-        name: [" ".join(draw.choices(words, k=draw.randint(3, 60))) for _ in range(160)] for name, words in WORDS.items()
+        name: [" ".join(draw.choices(words.split(" "), k=draw.randint(3, 60))) for _ in range(160)]
+        for name, words in WORDS.items()
     }
     train_tokenizer((text for texts in documents.values() for text in texts), folder / "tokenizer", vocab_size=384)
     tokenizer = load_tokenizer(folder / "tokenizer")
@@ -66,9 +67,7 @@ def write_source(prefix: Path, tokenizer, texts: list[str]) -> None:
         for array in arrays:
             writer.add_document(array)
     counts = {"documents": len(arrays), "tokens": sum(len(array) for array in arrays)}
-    write_manifest(
-        prefix, Manifest(fingerprint(tokenizer), "tiny", tokenizer.eos_token_id, len(tokenizer), **counts)
-    )
+    write_manifest(prefix, Manifest(fingerprint(tokenizer), "tiny", tokenizer.eos_token_id, len(tokenizer), **counts))
 
 
 def arguments(data: Path, run_dir: Path, *overrides: str) -> list[str]:

@@ -18,7 +18,9 @@ def test_smoke_is_typed_and_valid():
 
 
 def test_groups_and_keys_can_be_overridden():
-    run = compose_config("train", ["model=llama_tiny", "schedule=constant", "precision=bf16", "parallel.tp=2", "seed=7"])
+    run = compose_config(
+        "train", ["model=llama_tiny", "schedule=constant", "precision=bf16", "parallel.tp=2", "seed=7"]
+    )
     assert (run.model.family, run.schedule.name, run.precision.name, run.parallel.tp, run.seed) == (
         "llama", "constant", "bf16", 2, 7,
     )  # fmt: skip

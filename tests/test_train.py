@@ -155,7 +155,7 @@ def test_going_back_to_an_earlier_checkpoint(tiny_data, straight, copy_of):
 
 def test_never_refuses_to_write_over_a_run(tiny_data, straight, copy_of):
     run_dir = copy_of(straight)
-    with pytest.raises(ValueError, match="resume=never.*already holds a run"):
+    with pytest.raises(ValueError, match=r"resume=never.*already holds a run"):
         runs.run(tiny_data, run_dir, "resume=never")
     assert runs.curve(run_dir) == runs.curve(straight)
 

@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
 import megatron_lite
-from megatron_lite.build import build_engine, build_schedule, open_tokenizer, start_from
+from megatron_lite.build import build_engine, build_schedule, open_tokenizer
 from megatron_lite.checkpoint.reader import find_checkpoint, load_tensors
 from megatron_lite.config import compose_config, validate
 from megatron_lite.data.blend import open_blend
+from megatron_lite.start import start_from
 from megatron_lite.weights import open_weights
 from tests import runs
 from tests.hf_folders import door, make_folder, metaspace_tokenizer

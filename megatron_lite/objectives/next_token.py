@@ -16,9 +16,7 @@ from megatron_lite.parallel.cross_entropy import cross_entropy_sum
 class NextToken(nn.Module):
     """loss = - sum over counted tokens of log p(target | tokens before it)."""
 
-    def __init__(
-        self, decoder: Decoder, *, vocab_start: int = 0, group: dist.ProcessGroup | None = None
-    ) -> None:
+    def __init__(self, decoder: Decoder, *, vocab_start: int = 0, group: dist.ProcessGroup | None = None) -> None:
         """vocab_start, group: where this rank's rows of the head begin, and who holds the others (tensor parallelism)."""
         super().__init__()
         self.decoder = decoder

@@ -53,9 +53,7 @@ class ScheduleConfig:
                 raise ValueError(f"schedule.{key}={value} is unknown; choose one of {', '.join(known)}")
         other = "warmup_tokens" if self.unit == "steps" else "warmup_steps"
         if getattr(self, other):
-            raise ValueError(
-                f"schedule.{other} has no meaning with schedule.unit={self.unit}; set one of the two"
-            )
+            raise ValueError(f"schedule.{other} has no meaning with schedule.unit={self.unit}; set one of the two")
         for key in ("min_lr", "warmup_steps", "warmup_tokens", "decay"):
             if (getattr(self, key) or 0) < 0:
                 raise ValueError(f"schedule.{key}={getattr(self, key)} must not be negative")
@@ -66,9 +64,7 @@ class ScheduleConfig:
         if self.decay_fraction is not None and not 0 < self.decay_fraction <= 1:
             raise ValueError(f"schedule.decay_fraction={self.decay_fraction} must be in (0, 1]")
         if self.name == "wsd" and self.decay is None and self.decay_fraction is None:
-            raise ValueError(
-                "schedule=wsd needs schedule.decay or schedule.decay_fraction, e.g. decay_fraction=0.2"
-            )
+            raise ValueError("schedule=wsd needs schedule.decay or schedule.decay_fraction, e.g. decay_fraction=0.2")
 
     @property
     def warmup(self) -> int:
@@ -78,9 +74,7 @@ class ScheduleConfig:
 class LearningRate:
     """lr(step, tokens): the rate of the update that completes step `step` (1-based) and makes `tokens` consumed tokens."""
 
-    def __init__(
-        self, config: ScheduleConfig, *, peak: float, horizon_steps: int, horizon_tokens: int
-    ) -> None:
+    def __init__(self, config: ScheduleConfig, *, peak: float, horizon_steps: int, horizon_tokens: int) -> None:
         """Raises ValueError when warm-up and decay do not fit into the horizon, or min_lr lies above the peak."""
         config.validate()
         self.config, self.peak = config, peak
@@ -159,11 +153,7 @@ class BatchSize:
         """Go stage by stage (never step by step) until `steps` steps or `samples` samples are done."""
         step, consumed = 0, 0
         for index, size in enumerate(self._sizes):
-            left = (
-                math.inf
-                if index + 1 == len(self._sizes)
-                else -(-(self._starts[index + 1] - consumed) // size)
-            )
+            left = math.inf if index + 1 == len(self._sizes) else -(-(self._starts[index + 1] - consumed) // size)
             if steps is not None:
                 left = min(left, steps - step)
             if samples is not None:

@@ -141,7 +141,9 @@ def _legend(axes: Any, outside: bool) -> None:
     if not outside:
         axes.legend(loc="upper right", fontsize=8.5, **style)
         return
-    handles, labels = axes.get_legend_handles_labels()  # the figure's own legend: beside both panels, stretching neither
+    handles, labels = (
+        axes.get_legend_handles_labels()
+    )  # the figure's own legend: beside both panels, stretching neither
     axes.figure.legend(handles, labels, loc="outside right upper", fontsize=8.5 if len(labels) < 24 else 7.5, **style)
 
 

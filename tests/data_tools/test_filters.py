@@ -104,7 +104,8 @@ class Circle:
         (f"# a helper for generated names\n{CODE}", None),
         (CODE + "x = '" + "ab cd " * 300 + "'\n", "long_line"),
         (
-            "var a=function(b){return b+1},c=a(2),d=a(3),e=a(4);window.a=a,window.c=c,window.d=d,window.f=f(a,b,c,d);\n" * 3,
+            "var a=function(b){return b+1},c=a(2),d=a(3),e=a(4);window.a=a,window.c=c,window.d=d,window.f=f(a,b,c,d);\n"
+            * 3,
             "long_mean_line",
         ),
         ("int t[] = {\n" + "  1234, 5678, 91011, 1213,\n" * 40 + "};\n", "few_letters"),
