@@ -7,7 +7,7 @@ Every number is counted in unique storages of the live tensors of rank 0, so vie
     weights     what the forward pass reads, between two steps
     optimizer   master weights that are not the weights themselves, and Adam's two moments
     gradients   what lives when the update begins and did not live between two steps
-    other       everything else that stays between two steps (buckets, copies)
+    other       everything else that stays between two steps (ZeRO-3's gradient partition and its bucket)
     peak        the most that was allocated at once within a step, above what stays
 
 Theory, for P parameters a tensor-parallel rank and d data-parallel ranks, in bytes (Rajbhandari et al. 2020, section 3):

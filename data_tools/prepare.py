@@ -105,6 +105,8 @@ def _publish(pipeline: Pipeline, seconds: dict[str, float], cores: int, console:
     output, steps = pipeline.output, pipeline.steps
     report = collect(pipeline)
     (output / "corpus.json").unlink(missing_ok=True)
+    for stale in [*output.glob(".*.tmp-*"), *output.glob("tokenizer/.*.tmp-*")]:  # of a run that was killed here
+        stale.unlink()
     merged = sorted(
         path for path in steps["tokenise_merge"].folder.glob("*.*") if path.suffix in (".bin", ".idx", ".json")
     )
@@ -114,7 +116,11 @@ def _publish(pipeline: Pipeline, seconds: dict[str, float], cores: int, console:
             stale.unlink()
     for path in merged:
         _link(path, output / path.name)
-    for path in sorted((steps["tokenizer"].folder / "tokenizer").iterdir()):
+    tokenizer = sorted((steps["tokenizer"].folder / "tokenizer").iterdir())
+    for stale in output.glob("tokenizer/*"):
+        if stale.name not in {path.name for path in tokenizer}:
+            stale.unlink()
+    for path in tokenizer:
         _link(path, output / "tokenizer" / path.name)
     quarantine = sorted(steps["read"].folder.glob("*.quarantine.jsonl"))
     write_text(output / "quarantine.jsonl", "".join(path.read_text(encoding="utf-8") for path in quarantine))

@@ -112,23 +112,23 @@ def _lines(stream: BinaryIO, start: int, end: int | None, limit: int) -> Iterato
     if start > 0:
         stream.seek(start - 1)
         if stream.read(1) != b"\n":
-            at += _skip_line(stream, limit)
+            at += _skip_line(stream)
     while end is None or at < end:
         line = stream.readline(limit + 1)
         if not line:
             return
         size = len(line)
         if size > limit and not line.endswith(b"\n"):
-            size += _skip_line(stream, limit)
+            size += _skip_line(stream)
             yield at, None, size
         else:
             yield at, line, size
         at += size
 
 
-def _skip_line(stream: BinaryIO, limit: int) -> int:
+def _skip_line(stream: BinaryIO) -> int:
     skipped = 0
-    while chunk := stream.readline(min(limit, 1 << 20)):
+    while chunk := stream.readline(1 << 20):
         skipped += len(chunk)
         if chunk.endswith(b"\n"):
             break

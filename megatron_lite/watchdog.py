@@ -111,7 +111,8 @@ class Watchdog:
     # ---- the thread
 
     def _watch(self, board: Board) -> None:
-        last = told = compared = time.monotonic()
+        last = compared = time.monotonic()
+        told = last - 5.0  # the first note at once
         self._arm()
         while not self._ended.wait(self._tick):
             now = time.monotonic()
@@ -191,9 +192,9 @@ class Watchdog:
         waiting = sorted(set(notes) - set(busy))
         if waiting:
             first = notes[waiting[0]]
-            parts.append(
-                f"{numbers(waiting)} wait for others in step {first['step']}, {first['phase']}, at {first['at']}"
-            )
+            verb = "wait" if len(waiting) > 1 else "waits"
+            where = f"step {first['step']}, {first['phase']}, at {first['at']}"
+            parts.append(f"{numbers(waiting)} {verb} for others in {where}")
         return "; ".join(parts) + f". Stacks: {self.run_dir}/hang"
 
 

@@ -18,7 +18,6 @@ import logging
 import threading
 import uuid
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -104,9 +103,10 @@ class CheckpointStore:
         """
         if self.ranks.size == 1:
             return
-        mark = self.directory / self.ranks.first("mark", lambda: _leave_mark(self.directory))
+        name, made = self.ranks.first("mark", lambda: _leave_mark(self.directory))
+        mark = self.directory / name
         seen = self.ranks.agree("look for the mark", mark.exists)
-        self.ranks.first("unmark", lambda: _take_mark(mark))
+        self.ranks.first("unmark", lambda: _take_mark(mark, made))
         blind = [rank for rank, sees in enumerate(seen) if not sees]
         if blind:
             raise CheckpointError(
@@ -266,16 +266,17 @@ def as_pieces(tensors: Tensors, *, ranks: int) -> dict[str, Piece]:
     return {name: v if isinstance(v, Piece) else Piece.whole(v) for name, v in tensors.items()}
 
 
-def _leave_mark(directory: Path) -> str:
-    name = f".tmp-shared-{uuid.uuid4().hex}"
+def _leave_mark(directory: Path) -> tuple[str, bool]:
+    """The mark's name, and whether the directory was made for it."""
+    name, made = f".tmp-shared-{uuid.uuid4().hex}", not directory.exists()
     directory.mkdir(parents=True, exist_ok=True)
     (directory / name).touch()
-    return name
+    return name, made
 
 
-def _take_mark(mark: Path) -> None:
+def _take_mark(mark: Path, made: bool) -> None:
     mark.unlink()
-    with suppress(OSError):  # made for the mark alone, or holding checkpoints already
+    if made:
         mark.parent.rmdir()
 
 

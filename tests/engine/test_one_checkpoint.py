@@ -33,7 +33,7 @@ LAYOUTS: dict[str, tuple[int, Case]] = {
     "zero 3 x tp": (4, Case({"tp": 2}, {"kind": "deepspeed", "zero_stage": 3})),
     "zero 3 over 4": (4, Case(engine={"kind": "deepspeed", "zero_stage": 3})),
 }
-FAST = [("dp", "zero 2"), ("zero 1", "zero 3"), ("zero 3", "tp"), ("tp", "dp"), ("zero 3 x tp", "one process")]
+FAST = [("dp", "zero 2"), ("zero 2", "zero 3"), ("zero 3", "tp"), ("tp", "zero 1")]
 
 
 def save(rank: int, world_size: int, case: Case, directory: str) -> Trace:
@@ -85,7 +85,7 @@ def test_bf16_keeps_fp32_master_weights(saved) -> None:
     check(saved, "dp", "zero 3", "bf16")
 
 
-@pytest.mark.parametrize("name", ["tp", "dp", "zero 2", "zero 3"])
+@pytest.mark.parametrize("name", ["dp", "zero 3"])
 def test_the_same_layout_goes_on_with_the_same_bits(saved, name: str) -> None:
     directory, wrote = saved(name)
     world_size, case = LAYOUTS[name]

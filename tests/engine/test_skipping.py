@@ -52,7 +52,9 @@ CASES = {
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if "zero 2" in name else []) for name in CASES]
+)
 def test_nothing_moves(name: str, where: str) -> None:
     for result in run_ranks(2, bad_step, CASES[name], where, timeout=180):
         assert result["skipped"] == [0, 1, 0]
