@@ -15,7 +15,7 @@ test: env-dev    ## set up .venv with [dev] and run the tests
 	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu"
 
 test-slow: env-dev  ## the long tests: random layouts, kills, a real Slurm where it is installed
-	$(BIN)/python -m pytest -n 2 -m "slow and not gpu"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "slow and not gpu"
 
 soak: env-dev    ## kill a run at 100 random moments; it must end with the same bits
 	$(BIN)/python -m tests.soak --kills 100

@@ -246,31 +246,38 @@ def validate(run: RunConfig, world_size: int) -> None:
         run.objective, run.profile, run.watchdog, run.run,
     ):  # fmt: skip
         section.validate()
+    _validate_layout(run, world_size)
+    _validate_start(run)
+    if not run.takes_model_of_source:  # else the model is not known yet
+        validate_model(run)
+
+
+def _validate_layout(run: RunConfig, world_size: int) -> None:
     run.parallel.validate(world_size=world_size)
     dp_replicate, dp_shard, _ = run.parallel.degrees(world_size)
-    for size in (
-        run.train.batch_sizes if not run.train.batch_ramp else []
-    ):  # ranks may grow with a ramp: see build.check_batch_sizes
-        rank_samples(0, batch=size, micro_batch=run.train.micro_batch_size, rank=0, ranks=dp_replicate * dp_shard)
-    kind = type(run.engine)().kind
-    if run.engine.kind != kind:
+    if run.engine.kind == "deepspeed" and dp_replicate > 1:
         raise ValueError(
-            f"engine.kind={run.engine.kind} is not to be set beside engine={kind}; choose engine=fsdp or deepspeed"
+            f"parallel.dp_replicate={dp_replicate} with engine=deepspeed: ZeRO shards over all data-parallel ranks; set "
+            "parallel.dp_replicate=1, or engine=fsdp"
         )
+    if not run.train.batch_ramp:  # with a ramp the ranks may grow from job to job: see build.check_batch_sizes
+        size, micro_batch = run.train.global_batch_size, run.train.micro_batch_size
+        rank_samples(0, batch=size, micro_batch=micro_batch, rank=0, ranks=dp_replicate * dp_shard)
+
+
+def _validate_start(run: RunConfig) -> None:
     if run.seed < 0:
         raise ValueError(f"seed={run.seed} must be 0 or more")
     if not run.resume:
         raise ValueError("resume is empty; give auto, never, or the path of a checkpoint")
     if run.init_from.optimizer and run.init_from.path is None:
         raise ValueError("init_from.optimizer=true says nothing without init_from=<path>; name it, or drop this")
+    if run.init_from.model not in ("source", "config"):
+        raise ValueError(f"init_from.model={run.init_from.model} is unknown; choose source or config")
     keys = flatten(to_dict(run))
     for name in run.resume_allow:
         if not any(key == name or key.startswith(f"{name}.") for key in keys):
             raise ValueError(f"resume_allow names {name!r}: {config_errors.unknown_key(name, keys)}")
-    if run.init_from.model not in ("source", "config"):
-        raise ValueError(f"init_from.model={run.init_from.model} is unknown; choose source or config")
-    if not run.takes_model_of_source:  # else the model is not known yet
-        validate_model(run)
 
 
 def validate_model(run: RunConfig) -> None:

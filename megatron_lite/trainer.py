@@ -65,11 +65,6 @@ class TrainConfig:
             raise ValueError(f"train.eval_every={self.eval_every} must not be negative; 0 validates at the end only")
         BatchSize(self.global_batch_size, self.batch_ramp)
 
-    @property
-    def batch_sizes(self) -> list[int]:
-        """Every global batch size that occurs, in order."""
-        return BatchSize(self.global_batch_size, self.batch_ramp).sizes
-
 
 @dataclass(frozen=True)
 class Schedule:

@@ -132,11 +132,6 @@ class BatchSize:
                 raise ValueError(f"{key}={size} must be at least 1")
         self._starts, self._sizes = starts, [self.first, *(stage.global_batch_size for stage in self.ramp)]
 
-    @property
-    def sizes(self) -> list[int]:
-        """Every size that occurs, in order."""
-        return list(self._sizes)
-
     def at(self, consumed: int) -> int:
         """Samples of the step that starts at sample `consumed`."""
         return self._sizes[bisect.bisect_right(self._starts, consumed) - 1]
