@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN    := .venv/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help smoke test test-slow soak lint format env env-dev clean
+.PHONY: help smoke test test-slow test-gpu soak lint format env env-dev clean
 
 help:            ## show this list
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -16,6 +16,9 @@ test: env-dev    ## set up .venv with [dev] and run the tests
 
 test-slow: env-dev  ## the long tests: random layouts, kills, a real Slurm where it is installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "slow and not gpu"
+
+test-gpu: env-dev  ## what one GPU can show; skips itself without CUDA
+	$(BIN)/python -m pytest -m gpu
 
 soak: env-dev    ## kill a run at 100 random moments; it must end with the same bits
 	$(BIN)/python -m tests.soak --kills 100

@@ -260,6 +260,11 @@ def _validate_layout(run: RunConfig, world_size: int) -> None:
             f"parallel.dp_replicate={dp_replicate} with engine=deepspeed: ZeRO shards over all data-parallel ranks; set "
             "parallel.dp_replicate=1, or engine=fsdp"
         )
+    if world_size == 1 and run.engine.kind == "fsdp" and run.engine.cpu_offload:
+        raise ValueError(
+            "engine.cpu_offload=true needs two processes or more; drop it, or use engine=deepspeed "
+            "engine.offload_optimizer=true"
+        )
     if not run.train.batch_ramp:  # with a ramp the ranks may grow from job to job: see build.check_batch_sizes
         size, micro_batch = run.train.global_batch_size, run.train.micro_batch_size
         rank_samples(0, batch=size, micro_batch=micro_batch, rank=0, ranks=dp_replicate * dp_shard)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -35,7 +36,13 @@ def evaluate(config: EvaluateConfig) -> int:
     """
     config.validate()
     weights = open_weights(config.checkpoint)
-    prepare_data(config.data, vocab_size=weights.config.vocab_size, report=print)
+    if config.data.sample_corpus and not Path(config.data.tokenizer).exists():
+        if weights.manifest is None:
+            raise ValueError(
+                f"data=sample is not built yet, and {config.checkpoint} was not trained on it; give data=<a group of your own>, "
+                "or build it with `make smoke`"
+            )
+        prepare_data(config.data, vocab_size=weights.config.vocab_size, report=print)
     tokenizer = open_tokenizer(config.data)
     check_vocabulary(weights.config, tokenizer)
     trained_with = weights.tokenizer_fingerprint

@@ -169,6 +169,10 @@ class Metrics:
         self._samples = 0
         self._since = clock()
 
+    def start(self) -> None:
+        """Training begins now: what came before (loading, tracking services) is no training time."""
+        self._since = self.clock()
+
     def update(
         self, result: Result, *, step: int, consumed_samples: int, lr: float, last: bool = False
     ) -> dict[str, Any] | None:

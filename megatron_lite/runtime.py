@@ -63,6 +63,11 @@ def start(*, timeout_seconds: float = 1800.0) -> Runtime:
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if cuda and local_rank >= torch.cuda.device_count():
+        raise ValueError(
+            f"LOCAL_RANK={local_rank}, but this machine shows {torch.cuda.device_count()} GPU(s): start one process a GPU, or "
+            "hide the GPUs (CUDA_VISIBLE_DEVICES=) to train on the CPU"
+        )
     if cuda:
         torch.cuda.set_device(device)
     if world_size > 1:

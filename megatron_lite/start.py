@@ -51,7 +51,13 @@ def choose_checkpoint(run: RunConfig, store: CheckpointStore) -> Path | None:
             f"resume={run.resume} does not exist; give a checkpoint or a run directory, auto for the newest one of run.dir, "
             "or never"
         )
-    return find_checkpoint(run.resume)
+    found = find_checkpoint(run.resume)
+    if store.steps() and found.resolve().parent != store.directory.resolve():
+        raise ValueError(
+            f"resume={run.resume} is a checkpoint of another run, and run.dir={run.run.dir} holds checkpoints of its own, which "
+            "would be dropped; set run.dir to the run that it belongs to, or to an empty folder"
+        )
+    return found
 
 
 def choose_model(run: RunConfig, store: CheckpointStore, checkpoint: Path | None) -> RunConfig:

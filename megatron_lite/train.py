@@ -61,12 +61,13 @@ def _locked(run: RunConfig, runtime: Runtime, store: CheckpointStore) -> int:
             f"{run.run.dir} is finished: {position.step} steps done. Raise train.max_steps to go on, or give run.dir=... "
             "for another run."
         )
+        trainer.declare_finished()  # a kill may have come between the last save and this
+        if runtime.is_main and not (Path(run.run.dir) / "report.html").exists():
+            _report(run, trainer, "finished")
         return 0
     if checkpoint:
         say(f"resuming from {checkpoint}: step {position.step}, {position.consumed_samples} samples consumed")
-    if runtime.is_main:
-        write_config(run)
-        keep_tokenizer(run)
+    store.ranks.first("write run.dir", lambda: _describe(run))
     if checkpoint:
         store.abandon_after(position.step)
     trainer.tracker.start(run_info(run, trainer))
@@ -74,6 +75,11 @@ def _locked(run: RunConfig, runtime: Runtime, store: CheckpointStore) -> int:
     if runtime.is_main:
         _report(run, trainer, outcome)
     return 0
+
+
+def _describe(run: RunConfig) -> None:
+    write_config(run)
+    keep_tokenizer(run)
 
 
 def _report(run: RunConfig, trainer: Trainer, outcome: str) -> None:

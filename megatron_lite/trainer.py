@@ -134,7 +134,8 @@ class Trainer:
         if self.config.stop_at is not None:
             end = min(end, batch.samples(self.config.stop_at))
         skips = torch.zeros((), device=self.runtime.device)
-        outcome = "stopped"
+        outcome, saved = "stopped", True
+        self.metrics.start()
         with self._reported(), self.watchdog, Signals() as signals, closing(self._steps(end)) as steps:
             for size, micro_batches in steps:
                 self.position.step += 1
@@ -156,14 +157,28 @@ class Trainer:
                 if self._due(self.config.eval_every) or outcome == "finished":
                     self.validate()
                 if self._due(self.store.config.every) or outcome != "running":
-                    self.save(skips)
+                    saved = self.save(skips)
                 if outcome != "running":
                     break
                 self.watchdog.enter("data", step + 1)
             self.store.wait()
-            reasons = {"stopped": f"train.stop_at={self.config.stop_at}", "preempted": str(signals.requested)}
-            self._write_status("preempted" if outcome in reasons else outcome, reasons.get(outcome, "all steps done"))
+            reasons = {
+                "finished": "all steps done",
+                "stopped": f"train.stop_at={self.config.stop_at}",
+                "preempted": str(signals.requested),
+            }
+            reason = reasons[outcome]
+            if not saved:
+                outcome = "preempted"
+                reason += (
+                    "; the last step was not finite and not saved, the same command goes on from the newest checkpoint"
+                )
+            self._write_status("finished" if outcome == "finished" else "preempted", reason)
         return outcome
+
+    def declare_finished(self) -> None:
+        """For a run whose last checkpoint is there: whoever reads status.json shall know that nothing is left to do."""
+        self._write_status("finished", "all steps done")
 
     def _steps(self, end: int) -> Generator[tuple[int, list[Batch]], None, None]:
         steps = self.feed.steps(self.position.consumed_samples, self.schedule.batch.at, end)
@@ -191,11 +206,14 @@ class Trainer:
             self.tracker.log({"step": self.position.step, "val_loss": losses})
         return losses
 
-    def save(self, skips: torch.Tensor) -> None:
-        """Write a checkpoint of this step, unless the last step was not finite: such weights must not become the newest."""
+    def save(self, skips: torch.Tensor) -> bool:
+        """Write a checkpoint of this step, unless the last step was not finite: such weights must not become the newest.
+
+        Returns whether it did.
+        """
         if skips.item() > 0:
             warnings.warn(f"step {self.position.step} had no finite loss or gradient: not saved", stacklevel=2)
-            return
+            return False
         manifest = {
             **self.facts,
             "consumed_samples": self.position.consumed_samples,
@@ -205,6 +223,7 @@ class Trainer:
         self.watchdog.enter("save", self.position.step)
         with self.metrics.paused():
             self.store.save(self.position.step, self.engine.state(), manifest)
+        return True
 
     def _outcome(self, signals: Signals, consumed: int, end: int) -> str:
         if consumed >= self.schedule.horizon_samples:

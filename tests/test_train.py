@@ -12,7 +12,7 @@ import time
 import pytest
 
 from megatron_lite.checkpoint.ranks import CheckpointError
-from megatron_lite.checkpoint.reader import find_checkpoint
+from megatron_lite.checkpoint.reader import find_checkpoint, load_tensors
 from megatron_lite.trainer import TrainingDivergedError
 from tests import runs
 
@@ -225,3 +225,38 @@ def test_two_processes_on_one_run_directory(tiny_data, tmp_path):
         runs.run(tiny_data, tmp_path / "r")
     os.kill(first.pid, signal.SIGKILL)
     first.communicate()
+
+
+def test_rows_of_the_vocabularys_padding_stay_zero(tiny_data, tmp_path):
+    runs.run(tiny_data, tmp_path / "r", "model.vocab_size=390", "train.max_steps=6", "optim.decay_embeddings=true")
+    tensors = dict(load_tensors(newest(tmp_path / "r")))
+    for kind in ("model", "exp_avg", "exp_avg_sq"):
+        for name in ("embedding.weight", "head.weight"):
+            rows = tensors[f"{kind}.{name}"]
+            assert rows.shape[0] == 512
+            assert not rows[390:].any()
+            assert rows[:384].any()
+
+
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_recompute_changes_no_bit_in_bf16_either(tiny_data, tmp_path, recompute):
+    for name, mode in (("plain", "none"), ("again", recompute)):
+        runs.run(tiny_data, tmp_path / name, "precision=bf16", f"parallel.recompute={mode}", "train.max_steps=4")
+    assert runs.curve(tmp_path / "again") == runs.curve(tmp_path / "plain")
+
+
+def test_another_runs_checkpoint_never_replaces_a_runs_own(tiny_data, straight, copy_of, tmp_path):
+    run_dir = copy_of(straight)
+    runs.run(tiny_data, tmp_path / "other", "train.stop_at=4")
+    with pytest.raises(ValueError, match="checkpoint of another run"):
+        runs.run(tiny_data, run_dir, f"resume={tmp_path / 'other'}/checkpoints/step_00000004")
+    assert_same_run(run_dir, straight)
+
+
+def test_killed_after_the_last_save_it_still_becomes_finished(tiny_data, straight, copy_of):
+    run_dir = copy_of(straight)
+    (run_dir / "status.json").write_text('{"state": "running", "step": 1, "reason": ""}')
+    (run_dir / "report.html").unlink()
+    assert runs.run(tiny_data, run_dir) == 0
+    assert runs.status(run_dir)["state"] == "finished"
+    assert (run_dir / "report.html").exists()

@@ -150,7 +150,8 @@ class DeepSpeedEngine:
             total += loss.detach()
         loss = self._sum(total) / share
         bad_loss = 1.0 - torch.isfinite(loss).float()
-        self.adamw.found_inf = bad_loss  # type: ignore[attr-defined]  # DeepSpeed itself looks at the gradient only
+        home = next(iter(self.adamw.state.values()))["exp_avg"].device  # the CPU with engine.offload_optimizer
+        self.adamw.found_inf = bad_loss.to(home)  # type: ignore[attr-defined]  # DeepSpeed itself looks at the gradient only
         self.engine.step()
         norm = torch.as_tensor(self.engine.get_global_grad_norm(), dtype=torch.float32, device=loss.device)
         skipped = bad_loss if self.engine.was_step_applied() else torch.ones_like(bad_loss)

@@ -11,6 +11,7 @@ Notable features:
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -30,7 +31,7 @@ from megatron_lite.optim.optimizer import AdamW, OptimConfig
 from megatron_lite.parallel.global_view import Layout, Piece
 from megatron_lite.parallel.layers import ShardInfo
 from megatron_lite.parallel.mesh import Mesh
-from megatron_lite.precision.dtypes import call_in
+from megatron_lite.precision.dtypes import call_in, computing_in
 
 SHARD_MODES = ("none", "optimizer", "full")
 
@@ -113,8 +114,9 @@ class FsdpEngine:
         total = torch.zeros((), device=valid.device)
         for index, batch in enumerate(micro_batches):
             self._synchronise_gradients(index + 1 == len(micro_batches))
-            loss, _ = self._forward(batch)
-            (loss / share).backward()
+            with computing_in(self.dtype, self.objective) if self.mesh is None else nullcontext():
+                loss, _ = self.objective(batch)
+                (loss / share).backward()
             total += loss.detach()
         loss = self._sum(total) / share
         gradients = self._take_gradients()
@@ -129,7 +131,9 @@ class FsdpEngine:
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """See `Engine`."""
-        return self._forward(batch)
+        if self.mesh is None:
+            return call_in(self.dtype, self.objective, batch)
+        return self.objective(batch)
 
     def state(self) -> dict[str, Piece]:
         """See `Engine`."""
@@ -150,11 +154,6 @@ class FsdpEngine:
     def adam_step(self) -> int:
         """See `Engine`."""
         return self.optimizer.adam_step
-
-    def _forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        if self.mesh is None:
-            return call_in(self.dtype, self.objective, batch)
-        return self.objective(batch)
 
     def _synchronise_gradients(self, enabled: bool) -> None:
         if isinstance(self.objective, FSDPModule):

@@ -2,16 +2,20 @@
 
 Weights, gradients and optimizer state are always kept in fp32 ("master weights"); `bf16` means that every forward and backward
 pass runs on a bf16 copy of the weights, that the gradient of that copy is added up in fp32, and that norms, softmax and loss
-compute in fp32. It is what FSDP2's `MixedPrecisionPolicy(param_dtype=bf16, reduce_dtype=fp32)` does; `call_in` is the same for one process.
+compute in fp32. It is what FSDP2's `MixedPrecisionPolicy(param_dtype=bf16, reduce_dtype=fp32)` does; `computing_in` is the same
+for one process.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils.stateless import _reparametrize_module
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -33,9 +37,21 @@ class PrecisionConfig:
         return DTYPES[self.name]
 
 
-def call_in(dtype: torch.dtype, module: nn.Module, *args: Any) -> Any:
-    """`module(*args)` with its fp32 parameters cast to `dtype` inside the graph, so that gradients arrive in fp32."""
+@contextmanager
+def computing_in(dtype: torch.dtype, module: nn.Module) -> Iterator[None]:
+    """Inside, the fp32 parameters of `module` are cast to `dtype` in the graph, so that gradients arrive in fp32.
+
+    Backward belongs inside too where activations are recomputed: the layers run again, and must see the same weights.
+    """
     if dtype is torch.float32:
-        return module(*args)
+        yield
+        return
     cast = {name: parameter.to(dtype) for name, parameter in module.named_parameters()}
-    return torch.func.functional_call(module, cast, args)
+    with _reparametrize_module(module, cast):  # what torch.func.functional_call does around one call
+        yield
+
+
+def call_in(dtype: torch.dtype, module: nn.Module, *args: Any) -> Any:
+    """`module(*args)`, computed in `dtype`."""
+    with computing_in(dtype, module):
+        return module(*args)
