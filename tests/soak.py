@@ -130,13 +130,21 @@ class Soak:
         newest, finished = 0, False
         while not finished and self.summary.kills < kills:
             behind = self.draw.random() < 0.5
+            untouched = self._rows_stamp()
             finished = self._start_and_kill([f"checkpoint.async_save={str(behind).lower()}"])
             if not finished:
-                newest = self._check_kill(newest, may_lose=2 * EVERY if behind else EVERY)
+                # killed before it went back and trained, a job has lost nothing: the rows are still those of the one before
+                began = self._rows_stamp() != untouched
+                newest = self._check_kill(newest, may_lose=(2 * EVERY if behind else EVERY) if began else 2 * EVERY)
         self._finish(self.run_dir, [], slowness=0.0)
         self._check_round()
         self.summary.rounds += 1
         self.say(f"round {self.summary.rounds}: {self.summary.kills} kills so far, equal")
+
+    def _rows_stamp(self) -> tuple[int, int] | None:
+        """Changes whenever a job rewrites or extends metrics.jsonl."""
+        rows = self.run_dir / "metrics.jsonl"
+        return (rows.stat().st_size, rows.stat().st_mtime_ns) if rows.exists() else None
 
     def _start_and_kill(self, overrides: list[str]) -> bool:
         """One job; True when it had finished before its kill came."""
