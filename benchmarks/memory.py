@@ -100,7 +100,7 @@ def in_processes(mode: Mode, ranks: int, options: argparse.Namespace) -> tuple[d
     """(bytes by part on rank 0, parameters of the model), from processes that end afterwards."""
     with tempfile.TemporaryDirectory() as folder:
         processes.spawn(measure, args=(ranks, mode, options, folder), nprocs=ranks)
-        return torch.load(Path(folder, "result.pt"))
+        return torch.load(Path(folder, "result.pt"), weights_only=True)
 
 
 def measure(rank: int, ranks: int, mode: Mode, options: argparse.Namespace, folder: str) -> None:
