@@ -65,7 +65,7 @@ class LocalExecutor(LocalPipelineExecutor):
         log = Path(self.logging_dir.resolve_paths("console.log"))
         log.parent.mkdir(parents=True, exist_ok=True)
         ranks = self.get_incomplete_ranks(range(self.tasks))
-        if self.workers == 1 or len(ranks) == 1:
+        if self.workers == 1 or len(ranks) <= 1:
             with log.open("a") as file, contextlib.redirect_stderr(file):
                 for rank in ranks:
                     self._run_for_rank(rank)

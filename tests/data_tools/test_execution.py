@@ -49,6 +49,16 @@ def test_a_refusal_is_told_as_it_was_said_and_finished_tasks_stay(tmp_path, work
     assert run_step(step, executor, Console(file=io.StringIO())) == 0.0
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_killed_between_the_last_task_and_the_end_of_the_step(tmp_path, workers: int) -> None:
+    step = WriteStep("write", tmp_path / "s", None)
+    run(step, ExecutorConfig(workers=workers))
+    (tmp_path / "s" / "DONE.json").unlink()  # every task is marked, the step is not
+    run(step, ExecutorConfig(workers=workers))
+    assert is_done(step)
+    assert [(tmp_path / "s" / f"{i}.txt").read_text() for i in range(3)] == WORDS[:3]
+
+
 def test_an_unknown_executor(tmp_path) -> None:
     with pytest.raises(ValueError, match=r"executor.kind=pigeon is unknown; one of local, slurm, ray"):
         run(WriteStep("write", tmp_path / "s", None), ExecutorConfig(kind="pigeon"))
