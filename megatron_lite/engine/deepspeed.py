@@ -123,7 +123,8 @@ class DeepSpeedEngine:
         self.engine = deepspeed.initialize(
             model=objective,
             optimizer=self.adamw,
-            config=_ds_config(config, dtype, clip_grad=optim.clip_grad, bucket=min(_BUCKET, elements)),
+            # an even number, for DeepSpeed
+            config=_ds_config(config, dtype, clip_grad=optim.clip_grad, bucket=min(_BUCKET, elements + elements % 2)),
             mpu=self.unit,
         )[0]
         self.fragments = deepspeed.utils

@@ -2,8 +2,9 @@
 
 Notable features:
 - One process needs no wrapper and no process group: the same step runs on the plain module.
-- `engine.shard=full` gathers a layer for forward and again for backward (ZeRO-3), `optimizer` keeps the gathered weights in
-  between (ZeRO-2), `none` keeps everything on every rank and only sums gradients: `build` gives it a mesh whose shard dimension is 1.
+- `engine.shard=full` gathers a layer for forward and again for backward (ZeRO-3), embedding and head once for both; `optimizer`
+  keeps all gathered weights in between (ZeRO-2); `none` keeps everything on every rank and only sums gradients: `build` gives it
+  a mesh whose shard dimension is 1.
 - Gradients are reduced on the last micro-batch only, as a sum: the loss was divided by the global token count before.
 - Clipping, the finite check and the update stay on the device: nothing in a step waits for a number.
 """
@@ -97,6 +98,8 @@ class FsdpEngine:
         shards: dict[str, ShardInfo],
     ) -> None:
         sharder(config, mesh, dtype)(objective)
+        if isinstance(objective, FSDPModule):  # embedding and head: backward begins where forward ends, so they stay
+            objective.set_reshard_after_forward(False, recurse=False)
         self.objective, self.mesh, self.dtype, self.shards = objective, mesh, dtype, shards
         self.clip_grad = optim.clip_grad
         self.named = {

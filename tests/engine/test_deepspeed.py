@@ -39,6 +39,20 @@ def test_replicas_are_refused() -> None:
         assert "engine=fsdp" in text
 
 
+def losses(rank: int, world_size: int, case: Case) -> list[float]:
+    return harness.train(rank, world_size, case, steps=3).losses
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_an_odd_number_of_elements(stage: int) -> None:
+    model = {"hidden_size": 33, "norm": "rmsnorm"}
+    alone = harness.train(0, 1, Case(model=model), steps=3).losses
+    for found in run_ranks(
+        2, losses, Case(engine={"kind": "deepspeed", "zero_stage": stage}, model=model), timeout=180
+    ):
+        assert found == pytest.approx(alone, rel=harness.TOLERANCE)
+
+
 def test_nothing_loads_it_unasked_and_nothing_is_compiled_or_said() -> None:
     """In a process of its own, without a compiler on the path and without a launcher's variables."""
     code = (

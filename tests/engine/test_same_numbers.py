@@ -105,18 +105,27 @@ def test_the_same_layout_twice_gives_the_same_bits(case: Case) -> None:
             assert torch.equal(tensor, other.boxes["end"][name][2]), name
 
 
-def gradient_reductions(rank: int, world_size: int, micro_batch: int) -> int:
-    engine, place, places = harness.open_engine(Case(), world_size)
-    batches = harness.micro_batches(1, rank=place, ranks=places, size=micro_batch)
+def collectives(rank: int, world_size: int, prefix: str, case: Case) -> int:
+    engine, place, places = harness.open_engine(case, world_size)
+    batches = harness.micro_batches(1, rank=place, ranks=places, size=case.micro_batch)
     with profile(activities=[ProfilerActivity.CPU]) as watch:
         engine.train_step(batches, lr=1e-3)
-    return sum(event.name().startswith("c10d::_reduce_scatter") for event in watch.profiler.kineto_results.events())
+    return sum(event.name().startswith(prefix) for event in watch.profiler.kineto_results.events())
 
 
 def test_gradients_travel_once_a_step() -> None:
     """Four micro-batches reduce their gradients as often as one does."""
-    (one, _), (four, _) = (run_ranks(2, gradient_reductions, size, timeout=SECONDS) for size in (4, 1))
+    (one, _), (four, _) = (
+        run_ranks(2, collectives, "c10d::_reduce_scatter", Case(micro_batch=size), timeout=SECONDS) for size in (4, 1)
+    )
     assert one == four > 0
+
+
+@pytest.mark.parametrize(("shard", "gathers"), [("full", 2 * 4 + 1), ("optimizer", 4 + 1)])
+def test_embedding_and_head_are_gathered_once_a_micro_batch(shard: str, gathers: int) -> None:
+    """The four layers once for forward and, sharded fully, once more for backward."""
+    case = Case(engine={"shard": shard}, micro_batch=4)
+    assert run_ranks(2, collectives, "c10d::_allgather_base", case, timeout=SECONDS) == [gathers, gathers]
 
 
 def local_elements(rank: int, world_size: int, case: Case) -> int:
