@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 
 from megatron_lite.checkpoint.ranks import CheckpointError, error_text
 from megatron_lite.checkpoint.rng import rng_state, set_rng_state
@@ -247,11 +248,11 @@ class Trainer:
         seen = self.feed.seen(self.position.consumed_samples)
         self.status.write(state, self.position.step, reason, blend_seen=seen, job=self.runtime.job, time=time.time())
 
-    def _lost(self, error: Exception) -> str:
+    def _lost(self, reason: str) -> str:
         steps = self.store.steps()
         saved = f"the checkpoint of step {steps[-1]} is there" if steps else "no checkpoint is there yet"
         return (
-            f"step {self.position.step}, run.dir={self.store.directory.parent}: {error_text(error)}; {saved}: when this is "
+            f"step {self.position.step}, run.dir={self.store.directory.parent}: {reason}; {saved}: when this is "
             "mended, the same command goes on from it"
         )
 
@@ -262,11 +263,21 @@ class Trainer:
         try:
             yield
         except BaseException as error:
+            text = error_text(error)
+            if lost := _is_lost_connection(error):
+                text = (
+                    f"rank {self.runtime.rank} lost another rank in {self.watchdog.phase}, see who ended first: {text}"
+                )
             with suppress(OSError):  # a full disk: what is to be said is the first error, not this one
-                self._write_status("failed", error_text(error))
+                self._write_status("failed", text)
             with suppress(OSError):
                 self.tracker.close("failed")
-            if isinstance(error, OSError | CheckpointError | ValueError):
-                raise TrainingFailedError(self._lost(error)) from error
+            if lost or isinstance(error, OSError | CheckpointError | ValueError):
+                raise TrainingFailedError(self._lost(text)) from error
             raise
         self.tracker.close(self.status.state)
+
+
+def _is_lost_connection(error: BaseException) -> bool:
+    """Whether a collective ended because another rank's process did: gloo says so as a RuntimeError, NCCL and the store as DistError."""
+    return isinstance(error, dist.DistError) or (type(error) is RuntimeError and "gloo/transport" in str(error))

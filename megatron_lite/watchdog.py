@@ -41,7 +41,17 @@ from megatron_lite.tracking.status import Status
 logger = logging.getLogger(__name__)
 EXIT_CODE = 3
 _COUNTED = ("data", "train_step", "agree")  # phases that belong to a step
-_PASSED_THROUGH = ("torch/_ops.py", "torch/utils/", "torch/autograd/", "contextlib.py", "torch/_dynamo/")
+# Where a rank waits for others: torch's collectives, the operators that tensor parallelism calls, and the place where the host
+# fetches numbers from a GPU, whose collectives do not end.
+_WAITING = ("torch/distributed/", "megatron_lite/parallel/collectives.py", "megatron_lite/metrics.py")
+_PASSED_THROUGH = (
+    "torch/_ops.py",
+    "torch/_library/",
+    "torch/utils/",
+    "torch/autograd/",
+    "contextlib.py",
+    "torch/_dynamo/",
+)
 
 
 @dataclass
@@ -84,6 +94,11 @@ class Watchdog:
         if phase == "train_step":
             self._steps += 1
         self._where = (step, phase, time.monotonic())
+
+    @property
+    def phase(self) -> str:
+        """The phase that was entered last."""
+        return self._where[1]
 
     def __enter__(self) -> Watchdog:
         if self.enabled:
@@ -254,10 +269,10 @@ class Board:
 
 
 def waits_for_others(frame: FrameType | None) -> bool:
-    """Whether the innermost frame, thin wrappers aside, stands in torch.distributed: in a collective, or waiting for one."""
+    """Whether the innermost frame, thin wrappers aside, stands in a collective, or waits for one."""
     while frame is not None and any(part in frame.f_code.co_filename for part in _PASSED_THROUGH):
         frame = frame.f_back
-    return frame is not None and "torch/distributed/" in frame.f_code.co_filename
+    return frame is not None and any(part in frame.f_code.co_filename for part in _WAITING)
 
 
 def place(frame: FrameType | None) -> str:

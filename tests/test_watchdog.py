@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -30,6 +34,16 @@ def test_a_frame_of_ours_waits_for_nobody():
     assert not waits_for_others(frame)
     assert place(frame).endswith("test_a_frame_of_ours_waits_for_nobody")
     assert not waits_for_others(None)
+
+
+@pytest.mark.parametrize(
+    ("file", "waits"),
+    [("torch/distributed/c10d.py", True), ("megatron_lite/parallel/collectives.py", True), ("torch/nn/x.py", False)],
+)
+def test_where_a_rank_waits_for_others(file, waits):
+    standing = {}
+    exec(compile("import sys\ndef stand(): return sys._getframe()", f"/somewhere/{file}", "exec"), standing)
+    assert waits_for_others(standing["stand"]()) is waits
 
 
 @pytest.mark.parametrize(
@@ -61,12 +75,13 @@ def test_a_rank_that_sleeps_is_named(tiny_data, tmp_path):
 
 @pytest.mark.slow
 def test_a_stopped_rank_is_named(tiny_data, tmp_path):
-    """Rank 0 itself, whose thread cannot say anything either."""
+    """Rank 0 itself, whose thread cannot say anything either; rank 1 waits inside a layer's collective."""
     run = tmp_path / "stopped"
     job = local_run.start(
         tiny_data,
         run,
         "watchdog.timeout_seconds=8",
+        "parallel.tp=2",
         RANKS_PER_NODE="2",
         SLOW_STEP="1",
         STOP_STEP="5",
@@ -102,3 +117,19 @@ def test_a_healthy_run_hears_nothing(tiny_data, tmp_path, straight):
     assert "watchdog" not in local_run.output(run)
     assert not (run / "hang").exists()
     assert len(runs.curve(run)) == len(runs.curve(straight))
+
+
+@pytest.mark.slow
+def test_a_killed_rank_leaves_a_message(tiny_data, tmp_path):
+    run = tmp_path / "killed"
+    job = local_run.start(tiny_data, run, RANKS_PER_NODE="2", SLOW_STEP="0.5")
+    while job.poll() is None and len(runs.curve(run) if (run / "metrics.jsonl").exists() else []) < 3:
+        time.sleep(0.2)
+    for process in local_run.below(job.pid):
+        if b"RANK=1" in Path(f"/proc/{process}/environ").read_bytes().split(b"\0"):
+            os.kill(process, signal.SIGKILL)
+            break
+    assert local_run.finish(job, 60) == 1
+    reason = runs.status(run)["reason"]
+    assert re.match(r"rank 0 lost another rank in \w+, see who ended first", reason), reason
+    assert reason in local_run.output(run)
