@@ -120,7 +120,9 @@ def build_engine(run: RunConfig, mesh: Mesh | None, device: torch.device) -> Eng
     )
 
 
-def build_trainer(run: RunConfig, runtime: Runtime, *, store: CheckpointStore, checkpoint: Path | None) -> Trainer:
+def build_trainer(
+    run: RunConfig, runtime: Runtime, *, store: CheckpointStore, watchdog: Watchdog, checkpoint: Path | None
+) -> Trainer:
     """A trainer at the position of `checkpoint`, or at the start.
 
     Raises ValueError for anything in the config, the data or the checkpoint that does not fit together.
@@ -152,7 +154,7 @@ def build_trainer(run: RunConfig, runtime: Runtime, *, store: CheckpointStore, c
         tracker=build_tracker(run.tracking, main_process=runtime.is_main, has_key=has_wandb_key()),
         metrics=build_metrics(run, runtime, consumed=consumed),
         status=Status(Path(run.run.dir), main_process=runtime.is_main),
-        watchdog=Watchdog(run.watchdog, runtime=runtime, run_dir=Path(run.run.dir)),
+        watchdog=watchdog,
         profiler=Profiler(run.profile, Path(run.run.dir) / "profile", main_process=runtime.is_main),
         facts={
             "config": to_dict(run),

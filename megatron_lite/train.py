@@ -18,6 +18,7 @@ from megatron_lite.runtime import Runtime, set_deterministic, set_threads, start
 from megatron_lite.start import choose_checkpoint, choose_model
 from megatron_lite.tracking import write_loss_plot, write_report
 from megatron_lite.trainer import Trainer
+from megatron_lite.watchdog import Watchdog
 
 
 def main() -> None:
@@ -38,7 +39,8 @@ def train(run: RunConfig) -> int:
         store.ranks.first("lock run.dir", lambda: _acquire(lock))
         try:
             store.check_shared()
-            return _locked(run, runtime, store)
+            with Watchdog(run.watchdog, runtime=runtime, run_dir=Path(run.run.dir)) as watchdog:
+                return _locked(run, runtime, store, watchdog)
         except OSError as error:
             error.filename = error.filename or run.run.dir  # a write that fails does not say where
             raise
@@ -48,13 +50,15 @@ def train(run: RunConfig) -> int:
         stop()
 
 
-def _locked(run: RunConfig, runtime: Runtime, store: CheckpointStore) -> int:
+def _locked(run: RunConfig, runtime: Runtime, store: CheckpointStore, watchdog: Watchdog) -> int:
     say = print if runtime.is_main else _silent
     checkpoint = choose_checkpoint(run, store)
     run = choose_model(run, store, checkpoint)
     validate_model(run)
+    watchdog.enter("prepare data", 0)
     prepare_data(run.data, vocab_size=run.model.vocab_size, report=say)
-    trainer = build_trainer(run, runtime, store=store, checkpoint=checkpoint)
+    watchdog.enter("build", 0)
+    trainer = build_trainer(run, runtime, store=store, watchdog=watchdog, checkpoint=checkpoint)
     position, horizon = trainer.position, trainer.schedule.horizon_samples
     if position.consumed_samples >= horizon:
         say(

@@ -137,7 +137,8 @@ class Trainer:
         skips = torch.zeros((), device=self.runtime.device)
         outcome, saved = "stopped", True
         self.metrics.start()
-        with self._reported(), self.watchdog, Signals() as signals, closing(self._steps(end)) as steps:
+        self.watchdog.enter("data", self.position.step + 1)
+        with self._reported(), Signals() as signals, closing(self._steps(end)) as steps:
             for size, micro_batches in steps:
                 self.position.step += 1
                 self.position.consumed_samples += size
@@ -187,6 +188,7 @@ class Trainer:
 
     def restore(self, path: Path) -> None:
         """Take over tensors, counters and random generators of a checkpoint. Raises CheckpointError or ValueError."""
+        self.watchdog.enter(f"restore {path.name}", 0)
         pieces = self.engine.state()
         manifest = self.store.load(path, pieces)
         self.engine.load_state(pieces, adam_step=manifest["adam_step"])

@@ -1,5 +1,6 @@
-"""Who hangs, and who is slow: a thread beside the training loop of every rank.
+"""Who hangs, and who is slow: a thread beside every rank of a training job, from its start to its end.
 
+    start:    enter("prepare data", 0)  enter("build", 0)  enter("restore step_00000006", 0)
     loop:     enter("data", 7)  enter("train_step", 7)  enter("save", 7) ...
     thread:   looks every tick at where the loop is; tells the others through the process group's store
 
@@ -56,7 +57,7 @@ _PASSED_THROUGH = (
 
 @dataclass
 class WatchdogConfig:
-    """timeout_seconds: longest stay in one phase (a step, one validation batch, a save); 0 switches it off. Above the longest save.
+    """timeout_seconds: longest stay in one phase (building the model, a step, one validation batch, a save); 0: no watchdog.
 
     slow_factor: own time per step, over the median of all ranks, from which a rank is called slow; 0: never.
     report_seconds: how often ranks are compared.
@@ -77,7 +78,7 @@ class WatchdogConfig:
 
 
 class Watchdog:
-    """A context manager around the loop; `enter` says where the loop is."""
+    """A context manager around the job; `enter` says where its main thread is."""
 
     def __init__(self, config: WatchdogConfig, *, runtime: Runtime, run_dir: Path) -> None:
         self.config, self.runtime, self.run_dir = config, runtime, run_dir

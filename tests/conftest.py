@@ -1,13 +1,26 @@
-"""Fixtures that many test files share."""
+"""Fixtures that many test files share, and no silent skips in CI.
+
+What is missing on a machine (Slurm, DeepSpeed, root) skips a test with the reason; MLITE_NO_SKIPS=1 turns such a skip into a failure.
+"""
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 
 from tests import runs
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
+    report = yield
+    if report.skipped and os.environ.get("MLITE_NO_SKIPS"):
+        report.outcome = "failed"
+        report.longrepr = f"MLITE_NO_SKIPS is set, but this was skipped: {report.longrepr}"
+    return report
 
 
 @pytest.fixture(scope="session")

@@ -58,7 +58,7 @@ def test_refused(key, value):
 def test_a_rank_that_sleeps_is_named(tiny_data, tmp_path):
     run = tmp_path / "asleep"
     job = local_run.start(
-        tiny_data, run, "watchdog.timeout_seconds=8", "train.global_batch_size=6",
+        tiny_data, run, "watchdog.timeout_seconds=20", "train.global_batch_size=6",
         RANKS_PER_NODE="3", HANG_STEP="7", SLOW_RANK="1", SHUTDOWN_TIMEOUT="5", TORCH_FR_BUFFER_SIZE="200",
     )  # fmt: skip
     assert local_run.finish(job) != 0
@@ -74,13 +74,28 @@ def test_a_rank_that_sleeps_is_named(tiny_data, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_rank_that_never_gets_to_the_loop_is_named(tiny_data, tmp_path):
+    run = tmp_path / "resumed"
+    job = local_run.start(tiny_data, run, "train.stop_at=4", RANKS_PER_NODE="2")
+    assert local_run.finish(job) == 0
+    job = local_run.start(
+        tiny_data, run, "watchdog.timeout_seconds=20",
+        RANKS_PER_NODE="2", HANG_LOAD="1", SLOW_RANK="1", SHUTDOWN_TIMEOUT="5",
+    )  # fmt: skip
+    assert local_run.finish(job) != 0
+    reason = runs.status(run)["reason"]
+    assert "rank 1 is stuck in step 0, restore step_00000004, at launch/slowed/sitecustomize.py" in reason, reason
+    assert "rank 0 waits for others in step 0, restore step_00000004" in reason, reason
+
+
+@pytest.mark.slow
 def test_a_stopped_rank_is_named(tiny_data, tmp_path):
     """Rank 0 itself, whose thread cannot say anything either; rank 1 waits inside a layer's collective."""
     run = tmp_path / "stopped"
     job = local_run.start(
         tiny_data,
         run,
-        "watchdog.timeout_seconds=8",
+        "watchdog.timeout_seconds=20",
         "parallel.tp=2",
         RANKS_PER_NODE="2",
         SLOW_STEP="1",
@@ -90,7 +105,7 @@ def test_a_stopped_rank_is_named(tiny_data, tmp_path):
     )
     assert local_run.finish(job) != 0
     reason = runs.status(run)["reason"]
-    # it stops in step 5; what it told the others last is up to two seconds old
+    # it stops in step 5; what it told the others last is a little older
     assert re.search(
         r"rank 0 does not answer \(last seen in step [345], \w+\); rank 1 waits for others in step 5", reason
     ), reason

@@ -149,7 +149,7 @@ class SlurmCluster:
     def command(self, *words: str) -> str:
         """Standard output of a Slurm client."""
         done = subprocess.run(words, env=self.environment, capture_output=True, text=True, timeout=60, check=False)
-        assert done.returncode == 0, f"{words}: {done.stderr}"
+        assert done.returncode == 0, f"{words}: {done.stderr}\n{self.logs()}"
         return done.stdout
 
     def idle(self) -> bool:

@@ -113,6 +113,32 @@ def test_a_lost_node(slurm, tiny_data, tmp_path, uninterrupted):
     assert runs.curve(run) == runs.curve(uninterrupted)
 
 
+def test_a_node_lost_during_a_save(slurm, tiny_data, tmp_path, uninterrupted):
+    """Only that save is lost: the run goes on from the checkpoint before it."""
+    run = tmp_path / "torn"
+    job = Job(slurm, tiny_data, run, SLOW_SAVE="6")
+    first, second = run / "checkpoints" / "step_00000004", run / "checkpoints" / ".tmp-step_00000008"
+    wait_for(second.exists, seconds=180, what=job.story)
+    slurm.kill_node("node2")
+    wait_for(lambda: job.restarts == 1 or job.state in ENDED, seconds=120, what=job.story)
+    slurm.start_node("node2")
+    assert job.wait() == "COMPLETED", job.story()
+    assert f"resuming from {first}: step 4" in job.output()
+    assert runs.curve(run) == runs.curve(uninterrupted)
+
+
+def test_the_first_node_lost(slurm, tiny_data, tmp_path, uninterrupted):
+    """The batch script and the rendezvous die with it; Slurm requeues the job by itself."""
+    run = tmp_path / "headless"
+    job = Job(slurm, tiny_data, run, SLOW_STEP="1")
+    job.wait_for_step(10)
+    slurm.kill_node("node1")
+    wait_for(lambda: job.restarts == 1 or job.state in ENDED, seconds=120, what=job.story)
+    slurm.start_node("node1")
+    assert job.wait() == "COMPLETED", job.story()
+    assert runs.curve(run) == runs.curve(uninterrupted)
+
+
 def test_a_wrong_config_is_not_requeued(slurm, tiny_data, tmp_path):
     job = Job(slurm, tiny_data, tmp_path / "wrong", "train.micro_batch_size=3")
     assert job.wait() == "FAILED"
