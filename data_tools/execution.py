@@ -65,7 +65,7 @@ class LocalExecutor(LocalPipelineExecutor):
         log = Path(self.logging_dir.resolve_paths("console.log"))
         log.parent.mkdir(parents=True, exist_ok=True)
         ranks = self.get_incomplete_ranks(range(self.tasks))
-        if self.workers == 1 or len(ranks) <= 1:
+        if self.workers == 1 or not ranks:
             with log.open("a") as file, contextlib.redirect_stderr(file):
                 for rank in ranks:
                     self._run_for_rank(rank)
@@ -73,6 +73,7 @@ class LocalExecutor(LocalPipelineExecutor):
             return
         context = multiprocess.get_context("forkserver")
         context.set_forkserver_preload(["data_tools.pipeline"])
+        # A single task has a process of its own too: what training a tokenizer took is given back with it.
         workers = min(self.workers, len(ranks))
         with context.Pool(workers, _start_worker, (str(log), os.getpid(), workers)) as pool:
             for _ in pool.imap_unordered(self._run_for_rank, ranks):

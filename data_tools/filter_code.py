@@ -14,10 +14,11 @@ from data_tools.hashing import code_points
 
 HEAD_CHARS = 2_000  # generated files say so at the top
 _GENERATED = re.compile(
-    r"auto-?\s?generated|automatically generated|@generated|do not (?:edit|modify)\b|don't edit\b|"
-    r"(?:file|header|code|source|table)s? (?:is|was|has been|were|are) (?:\w+ )?(?:generated|created) (?:by|from|using)|"
-    r"^\W{1,6}generated (?:by|from|with|on)\b",
-    re.IGNORECASE | re.MULTILINE,
+    r"(?i:auto-?\s?generated|automatically generated|(?:machine|mechanically)[ -]generated|@generated)|DO NOT (?:EDIT|MODIFY)\b|"
+    r"(?i:(?:do not|don't|never) (?:edit|modify|change) (?:this (?:file|code|header)|(?:it |the file )?(?:by hand|directly|manually)))|"
+    r"(?i:(?:file|header|code|source|table)s? (?:is|was|has been|were|are) (?:\w+ )?(?:generated|created) (?:by|from|using))|"
+    r"(?i:^\W{1,6}generated (?:by|from|with|on)\b)|GENERATED FILE",
+    re.MULTILINE,
 )
 _BASE64 = re.compile(r"[A-Za-z0-9+/]{120,}={0,2}")
 _ESCAPED = re.compile(r"(?:(?:0x|\\x)[0-9A-Fa-f]{2},?\s*){12,}|(?:\\u[0-9A-Fa-f]{4}){8,}")

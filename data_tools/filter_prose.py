@@ -5,7 +5,9 @@
     FineWeb   https://arxiv.org/abs/2406.17557                      lines that end a sentence
 
 Notable features:
-- scripts without spaces: every character is a word there, so length thresholds differ (`UNSPACED`) and the mean word length is not asked
+- scripts without spaces: every character is a word there, so length thresholds differ (`UNSPACED`), repetition is looked for in runs
+  of twice as many, and the mean word length is not asked
+- the language is asked before stop words: an English page under another label is dropped as that
 - text wrapped at a fixed width is judged by its paragraphs: a line of a wrapped book ends no sentence, and that is no fault
 - repetition is measured in words covered, not characters: the same to a percent, and it needs no Python loop
 """
@@ -23,9 +25,19 @@ import xxhash
 from data_tools.hashing import LETTER, SINGLE, SPACE, character_classes, code_points, ngram_hashes, word_hashes
 from data_tools.language import STOP_WORDS, contradicts
 
-TERMINAL = tuple(".!?…\"'”’»)]:;。！？」』）։।॥؟۔።၊။៕")
-# A letter and a full stop: the end of a sentence, not of a section number.
-_SENTENCE_END = re.compile(r"[^\W\d_][)\"'”’»]*[.!?…։॥।。！？؟۔።၊။៕][)\"'”’»]*(?=\s|$)")
+TERMINAL = tuple(".!?…\"'”’»)]:;。！？」』）։।॥؟۔።၊។៕")
+# A letter and a full stop: the end of a sentence, not of a section number. The full stops of other scripts end nothing else.
+_SENTENCE_END = re.compile(r"[^\W\d_][)\"'”’»]*[.!?…][)\"'”’»]*(?=\s|$)|[։॥।。！？؟۔።၊။៕]")
+_REFERENCE = re.compile(
+    r"\{[\w\s'’.,/-]{1,60}\}"
+)  # {word}: dictionaries and manuals mark references so; code has more in braces
+_LICENCE_NAME = re.compile(
+    r"(?:general public|free documentation|apache|creative commons|mozilla public|artistic)[\s\w,.-]{0,20}licen[cs]e",
+    re.IGNORECASE,
+)
+_LICENCE_WORD = re.compile(
+    r"li[cz]en[cszçt]|copyright|warrant", re.IGNORECASE
+)  # English, and what its translations say
 _BULLET = re.compile(r"^\s*(?:[-*•·‣▪o]|\d+[.)])\s")
 
 
@@ -43,22 +55,21 @@ class ProseFilterConfig:
     max_ellipsis_lines: float = 0.3
     min_stop_words: int = 2
     max_curly_share: float = 0.08
+    max_lorem_share: float = 0.005
+    max_licence_share: float = 0.01
     min_sentence_lines: float = 0.12
     max_duplicate_lines: float = 0.3
     max_duplicate_paragraphs: float = 0.3
     max_top_2gram: float = 0.20
     max_top_4gram: float = 0.16
-    max_repeated_5gram: float = 0.30
-    max_repeated_10gram: float = 0.20
+    max_repeated_5gram: float = 0.40
+    max_repeated_10gram: float = 0.25
     check_language: bool = True
 
 
-# A hundred Han characters say about what sixty English words say, so a run of five
-# characters repeats like a run of three words; a stop-word list there would be one of characters.
-UNSPACED: dict[str, Any] = {
-    "min_words": 60, "min_letter_share": 0.5, "min_stop_words": 0,
-    "max_top_2gram": 0.3, "max_repeated_5gram": 0.5, "max_repeated_10gram": 0.3,
-}  # fmt: skip
+# A hundred Han characters say about what sixty English words say; a stop-word list there would be one of characters.
+UNSPACED: dict[str, Any] = {"min_words": 60, "min_letter_share": 0.5, "min_stop_words": 0}
+UNSPACED_RUN = 2  # characters that repeat like one word: runs of n words are runs of n times as many characters
 
 
 class ProseFilter:
@@ -98,9 +109,9 @@ class ProseFilter:
         return (
             _characters(text, len(words), None if unspaced else letters / len(words), settings)
             or _lines(text, settings)
-            or _stop_words(text, language, settings)
-            or _repetition(words, settings)
+            or _repetition(words, UNSPACED_RUN if unspaced else 1, settings)
             or _language(text, language, settings)
+            or _stop_words(text, language, settings)
         )
 
 
@@ -112,9 +123,14 @@ def _characters(text: str, words: int, mean_word: float | None, settings: ProseF
     limit = settings.max_symbol_share * words
     if text.count("#") > limit or text.count("...") + text.count("…") > limit:
         return "symbols"
-    if text.count("{") > settings.max_curly_share * words:
+    limit = settings.max_curly_share * words
+    if text.count("{") > limit and text.count("{") - len(_REFERENCE.findall(text)) > limit:
         return "curly_brackets"
-    return "lorem_ipsum" if "lorem ipsum" in text.lower() else None
+    # The text of a licence, by its title: the same few in every collection, in every translation.
+    if _LICENCE_NAME.search(text, 0, 300) and len(_LICENCE_WORD.findall(text)) > settings.max_licence_share * words:
+        return "licence_text"
+    # A page of filler, not a manual that speaks of it.
+    return "lorem_ipsum" if text.lower().count("lorem ipsum") > settings.max_lorem_share * words else None
 
 
 def _lines(text: str, settings: ProseFilterConfig) -> str | None:
@@ -163,19 +179,20 @@ def _stop_words(text: str, language: str, settings: ProseFilterConfig) -> str | 
     return "no_stop_words" if len(found) < settings.min_stop_words else None
 
 
-def _repetition(words: np.ndarray, settings: ProseFilterConfig) -> str | None:
+def _repetition(words: np.ndarray, run: int, settings: ProseFilterConfig) -> str | None:
+    """Gopher's repetition tests; a "gram" of n is a run of n times `run` words."""
     top = len(words)
     for n, limit in ((2, settings.max_top_2gram), (4, settings.max_top_4gram)):
         # A run of four words is never more frequent than the runs of two in it: most texts need one look.
-        if top > 3 and top * n > limit * len(words):
-            _, counts = np.unique(ngram_hashes(words, n), return_counts=True)
+        if top > 3 and top * n * run > limit * len(words):
+            _, counts = np.unique(ngram_hashes(words, n * run), return_counts=True)
             top = int(counts.max())
-            if top > 3 and top * n > limit * len(words):
+            if top > 3 and top * n * run > limit * len(words):
                 return f"top_{n}gram"
     repeated = 1.0
     for n, limit in ((5, settings.max_repeated_5gram), (10, settings.max_repeated_10gram)):
         if repeated > limit:
-            repeated = repeated_share(words, n)
+            repeated = repeated_share(words, n * run)
             if repeated > limit:
                 return f"repeated_{n}gram"
     return None

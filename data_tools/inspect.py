@@ -1,7 +1,7 @@
 """The door: `python -m data_tools.inspect data=<name>` shows what a run will read, before it runs.
 
 Shown: weights and epochs of every source at a token budget, the phases, the first samples' places, and decoded samples with their
-document boundaries; a table on the terminal and a picture. `corpus=<folder>` reads the `data.yaml` that `prepare` left there.
+document boundaries; a table on the terminal and a picture. `--config-dir <corpus> data=<recipe>` takes the blend that `prepare` left.
 
 It warns when a source would be read more than `max_epochs` times: by Muennighoff et al. (https://arxiv.org/abs/2305.16264) up to 4
 passes are about as good as new text, and beyond about 16 nothing is gained.
@@ -15,11 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from data_tools.configuration import ConfigError, compose, help_text
+from data_tools.configuration import run_door
 from megatron_lite.data.blend import Blend, open_blend
 from megatron_lite.data.config import DataConfig
 from megatron_lite.data.manifest import TokenizerIdentity
@@ -31,7 +30,6 @@ class InspectConfig:
     """`tokens`: the budget; 0 is one pass over all data. `samples` are decoded, `places` are listed; `picture` empty: none."""
 
     data: DataConfig = field(default_factory=DataConfig)
-    corpus: str | None = None
     seed: int = 0
     tokens: int = 0
     max_epochs: float = 4.0
@@ -48,7 +46,7 @@ def inspect(config: InspectConfig, console: Console | None = None) -> list[str]:
         ValueError: the data cannot be used, with the way out.
     """
     console = console or Console()
-    data = from_corpus(config.corpus) if config.corpus else config.data
+    data = config.data
     if not data.tokenizer:
         raise ValueError(
             "data.tokenizer is empty: name the folder of the tokenizer that the token files were written with"
@@ -76,18 +74,6 @@ def inspect(config: InspectConfig, console: Console | None = None) -> list[str]:
         draw(blend, rows, Path(config.picture))
         console.print(f"picture: {config.picture}", highlight=False)
     return warnings
-
-
-def from_corpus(folder: str) -> DataConfig:
-    """The blend that `prepare` wrote into a finished corpus.
-
-    Raises:
-        ValueError: there is none.
-    """
-    path = Path(folder) / "data.yaml"
-    if not path.is_file():
-        raise ValueError(f"corpus={folder} holds no data.yaml; name the output folder of a finished data_tools.prepare")
-    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(DataConfig), OmegaConf.load(path)))  # type: ignore[return-value]
 
 
 def summarise(blend: Blend) -> list[dict[str, Any]]:
@@ -187,16 +173,8 @@ def draw(blend: Blend, rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    """Compose the configuration, show, and turn a refusal into one clear line and exit status 2."""
-    if {"-h", "--help"} & set(arguments):
-        print(help_text("inspect", InspectConfig, __doc__ or ""))
-        return 0
-    try:
-        inspect(compose("inspect", InspectConfig, arguments))
-    except (ConfigError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    """The command line; returns the exit status."""
+    return run_door("inspect", InspectConfig, __doc__ or "", inspect, arguments)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@ Notable features:
 - mojibake is repaired by ftfy, and only in texts that its badness test flags: ftfy alone would be slower than all the rest together
 - terminal escape codes, control characters, zero-width marks and byte-order marks go; line ends become "\\n"
 - blank-line-separated blocks whose every line recurs in many documents of the source (menus, licence notices) go as a whole: a
-  frequent line inside a paragraph stays, so no sentence is torn
-- a licence header at the top of a code file goes; the first line (`#!`) stays
+  frequent line inside a paragraph stays, so no sentence is torn; short lines ("Syntax") are headings unless several stand in a row
+- comments about a licence at the top of a code file go; the first line (`#!`) and other comments stay
 """
 
 from __future__ import annotations
@@ -19,21 +19,27 @@ import xxhash
 from data_tools.recipe import NormaliseConfig
 
 _ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\-_])|.\x08")
-_CONTROLS = re.compile("[\x00-\x08\x0b\x0e-\x1f\x7f\u200b\u2060\ufeff\ufffe\uffff]")
+# A zero-width space ends a word in Thai, Lao, Burmese and Khmer, which have no other mark for that.
+_CONTROLS = re.compile(
+    "[\x00-\x08\x0b\x0e-\x1f\x7f\u2060\ufeff\ufffe\uffff]|(?<![\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff])\u200b"
+)
 _BLANK_LINES = re.compile(r"\n{4,}")
 _TRAILING = re.compile(r"[ \t\f\xa0]+$", re.MULTILINE)
 _POLICY = (
     "enable javascript", "javascript is disabled", "javascript is required", "terms of use", "terms of service", "privacy policy",
     "cookie policy", "uses cookies", "use of cookies", "all rights reserved",
 )  # fmt: skip
+MENU_LINES = 5
 _LONGEST_POLICY_LINE = 300  # longer lines are paragraphs that only mention it
 _SUSPICIOUS = re.compile("[\x80-\x9fÃÂâÐÑÎÏØÙã]")  # first characters of UTF-8 read as something else
 _LICENCE = re.compile(r"copyright|licen[cs]e|spdx|all rights reserved|warrant(?:y|ies)|redistribut", re.IGNORECASE)
-_HEADER = re.compile(
-    r"\A(?P<keep>(?:#![^\n]*\n)?(?:[^\n]*-\*-[^\n]*\n)?(?:<\?php[ \t]*\n)?)\s*"
-    r"(?P<comment>/\*.*?\*/[ \t]*\n?|<!--.*?-->\s*\n?|(?:[ \t]*(?://|#(?!include|define|if|pragma|import)|--|;|%)[^\n]*\n)+)",
+_FIRST_LINES = re.compile(r"(?:#![^\n]*\n)?(?:[^\n]*-\*-[^\n]*\n)?(?:<\?php[ \t]*\n)?")
+_COMMENT = re.compile(
+    r"\s*(?:(?:/\*.*?\*/[ \t]*\n?)+|<!--.*?-->[ \t]*\n?|(?:\(\*.*?\*\)[ \t]*\n?)+|"
+    r"(?:[ \t]*(?://|#(?!include|define|if|pragma|import)|--|;|%|\"(?!\"))[^\n]*(?:\n|\Z))+)",
     re.DOTALL,
 )
+_HEADER_COMMENTS = 12  # comments before the first line of code that are looked at
 _EMAIL = re.compile(r"\b[\w.+-]{1,64}@(?:[\w-]{1,63}\.){1,8}[A-Za-z]{2,24}\b")
 _IPV4 = re.compile(r"(?<![\w.])(?:(?:25[0-5]|2[0-4]\d|1?\d?\d)\.){3}(?:25[0-5]|2[0-4]\d|1?\d?\d)(?![\w.])")
 _PHONE = re.compile(r"(?<![\w.])\+\d{1,3}[ .-]?(?:\(?\d{1,4}\)?[ .-]?){2,5}\d{2,4}(?!\w)")
@@ -68,7 +74,7 @@ class Normaliser:
             if config.unicode_form != "none":
                 yield "unicode_form", lambda text: unicodedata.normalize(config.unicode_form, text)  # type: ignore[arg-type]
             if frequent:
-                yield "boilerplate", lambda text: remove_blocks(text, frequent)
+                yield "boilerplate", lambda text: remove_blocks(text, frequent, config.boilerplate_min_chars)
             yield "policy_lines", remove_policy_lines
             yield "white_space", _white_space
         if config.mask_pii:
@@ -117,22 +123,44 @@ def line_key(line: str) -> int:
     return xxhash.xxh3_64_intdigest(line.strip().encode())
 
 
-def remove_blocks(text: str, frequent: set[int]) -> str:
-    """`text` without the blocks (between blank lines) that consist of frequent lines only."""
-    kept = []
-    for block in text.split("\n\n"):
-        lines = [line for line in block.split("\n") if line.strip()]
-        if not lines or not all(line_key(line) in frequent for line in lines):
-            kept.append(block)
-    return "\n\n".join(kept)
+def remove_blocks(text: str, frequent: set[int], min_chars: int) -> str:
+    """`text` without the blocks (between blank lines) that consist of frequent lines only.
+
+    A block of lines that are all shorter than `min_chars` goes only in a row of such blocks with `MENU_LINES` lines together.
+    """
+    blocks = text.split("\n\n")
+    stays = [True] * len(blocks)
+    row: list[int] = []  # the frequent blocks that stand together
+    row_lines = 0
+    for i, block in enumerate([*blocks, None]):
+        lines = [] if block is None else [line.strip() for line in block.split("\n") if line.strip()]
+        if lines and all(line_key(line) in frequent for line in lines):
+            row.append(i)
+            row_lines += len(lines)
+            stays[i] = max(map(len, lines)) < min_chars
+        elif lines or block is None:  # an empty block ends no row
+            for j in row if row_lines >= MENU_LINES else ():
+                stays[j] = False
+            row, row_lines = [], 0
+    return "\n\n".join(block for block, kept in zip(blocks, stays) if kept)
 
 
 def strip_licence_header(text: str) -> str:
-    """A code file without the comment at its top, when that comment is a licence."""
-    match = _HEADER.match(text)
-    if match is None or not _LICENCE.search(match["comment"]):
+    """A code file without those comments before its first line of code that speak of a licence."""
+    first = _FIRST_LINES.match(text)
+    start = at = first.end() if first else 0
+    kept = []
+    for _ in range(_HEADER_COMMENTS):
+        match = _COMMENT.match(text, at)
+        if match is None:
+            break
+        at = match.end()
+        if not _LICENCE.search(match.group()):
+            kept.append(match.group())
+    comments = "".join(kept)
+    if comments == text[start:at]:
         return text
-    return match["keep"] + text[match.end() :].lstrip("\n")
+    return text[:start] + (comments + text[at:]).lstrip("\n")
 
 
 def mask_pii(text: str) -> str:

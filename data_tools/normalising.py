@@ -46,7 +46,7 @@ class CountLinesStep(Step):
             source = document.source
             if document.kind == "prose" and self.settings.boilerplate_documents:
                 lines = {line.strip() for line in document.text.splitlines()}
-                counts.update(line_key(line) for line in lines if len(line) >= self.settings.boilerplate_min_chars)
+                counts.update(line_key(line) for line in lines if line)
             progress.add(len(document.text))
         pairs = np.array(sorted((k, n) for k, n in counts.items() if n > 1), dtype=LINE)
         write_array(self.folder / f"{rank:05d}.{source}.lines.npy", pairs)

@@ -5,7 +5,7 @@ read -> normalise -> filter -> exact -> near -> decontaminate -> tokenizer -> to
 <output>/tokenizer/                          Hugging Face form
 <output>/<dataset>[.validation].{bin,idx,json}   token files and their side-cars
 <output>/report.{md,json} timing.json        counts, reasons, examples; times
-<output>/data.yaml                           a 70/15/15 blend of all datasets, in the form of configs/data/
+<output>/data/<name>.yaml                    a 70/15/15 blend of all datasets, for `--config-dir <output> data=<name>`
 <output>/quarantine.jsonl                    rows that could not be used: where and why
 <output>/corpus.json                         written last: the corpus is whole
 <output>/work/                               the stages' files, by which a killed run goes on
@@ -22,7 +22,7 @@ from pathlib import Path
 from rich.console import Console
 
 from data_tools.atomic import OutputLock, atomic_path, write_json, write_text
-from data_tools.configuration import ConfigError, compose, help_text
+from data_tools.configuration import run_door
 from data_tools.execution import is_done, run_step
 from data_tools.pipeline import STAGES, Pipeline
 from data_tools.recipe import ExecutorConfig, RecipeConfig
@@ -126,7 +126,10 @@ def _publish(pipeline: Pipeline, seconds: dict[str, float], cores: int, console:
     write_text(output / "quarantine.jsonl", "".join(path.read_text(encoding="utf-8") for path in quarantine))
     write_json(output / "report.json", report)
     write_text(output / "report.md", to_markdown(report))
-    write_text(output / "data.yaml", data_yaml(output, report["datasets"]))
+    shutil.rmtree(output / "data", ignore_errors=True)  # of a recipe of another name
+    write_text(
+        output / "data" / f"{pipeline.recipe.name}.yaml", data_yaml(pipeline.recipe.name, output, report["datasets"])
+    )
     if any(seconds.values()):
         write_json(output / "timing.json", timing(pipeline, seconds, cores))
     write_json(
@@ -147,19 +150,8 @@ def _link(source: Path, target: Path) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    """Compose the configuration, run, and turn a refusal into one clear line and exit status 2."""
-    if {"-h", "--help"} & set(arguments):
-        print(help_text("prepare", PrepareConfig, __doc__ or ""))
-        return 0
-    try:
-        prepare(compose("prepare", PrepareConfig, arguments))
-    except (ConfigError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on with the unfinished tasks", file=sys.stderr)
-        return 130
-    return 0
+    """The command line; returns the exit status."""
+    return run_door("prepare", PrepareConfig, __doc__ or "", prepare, arguments)
 
 
 if __name__ == "__main__":

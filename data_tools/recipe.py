@@ -68,8 +68,8 @@ class NormaliseConfig:
     fix_encoding: bool = True
     strip_licence_headers: bool = True
     mask_pii: bool = False
-    boilerplate_documents: int = 20
-    boilerplate_min_chars: int = 12
+    boilerplate_documents: int = 20  # a line that so many documents of a source hold is frequent
+    boilerplate_min_chars: int = 12  # a shorter frequent line goes only in a row of them
 
 
 @dataclass
@@ -167,6 +167,8 @@ class RecipeConfig:
 
     def validate(self) -> None:
         """ValueError naming the first key that cannot be."""
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", self.name):
+            raise ValueError(f"data_recipe.name={self.name!r} becomes a file's name; use letters, digits, '_' and '-'")
         if not self.sources:
             raise ValueError(f"data_recipe.sources of {self.name} is empty; name at least one source")
         for name, source in self.sources.items():

@@ -12,14 +12,14 @@ OTHER_WEIGHT = 0.10
 ALPHA = {"multilingual": 0.5}
 
 
-def data_yaml(folder: Path, datasets: dict[str, dict[str, Any]]) -> str:
-    """YAML text of a blend of the datasets `name/split` in `folder`, groups weighted as in Nemotron-4.
+def data_yaml(name: str, folder: Path, datasets: dict[str, dict[str, Any]]) -> str:
+    """YAML text of a blend `name` of the datasets `dataset/split` in `folder`, groups weighted as in Nemotron-4.
 
     A dataset whose documents are all held out has no training file and is left out.
     """
     groups: dict[str, Any] = {}
-    for name, facts in datasets.items():
-        dataset, split = name.rsplit("/", 1)
+    for dataset_split, facts in datasets.items():
+        dataset, split = dataset_split.rsplit("/", 1)
         if split != "train":
             continue
         group = groups.setdefault(facts["group"], {"weight": WEIGHTS.get(facts["group"], OTHER_WEIGHT), "sources": {}})
@@ -30,7 +30,7 @@ def data_yaml(folder: Path, datasets: dict[str, dict[str, Any]]) -> str:
             source["validation"] = str(folder / f"{dataset}.validation")
         group["sources"][dataset] = source
     head = (
-        f"# All datasets of {folder}, weighted as in Nemotron-4. Copy it to configs/data/<name>.yaml for `data=<name>`, or\n"
-        f"# look at it with `python -m data_tools.inspect corpus={folder}`.\n"
+        f"# All datasets of {folder}, weighted as in Nemotron-4: `mlite train --config-dir {folder} data={name}`, or to look at it\n"
+        f"# `python -m data_tools.inspect --config-dir {folder} data={name}`.\n"
     )
     return head + OmegaConf.to_yaml({"tokenizer": str(folder / "tokenizer"), "groups": groups})

@@ -19,7 +19,7 @@ import xxhash
 from data_tools.atomic import write_json
 from data_tools.documents import stats_path
 
-FORMAT = 1  # raise when a stage's code changes what it writes: finished work of older code is then done again
+FORMAT = 2  # raise when a stage's code changes what it writes: finished work of older code is then done again
 EXAMPLE_CHARS = 300
 
 

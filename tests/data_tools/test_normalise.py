@@ -51,6 +51,18 @@ def test_frequent_blocks_go_whole_and_frequent_lines_inside_stay() -> None:
     assert repairs == ["boilerplate"]
 
 
+def test_short_frequent_lines_are_a_menu_only_in_a_row() -> None:
+    frequent = {line_key(line) for line in ("- Home", "- About", "- Search", "- News", "- Mail", "Syntax", "Example")}
+    menu = "\n\n".join(["- Home", "- About\n- Search", "", "- News", "- Mail"])
+    body = "How to put\n\nSyntax\n\nput x\n\nExample\n\nput 1"
+    after = Normaliser(NormaliseConfig()).normalise(f"{menu}\n\n{body}\n\n- Home", kind="prose", frequent=frequent)[0]
+    assert after == f"{body}\n\n- Home"
+
+
+def test_the_word_mark_of_scripts_without_spaces_stays() -> None:
+    assert prose("a\u200bb ការ\u200bប្រើ\u200b\u200bអត្ថបទ") == "ab ការ\u200bប្រើ\u200bអត្ថបទ"
+
+
 def test_policy_lines_go_and_paragraphs_about_policies_stay() -> None:
     long = "A paragraph that explains what a privacy policy is. " * 10
     assert prose(f"Text.\nPlease enable JavaScript to go on.\n{long.strip()}") == f"Text.\n{long.strip()}"
@@ -65,6 +77,13 @@ def test_policy_lines_go_and_paragraphs_about_policies_stay() -> None:
         ("# How to use this module\nx = 1\n", "# How to use this module\nx = 1\n"),
         ("#include <stdio.h>\n/* Copyright */\n", "#include <stdio.h>\n/* Copyright */\n"),
         ("x = 1  # license\n", "x = 1  # license\n"),
+        ("(***)\n(* The licence *)\n(***)\n\n(* Sets. *)\nlet x = 1\n", "(* Sets. *)\nlet x = 1\n"),
+        (
+            ";;; a.el --- Lists  -*- lexical-binding: t -*-\n;; Keywords: x\n\n;; Under the\n;; GNU licence.\n\n;;; Code:\n(f)\n",
+            ";;; a.el --- Lists  -*- lexical-binding: t -*-\n;; Keywords: x\n\n;;; Code:\n(f)\n",
+        ),
+        ("/* Trees. */\n\n/* Copyright C */\nint x;\n", "/* Trees. */\nint x;\n"),
+        ('"""Licensed under X."""\nx = 1\n', '"""Licensed under X."""\nx = 1\n'),
     ],
 )
 def test_licence_headers(text: str, expected: str) -> None:

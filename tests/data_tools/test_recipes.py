@@ -8,7 +8,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from data_tools.configuration import ConfigError, compose, config_dir
-from data_tools.inspect import InspectConfig, from_corpus
+from data_tools.inspect import InspectConfig
 from data_tools.prepare import PrepareConfig
 from data_tools.recipe import SourceConfig
 from data_tools.starter_blend import data_yaml
@@ -116,8 +116,9 @@ def test_the_starter_blend_of_a_corpus(tmp_path: Path) -> None:
         "fr/validation": {"group": "multilingual"},
         "poems/train": {"group": "poetry"},
     }
-    (tmp_path / "data.yaml").write_text(data_yaml(tmp_path, datasets))
-    config = from_corpus(str(tmp_path))
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "mine.yaml").write_text(data_yaml("mine", tmp_path, datasets))
+    config = compose("inspect", InspectConfig, ["--config-dir", str(tmp_path), "data=mine"]).data
     config.validate()
     assert {name: group.weight for name, group in config.groups.items()} == {
         "english": 0.7,
@@ -127,8 +128,8 @@ def test_the_starter_blend_of_a_corpus(tmp_path: Path) -> None:
     assert config.groups["multilingual"].alpha == 0.5
     assert config.groups["english"].sources["en"].validation == str(tmp_path / "en.validation")
     assert list(config.groups["multilingual"].sources) == ["de"]
-    with pytest.raises(ValueError, match=r"holds no data\.yaml"):
-        from_corpus(str(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match=r"--config-dir .*nowhere is no folder"):
+        compose("inspect", InspectConfig, ["--config-dir", str(tmp_path / "nowhere"), "data=mine"])
 
 
 def test_the_blends_read_what_the_recipe_writes() -> None:
