@@ -96,6 +96,7 @@ def test_a_stopped_rank_is_named(tiny_data, tmp_path):
         tiny_data,
         run,
         "watchdog.timeout_seconds=20",
+        "watchdog.report_seconds=3",  # and so a note of where it is every 1.5 s
         "parallel.tp=2",
         RANKS_PER_NODE="2",
         SLOW_STEP="1",
