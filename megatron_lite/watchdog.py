@@ -189,7 +189,8 @@ class Watchdog:
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / f"rank_{rank:05}.txt").open("w") as file:
             faulthandler.dump_traceback(file, all_threads=True)
-        record = getattr(torch._C._distributed_c10d, "_dump_fr_trace_json", None)
+        recorder = "nccl" if self.runtime.device.type == "cuda" else "fr"  # NCCL keeps a recorder of its own
+        record = getattr(torch._C._distributed_c10d, f"_dump_{recorder}_trace_json", None)
         if record is not None:
             (folder / f"rank_{rank:05}.flight.json").write_bytes(record())
 

@@ -11,8 +11,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
-from megatron_lite.watchdog import WatchdogConfig, numbers, place, slow_ranks, waits_for_others
+from megatron_lite.runtime import Runtime
+from megatron_lite.watchdog import Watchdog, WatchdogConfig, numbers, place, slow_ranks, waits_for_others
 from tests import runs
 from tests.launch import local_run
 
@@ -44,6 +46,13 @@ def test_where_a_rank_waits_for_others(file, waits):
     standing = {}
     exec(compile("import sys\ndef stand(): return sys._getframe()", f"/somewhere/{file}", "exec"), standing)
     assert waits_for_others(standing["stand"]()) is waits
+
+
+def test_on_a_gpu_the_flight_recorder_is_that_of_nccl(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch._C._distributed_c10d, "_dump_nccl_trace_json", lambda: b"{}", raising=False)
+    runtime = Runtime(rank=3, world_size=4, local_rank=3, device=torch.device("cuda", 3))
+    Watchdog(WatchdogConfig(), runtime=runtime, run_dir=tmp_path)._dump(3)
+    assert (tmp_path / "hang" / "rank_00003.flight.json").read_bytes() == b"{}"
 
 
 @pytest.mark.parametrize(
