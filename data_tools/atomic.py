@@ -72,9 +72,10 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 def explain_os_error(error: OSError, path: Path) -> Exception:
     """`error` itself, or a ValueError with the way out when the disk or quota is full."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    short = error.errno is None and "requested and" in str(error)  # numpy's own, when fewer bytes were taken
+    if short or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return ValueError(
-            f"{path}: cannot write, {os.strerror(error.errno)}; nothing half-written was kept. Free space under "
+            f"{path}: cannot write, {os.strerror(error.errno or errno.ENOSPC)}; nothing half-written was kept. Free space under "
             f"{path.parent} and start the same command again: finished tasks are not repeated"
         )
     return error

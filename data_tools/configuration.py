@@ -31,7 +31,7 @@ def run_door(door: str, schema: type, purpose: str, action: Callable[[Any], obje
         return 0
     try:
         action(compose(door, schema, arguments))
-    except ValueError as error:
+    except (ValueError, OSError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -83,7 +83,8 @@ class LocalExecutor(LocalPipelineExecutor):
 def _start_worker(log: str, door: int, workers: int) -> None:
     # A tokenizer starts a thread for every core: with several workers they would take turns on the same ones.
     os.environ["RAYON_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // workers))
-    sys.stderr = open(log, "a", buffering=1)  # noqa: SIM115  (for the life of the process)
+    with contextlib.suppress(OSError):  # a full disk is told by the task; a worker that cannot start is started forever
+        sys.stderr = open(log, "a", buffering=1)  # noqa: SIM115  (for the life of the process)
 
     def watch() -> None:
         while True:
@@ -117,12 +118,16 @@ def run_step(step: Step, executor: ExecutorConfig, console: Console) -> float:
         with _shown(step, tasks, console):
             try:
                 engine.run()
-                if executor.kind != "local":
+                if executor.kind == "slurm":
                     _wait(step, engine, executor)
+                if engine.get_incomplete_ranks(range(tasks)):  # Ray goes on when a task fails
+                    raise ValueError(_refusals(step) or f"{step.name}: tasks are left; logs: {step.folder / 'logs'}")
             except Exception as error:
                 if refusals := _refusals(step):
                     raise ValueError(refusals) from None
-                if isinstance(error, ValueError | OSError):
+                if isinstance(error, OSError):  # of the executor's own marks and logs
+                    raise explain_os_error(error, step.folder) from error
+                if isinstance(error, ValueError):
                     raise
                 raise RuntimeError(
                     f"{step.name}: a task failed ({error}); its log is in {step.folder / 'logs'}"
@@ -167,12 +172,12 @@ def _refusals(step: Step) -> str:
 
 
 def _wait(step: Step, engine: Any, executor: ExecutorConfig) -> None:
-    """Until every task is marked; a refused task or a job that is gone with tasks left ends the wait."""
+    """Until every task of a Slurm job is marked; a refused task or a job that is gone with tasks left ends the wait."""
     gone = 0
     while engine.get_incomplete_ranks(skip_completed=True):
         if refusals := _refusals(step):
             raise ValueError(refusals)
-        gone = gone + 1 if executor.kind == "slurm" and not _queued(engine.job_id) else 0
+        gone = gone + 1 if not _queued(engine.job_id) else 0
         if gone > 2:
             raise RuntimeError(
                 f"{step.name}: Slurm job {engine.job_id} ended with tasks left; its output is in {engine.slurm_logs_folder}. The "

@@ -13,6 +13,7 @@ read -> normalise -> filter -> exact -> near -> decontaminate -> tokenizer -> to
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import sys
@@ -25,6 +26,7 @@ from data_tools.atomic import OutputLock, atomic_path, write_json, write_text
 from data_tools.configuration import run_door
 from data_tools.execution import is_done, run_step
 from data_tools.pipeline import STAGES, Pipeline
+from data_tools.reading import ReadStep
 from data_tools.recipe import ExecutorConfig, RecipeConfig
 from data_tools.report import collect, timing, to_markdown
 from data_tools.starter_blend import data_yaml
@@ -63,7 +65,8 @@ def prepare(config: PrepareConfig, console: Console | None = None) -> Path:
                     _require_earlier(pipeline, step)
                     seconds[step.name] = run_step(step, config.executor, console)
                     _tell(step, seconds[step.name], console)
-                    _check(pipeline, step)
+                    if isinstance(step, ReadStep):
+                        _check_sources(pipeline, step, console)
         if all(is_done(step) for step in pipeline.steps.values()):
             _publish(pipeline, seconds, max(1, config.executor.workers), console)
             if not config.keep_work:
@@ -85,18 +88,22 @@ def _tell(step: Step, seconds: float, console: Console) -> None:
     console.print(f"{step.name:20} {f'{seconds:8.1f} s' if seconds else '  finished before'}", highlight=False)
 
 
-def _check(pipeline: Pipeline, step: Step) -> None:
-    """A source without a single document is a mistake in the recipe, and is told before hours of work."""
-    if step.name != "read":
-        return
+def _check_sources(pipeline: Pipeline, step: ReadStep, console: Console) -> None:
+    """Tell of rows that cannot be used; a source without a single document is a mistake in the recipe, told before hours of work."""
+    for path in sorted(step.folder.glob("*.quarantine.jsonl")):
+        if bad := path.read_text(encoding="utf-8").splitlines():
+            first = json.loads(bad[0])
+            console.print(
+                f"{len(bad):,} rows cannot be used, first {first['place']}: {first['reason']}; all are in {path}",
+                style="yellow", highlight=False, markup=False, soft_wrap=True,
+            )  # fmt: skip
     found = {path.name.split("-")[0] for path in step.folder.glob("*.jsonl.zst")}
-    pieces = step.pieces  # type: ignore[attr-defined]
-    for name in pipeline.recipe.sources:
-        if not any(f"{i:05d}" in found for i, piece in enumerate(pieces) if piece.source == name):
+    for name, source in pipeline.recipe.sources.items():
+        if not any(f"{i:05d}" in found for i, piece in enumerate(step.pieces) if piece.source == name):
             (step.folder / "DONE.json").unlink()
             raise ValueError(
-                f"data_recipe.sources.{name}: no document in {pipeline.recipe.sources[name].path} (empty files, or every row "
-                f"unusable: see {step.folder}/*.quarantine.jsonl)"
+                f"data_recipe.sources.{name}: no document in {source.path} (empty files, or every row unusable: see "
+                f"{step.folder}/*.quarantine.jsonl)"
             )
 
 

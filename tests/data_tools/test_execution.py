@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import stat
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from data_tools.atomic import explain_os_error
 from data_tools.execution import is_done, run_step
 from data_tools.recipe import ExecutorConfig
 from data_tools.steps import Progress, Step, fingerprint
@@ -57,6 +59,34 @@ def test_killed_between_the_last_task_and_the_end_of_the_step(tmp_path, workers:
     run(step, ExecutorConfig(workers=workers))
     assert is_done(step)
     assert [(tmp_path / "s" / f"{i}.txt").read_text() for i in range(3)] == WORDS[:3]
+
+
+@dataclass
+class FullDisk(WriteStep):
+    """A disk on which not even the refusal can be written, nor datatrove's own log."""
+
+    def run_task(self, rank: int, progress: Progress) -> None:
+        (self.folder / "refused").write_text("a file where the folder of refusals should be")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_disk_without_room_for_the_refusal_itself(tmp_path, monkeypatch, workers: int) -> None:
+    def full(self, rank: int, local_rank: int = 0) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(ValueError, match=r"cannot write, No space left on device; nothing half-written"):
+        run(FullDisk("write", tmp_path / "s", None), ExecutorConfig(workers=workers))
+    monkeypatch.setattr(
+        "data_tools.execution.LocalExecutor._run_for_rank", full
+    )  # datatrove's log, before and after a task
+    with pytest.raises(ValueError, match=r"cannot write, No space left on device; nothing half-written"):
+        run(WriteStep("write", tmp_path / "t", None), ExecutorConfig(workers=1))
+
+
+def test_a_short_write_of_numpy_is_a_full_disk(tmp_path) -> None:
+    told = explain_os_error(OSError("4096 requested and 0 written"), tmp_path / "a.npy")
+    assert "cannot write, No space left on device" in str(told)
 
 
 def test_an_unknown_executor(tmp_path) -> None:

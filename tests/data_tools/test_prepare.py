@@ -175,6 +175,16 @@ def test_two_runs_on_one_output(make_recipe, tmp_path) -> None:
     run(recipe, stages=["read"])
 
 
+def test_rows_in_quarantine_are_told(make_recipe, tmp_path) -> None:
+    recipe = make_recipe()
+    path = tmp_path / "raw" / "code.jsonl"
+    path.write_text("{broken\n" + path.read_text())
+    output = io.StringIO()
+    prepare(PrepareConfig(recipe, stages=["read"]), Console(file=output, width=80))
+    assert f"1 rows cannot be used, first {path}:1: not JSON" in output.getvalue()
+    assert ".quarantine.jsonl" in output.getvalue()
+
+
 def test_a_source_without_documents(make_recipe, tmp_path) -> None:
     recipe = make_recipe()
     (tmp_path / "raw" / "code.jsonl").write_text("")
