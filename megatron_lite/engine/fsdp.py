@@ -179,7 +179,7 @@ class FsdpEngine:
         """
         first = self.mesh is None or self.mesh.tp_rank == 0
         counted = [g for name, g in gradients.items() if first or self.shards[name].tp_dim is not None]
-        squares = torch.stack(torch._foreach_norm(counted)).square().sum()
+        squares = sum_of_squares(counted)
         if self.mesh is not None:
             for group in self.mesh.shard_groups:
                 dist.all_reduce(squares, group=group)
@@ -191,6 +191,14 @@ class FsdpEngine:
             for group in self.mesh.data_groups:
                 dist.all_reduce(value, group=group)
         return value
+
+
+def sum_of_squares(tensors: list[Tensor]) -> Tensor:
+    """0-dim sum of the squares of all elements. Of whole matrices torch's norm on the CPU adds up number by number, and is off by
+    1e-4 at four million of them; of rows it is exact to 1e-7, as it is on a GPU."""
+    if tensors[0].is_cpu:
+        return torch.cat([torch.linalg.vector_norm(tensor, dim=-1).flatten() for tensor in tensors]).square().sum()
+    return torch.stack(torch._foreach_norm(tensors)).square().sum()
 
 
 def _local(tensor: Tensor) -> Tensor:

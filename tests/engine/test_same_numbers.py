@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from megatron_lite.engine.fsdp import sum_of_squares
 from tests.distributed import run_ranks
 from tests.engine import harness
 from tests.engine.bugs import BUGS
@@ -66,6 +68,26 @@ SLOW: dict[str, tuple[int, Case]] = {
 
 def train(rank: int, world_size: int, case: Case, steps: int = harness.STEPS, bug: str | None = None) -> Trace:
     return harness.train(rank, world_size, case, steps=steps, bug=bug)
+
+
+LARGE = Case(model={"vocab_size": 16000, "hidden_size": 64, "head_dim": 16}, micro_batch=4)
+
+
+@pytest.mark.parametrize("engine", [{}, zero(2)], ids=["fsdp", "zero 2"])
+def test_norms_of_large_matrices(engine: dict[str, object]) -> None:
+    """A million numbers: summed one by one in fp32 they would differ by 1e-4 from the same in two halves."""
+    alone = harness.train(0, 1, LARGE, steps=2)
+    for trace in run_ranks(2, train, replace(LARGE, engine=engine), 2, timeout=SECONDS):
+        assert trace.norms == pytest.approx(alone.norms, rel=harness.TOLERANCE)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 60_000])
+def test_sum_of_squares(rows: int) -> None:
+    matrix = torch.full((rows, 70), 1e-3)
+    matrix[::97] = 3.0
+    assert sum_of_squares([matrix, torch.ones(3)]).item() == pytest.approx(
+        matrix.double().square().sum().item() + 3, rel=1e-6
+    )
 
 
 @cache
