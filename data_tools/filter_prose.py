@@ -8,7 +8,8 @@ Notable features:
 - scripts without spaces: every character is a word there, so length thresholds differ (`UNSPACED`), repetition is looked for in runs
   of twice as many, and the mean word length is not asked
 - the language is asked before stop words: an English page under another label is dropped as that
-- text wrapped at a fixed width is judged by its paragraphs: a line of a wrapped book ends no sentence, and that is no fault
+- text has sentences when enough of its lines end one (FineWeb), or enough of its paragraphs hold an end: the lines of a wrapped book
+  or a poem end none, and a speech may be one long line that is cut in its middle
 - repetition is measured in words covered, not characters: the same to a percent, and it needs no Python loop
 """
 
@@ -57,7 +58,7 @@ class ProseFilterConfig:
     max_curly_share: float = 0.08
     max_lorem_share: float = 0.005
     max_licence_share: float = 0.01
-    min_sentence_lines: float = 0.12
+    min_sentence_share: float = 0.12
     max_duplicate_lines: float = 0.3
     max_duplicate_paragraphs: float = 0.3
     max_top_2gram: float = 0.20
@@ -127,7 +128,7 @@ def _characters(text: str, words: int, mean_word: float | None, settings: ProseF
     if text.count("{") > limit and text.count("{") - len(_REFERENCE.findall(text)) > limit:
         return "curly_brackets"
     # The text of a licence, by its title: the same few in every collection, in every translation.
-    if _LICENCE_NAME.search(text, 0, 300) and len(_LICENCE_WORD.findall(text)) > settings.max_licence_share * words:
+    if _LICENCE_NAME.search(text, 0, 150) and len(_LICENCE_WORD.findall(text)) > settings.max_licence_share * words:
         return "licence_text"
     # A page of filler, not a manual that speaks of it.
     return "lorem_ipsum" if text.lower().count("lorem ipsum") > settings.max_lorem_share * words else None
@@ -141,12 +142,10 @@ def _lines(text: str, settings: ProseFilterConfig) -> str | None:
     if sum(line.endswith(("...", "…")) for line in filled) > settings.max_ellipsis_lines * len(filled):
         return "ellipsis_lines"
     paragraphs = _paragraphs(text)
-    wrapped = 50 <= float(np.median([len(line) for line in filled])) <= 130
-    if wrapped:
-        sentences, units = sum(bool(_SENTENCE_END.search(paragraph)) for paragraph in paragraphs), paragraphs
-    else:
-        sentences, units = sum(line.endswith(TERMINAL) for line in filled), filled
-    if sentences < settings.min_sentence_lines * len(units):
+    ended = sum(line.endswith(TERMINAL) for line in filled) / len(filled)
+    if ended < settings.min_sentence_share:
+        ended = sum(bool(_SENTENCE_END.search(paragraph)) for paragraph in paragraphs) / len(paragraphs)
+    if ended < settings.min_sentence_share:
         return "no_sentences"
     if _duplicate_share(filled) > settings.max_duplicate_lines:
         return "duplicate_lines"

@@ -73,10 +73,14 @@ def test_settings_of_a_language() -> None:
     assert reason(short) == "too_short"
 
 
+def test_a_speech_in_one_line_that_is_cut_has_sentences() -> None:
+    assert reason(article(6, 12).replace("\n", " ") + " and so it") is None
+
+
 def test_wrapped_books_have_sentences() -> None:
     wrapped = "\n\n".join([ENGLISH] * 1 + [ENGLISH.replace("man", "woman")])
     assert sum(line.endswith(".") for line in wrapped.split("\n")) / len(wrapped.split("\n")) < 0.5
-    assert reason(wrapped, min_sentence_lines=0.9, max_repeated_5gram=1, max_repeated_10gram=1) is None
+    assert reason(wrapped, min_sentence_share=0.9, max_repeated_5gram=1, max_repeated_10gram=1) is None
 
 
 def test_repeated_share_by_hand() -> None:
