@@ -9,6 +9,7 @@ Notable features:
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -232,7 +233,7 @@ def from_dict(schema: type, values: dict[str, Any]) -> Any:
     """The inverse of `to_dict` for one section: a typed object, unknown keys refused."""
     try:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), values))
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, ValueError) as error:
         raise ConfigError(f"{schema.__name__}: {error}".split("\n")[0]) from None
 
 
@@ -275,6 +276,10 @@ def _validate_start(run: RunConfig) -> None:
         raise ValueError(f"seed={run.seed} must be 0 or more")
     if not run.resume:
         raise ValueError("resume is empty; give auto, never, or the path of a checkpoint")
+    if run.init_from.path is not None and not run.init_from.path.strip():
+        raise ValueError(
+            "init_from is empty; give a run, a checkpoint or a Hugging Face folder, or drop it to start afresh"
+        )
     if run.init_from.optimizer and run.init_from.path is None:
         raise ValueError("init_from.optimizer=true says nothing without init_from=<path>; name it, or drop this")
     if run.init_from.model not in ("source", "config"):
@@ -328,15 +333,17 @@ def _keys_of(door: str, overrides: list[str]) -> Iterator[str]:
 
 
 def help_text(door: str, purpose: str) -> str:
-    """What `--help` prints: purpose, groups with their choices, every key with its default."""
-    groups = sorted(p for p in config_dir().iterdir() if p.is_dir())
+    """What `--help` prints: purpose, the door's groups with their choices, every key with its default."""
+    defaults = OmegaConf.load(config_dir() / f"{door}.yaml").defaults
+    groups = sorted(config_dir() / name for entry in defaults if not isinstance(entry, str) for name in entry)
+    choices = "[group=choice ...] " if groups else ""
     lines = [
         f"{purpose}\n",
-        f"usage: python -m megatron_lite.{door} [group=choice ...] [key=value ...]\n",
-        "groups:",
+        f"usage: python -m megatron_lite.{door} {choices}[key=value ...]\n",
+        *["groups:"] * bool(groups),
     ]
     lines += [f"  {g.name}={'|'.join(sorted(f.stem for f in g.glob('*.yaml')))}" for g in groups]
-    lines += ["", "keys and their values (as composed without overrides):", ""]
+    lines += [*[""] * bool(groups), "keys and their values (as composed without overrides):", ""]
     with initialize_config_dir(str(config_dir().resolve()), version_base="1.3"):
         _register_schemas()
         lines.append(OmegaConf.to_yaml(compose(door)))
@@ -350,7 +357,10 @@ def run_door(door: str, purpose: str, main: Any) -> None:
     """
     arguments = sys.argv[1:]
     if {"-h", "--help"} & set(arguments):
-        print(help_text(door, purpose))
+        try:
+            print(help_text(door, purpose), flush=True)
+        except BrokenPipeError:  # `--help | head` has read what it wanted; Python would flush once more at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return
     try:
         sys.exit(main(compose_config(door, arguments)) or 0)
@@ -360,5 +370,10 @@ def run_door(door: str, purpose: str, main: Any) -> None:
     except (ValueError, CheckpointError, OSError) as error:
         print(f"error: {error_text(error)}", file=sys.stderr)
         sys.exit(2)
+    except (MemoryError, RuntimeError) as error:
+        if not config_errors.is_out_of_memory(error):
+            raise
+        print(f"failed: {config_errors.out_of_memory(error)}", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)  # as a shell says it: ended by SIGINT

@@ -77,8 +77,23 @@ def check_values(config: Any, *, key: str = "") -> str | None:
         known = [item.name for item in fields(config)]
         extra = next((name for name in vars(config) if name not in known), None)
         if extra is not None:
-            return unknown_key(f"{key}.{extra}", [f"{key}.{name}" for name in known])
+            place = f"{key}." if key else ""
+            return unknown_key(f"{place}{extra}", [f"{place}{name}" for name in known])
     return next((found for name, value in _items(config, key) if (found := check_values(value, key=name))), None)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory of the machine or of an accelerator did not suffice; on a CPU torch says so by a plain RuntimeError."""
+    return isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error)
+
+
+def out_of_memory(error: BaseException) -> str:
+    """What to do about it, on one line."""
+    reason = " ".join(str(error).split()) or "the machine has no more"
+    return (
+        f"not enough memory: {reason[:300]}; lower train.micro_batch_size or data.seq_len, set parallel.recompute=full, make the "
+        "model smaller, or shard it over more processes (parallel.tp, engine.shard=full)"
+    )
 
 
 def _items(config: Any, key: str) -> Iterator[tuple[str, Any]]:

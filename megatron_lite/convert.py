@@ -52,6 +52,8 @@ def convert(config: ConvertConfig) -> int:
         raise ValueError(f"dtype={config.dtype} is unknown; choose source, {', '.join(DTYPES)}")
     if not config.max_shard_gb > 0:
         raise ValueError(f"max_shard_gb={config.max_shard_gb} must be above 0")
+    if not config.target.strip() or Path(config.target).resolve() == Path.cwd():
+        raise ValueError(f"target={config.target} is the folder that you are in; name a new one")
     weights = open_weights(config.source)
     tensors = weights.tensors if config.dtype == "source" else Cast(weights.tensors, DTYPES[config.dtype])
     if config.to == "hf":
@@ -74,7 +76,7 @@ def _to_hugging_face(config: ConvertConfig, weights: Weights, tensors: Mapping[s
         config=weights.config,
         tensors=tensors,
         extra=extra,
-        max_shard_bytes=int(config.max_shard_gb * 2**30),
+        max_shard_bytes=int(min(config.max_shard_gb * 2**30, 2**63)),
     )
     if weights.tokenizer is not None:
         try:

@@ -65,9 +65,9 @@ def evaluate(config: EvaluateConfig) -> int:
 def _loss(objective: NextToken, source: Source, config: EvaluateConfig, device: torch.device) -> float:
     """Mean loss in nats over the counted tokens of the held-out windows."""
     total, tokens = 0.0, 0
-    for batch in validation_batches(
-        source, windows=config.data.validation.windows, micro_batch_size=config.micro_batch_size
-    ):
+    windows = min(config.data.validation.windows, source.num_windows)
+    size = min(config.micro_batch_size, windows)  # the last batch is filled up with blank windows
+    for batch in validation_batches(source, windows=windows, micro_batch_size=size):
         on_device = {key: value.to(device) for key, value in batch.items()}
         loss, counted = call_in(config.precision.dtype, objective, on_device)
         total, tokens = total + float(loss), tokens + int(counted)

@@ -82,9 +82,15 @@ def _prompts(config: GenerateConfig) -> list[str]:
     if config.prompt is not None:
         return [config.prompt]
     path = Path(config.prompt_file or "")
-    if not path.is_file():
-        raise ValueError(f"prompt_file={path} does not exist")
-    return [line for line in path.read_text(encoding="utf-8").splitlines() if line]
+    if not path.exists():
+        raise ValueError(f"prompt_file={config.prompt_file} does not exist")
+    try:
+        prompts = [line for line in path.read_text(encoding="utf-8").splitlines() if line]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"prompt_file={path} is no UTF-8 text ({error}); give one prompt a line") from None
+    if not prompts:
+        raise ValueError(f"prompt_file={path} holds no prompt; write one a line")
+    return prompts
 
 
 if __name__ == "__main__":

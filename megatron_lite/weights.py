@@ -18,12 +18,13 @@ import torch
 from torch import Tensor
 
 from megatron_lite.checkpoint.manifest import read_manifest
+from megatron_lite.checkpoint.ranks import CheckpointError
 from megatron_lite.checkpoint.reader import SavedTensors, find_checkpoint
 from megatron_lite.config import from_dict
 from megatron_lite.data.tokenizer import fingerprint, load_tokenizer, tokenizer_files
 from megatron_lite.models.config import ModelConfig
 from megatron_lite.models.decoder import Decoder
-from megatron_lite.models.huggingface import is_folder, open_folder
+from megatron_lite.models.huggingface import expected_shapes, is_folder, open_folder
 
 TOKENIZER = "tokenizer"  # the folder of a run directory that holds a copy of its tokenizer
 HUGGING_FACE = "huggingface"  # the manifest's key for the rest of the folder that a checkpoint was converted from
@@ -57,6 +58,10 @@ def open_weights(path: str | Path) -> Weights:
 
     Raises ValueError when it is none of them, CheckpointError when the named checkpoint is damaged.
     """
+    if not str(path).strip():
+        raise ValueError(
+            "the path of the weights is empty; give a run directory, a checkpoint of it or a Hugging Face folder"
+        )
     path = Path(path)
     if not path.exists():
         raise ValueError(f"{path} does not exist; give a run directory, a checkpoint of it or a Hugging Face folder")
@@ -66,7 +71,8 @@ def open_weights(path: str | Path) -> Weights:
         return Weights(path, opened.config, opened.tensors, tokenizer, extra=opened.extra)
     checkpoint = find_checkpoint(path)
     manifest = read_manifest(checkpoint)
-    config = from_dict(ModelConfig, manifest["config"]["model"])
+    config = from_dict(ModelConfig, manifest["config"].get("model", {}))
+    _check_shapes(checkpoint, config, manifest["tensors"])
     return Weights(
         checkpoint,
         config,
@@ -75,6 +81,22 @@ def open_weights(path: str | Path) -> Weights:
         manifest,
         extra=manifest.get(HUGGING_FACE, {}),
     )
+
+
+def _check_shapes(checkpoint: Path, config: ModelConfig, entries: Mapping[str, Any]) -> None:
+    """Raise CheckpointError when the tensors of a manifest are not those of the model that it describes: before memory is taken."""
+    try:
+        config.validate()
+        shapes = expected_shapes(config)
+    except (ValueError, RuntimeError) as error:  # RuntimeError: sizes beyond all measure
+        raise CheckpointError(f"{checkpoint} describes no model that can be built: {error}") from error
+    found = {name.removeprefix("model."): e["shape"] for name, e in entries.items() if name.startswith("model.")}
+    wrong = sorted(name for name in shapes.keys() | found.keys() if list(shapes.get(name, ())) != found.get(name))
+    if wrong:
+        raise CheckpointError(
+            f"{checkpoint} is no checkpoint of the model that its manifest describes: {wrong[0]} has shape {found.get(wrong[0])} "
+            f"there and {list(shapes.get(wrong[0], ()))} by the config; take another checkpoint"
+        )
 
 
 def load(path: str | Path, *, device: str | torch.device = "cpu") -> tuple[Decoder, Any]:
@@ -101,7 +123,7 @@ def load_decoder(weights: Weights, *, device: str | torch.device = "cpu") -> Dec
 def _tokenizer_of(checkpoint: Path, manifest: dict[str, Any]) -> Path | None:
     """The run's copy of its tokenizer, else the folder that the config named, if it is still the same one."""
     copy = checkpoint.parent.parent / TOKENIZER
-    named = manifest["config"]["data"]["tokenizer"]
+    named = str(manifest["config"].get("data", {}).get("tokenizer") or "")
     for folder in (copy, Path(named)) if named else (copy,):
         if tokenizer_files(folder) and fingerprint(folder) == manifest["tokenizer"]:
             return folder

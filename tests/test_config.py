@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -35,6 +39,23 @@ def test_help_names_groups_and_keys():
     text = help_text("train", "purpose")
     assert "schedule=constant|cosine|wsd" in text
     assert "max_steps:" in text
+
+
+def test_help_lists_the_groups_that_the_door_takes_and_no_others():
+    groups = {
+        door: re.findall(r"^  (\w+)=", help_text(door, "purpose"), re.MULTILINE)
+        for door in ("train", "evaluate", "generate")
+    }
+    assert groups["evaluate"] == ["data", "precision"]
+    assert groups["generate"] == []
+    assert {"model", "engine", "experiment"} < set(groups["train"])
+    assert "data_recipe" not in groups["train"]
+
+
+def test_help_may_be_cut_off_by_the_reader():
+    command = f"{sys.executable} -m megatron_lite.generate --help | true"
+    ended = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, timeout=120)
+    assert (ended.returncode, ended.stderr) == (0, "")
 
 
 @pytest.mark.parametrize(

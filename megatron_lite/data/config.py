@@ -107,7 +107,7 @@ class DataConfig:
         if self.validation.windows < 1:
             raise ValueError(f"data.validation.windows={self.validation.windows} must be at least 1")
         if not self.groups:
-            raise ValueError("data.groups is empty; name at least one group with one source, e.g. +data=smoke")
+            raise ValueError("data.groups is empty; name at least one group with one source, or take data=sample")
         for name, group in self.groups.items():
             _check_group(f"data.groups.{name}", name, group)
         self._check_paths()
@@ -118,6 +118,12 @@ class DataConfig:
         seen: dict[str, str] = {}
         for name, source in self.sources().items():
             for path in (source.path, source.validation):
+                if path is not None and not path.strip():
+                    group, _, key = name.partition("/")
+                    raise ValueError(
+                        f"data.groups.{group}.sources.{key} has an empty path; give the prefix of a .bin/.idx pair "
+                        "(validation=null where nothing is held out)"
+                    )
                 if path is not None and path in seen:
                     raise ValueError(
                         f"data.groups: {name} and {seen[path]} both read {path!r}; a file belongs to one "

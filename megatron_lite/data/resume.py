@@ -33,16 +33,22 @@ def resume_blend(
             `data.mask_eod_loss`, `data.groups` (a source's content) and `data.phases`.
 
     Raises:
-        ValueError: a sample before `consumed_samples` would differ.
+        ValueError: a sample before `consumed_samples` would differ, or `saved` is no such state.
     """
-    continued = Blend(
-        blend.sources,
-        config=blend.config,
-        seed=blend.seed,
-        horizon_samples=blend.horizon_samples,
-        kept_boundaries=saved["boundaries"],
-    )
-    check_resume(continued, saved=saved, consumed_samples=consumed_samples, allow=allow)
+    try:
+        continued = Blend(
+            blend.sources,
+            config=blend.config,
+            seed=blend.seed,
+            horizon_samples=blend.horizon_samples,
+            kept_boundaries=saved["boundaries"],
+        )
+        check_resume(continued, saved=saved, consumed_samples=consumed_samples, allow=allow)
+    except (KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
+        raise ValueError(
+            f"the checkpoint's record of what was read makes no sense ({error!r}); it was edited or is of another version: "
+            "resume from another checkpoint"
+        ) from error
     return continued
 
 

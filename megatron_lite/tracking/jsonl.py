@@ -95,7 +95,7 @@ def _is_past(line: bytes, step: int) -> bool:
     row = _decode(line)
     if row is None:
         return not line.endswith(b"\n")  # torn; a whole line that is no row of ours is not ours to drop
-    return step == 0 or ("step" in row and row["step"] > step)
+    return step == 0 or row["step"] > step
 
 
 def _decode(line: bytes) -> dict[str, Any] | None:
@@ -103,7 +103,7 @@ def _decode(line: bytes) -> dict[str, Any] | None:
         row = json.loads(line)
     except ValueError:  # also UnicodeDecodeError: torn within a character
         return None
-    return row if isinstance(row, dict) else None
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
 
 
 def _to_json(value: Any) -> Any:

@@ -7,6 +7,7 @@ Notable:
     because two machines may both have a `runs/smoke`, and the same id would make them one run;
   - W&B's own step counter refuses to go back, which a run resumed after a kill must do. So we log without it
     and declare `step` the axis of every metric;
+  - a kill loses what W&B had not written yet, so a resumed run logs its last minute once more;
   - no failure of W&B ends a training: one warning, and the run goes on without it.
 """
 
@@ -20,10 +21,12 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lite.tracking.base import Row, RunInfo, TrackingConfig
+from megatron_lite.tracking.jsonl import METRICS_FILE, read_rows
 
 ID_FILE = "wandb_id"
 # W&B writes its offline file every 15 s by default, and a kill loses what was not written yet.
 FLUSH_SECONDS = 1.0
+REPEATED_SECONDS = 60.0  # of training before the step that a run resumes at; far above what W&B lags behind
 
 
 class WandbTracker:
@@ -65,6 +68,8 @@ class WandbTracker:
         )
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
+        for row in last_rows(run.run_dir / METRICS_FILE, upto=run.start_step):
+            self._run.log(flatten(row))
 
     def _close(self, status: str) -> None:
         self._run.summary["status"] = status
@@ -93,6 +98,18 @@ def stable_id(run_dir: Path) -> str:
     temporary.write_text(run_id + "\n")
     os.replace(temporary, path)
     return run_id
+
+
+def last_rows(path: Path, *, upto: int) -> list[Row]:
+    """The rows of the last `REPEATED_SECONDS` of training up to step `upto`, in order."""
+    rows: list[Row] = []
+    seconds = 0.0
+    for row in reversed([row for row in read_rows(path) if row.get("step", 0) <= upto]):
+        if seconds > REPEATED_SECONDS:
+            break
+        rows.append(row)
+        seconds += row.get("step_seconds") or 0.0
+    return rows[::-1]
 
 
 def flatten(row: Row) -> Row:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
@@ -25,6 +27,7 @@ KEYS = [
     ("--confg-dir=/tmp", r"--confg-dir=/tmp is unknown; .* --help"),
     ("--config-dir /nowhere", r"--config-dir /nowhere is no folder"),
     ("--config-dir", r"--config-dir \(nothing\) is no folder"),
+    ("+x=1", r"there is no key x;"),
     ("resume_allow=[sead]", r"resume_allow names 'sead'.*did you mean seed"),
 ]
 CHOICES = [
@@ -106,7 +109,10 @@ COMBINATIONS = [
     ("data.phases=[{weights:{english:0}}]", r"data\.phases\[0\]\.weights are all 0"),
     ("~data.groups.english", r"data\.phases\[1\]\.weights names 'english'"),
     ("init_from.optimizer=true", r"init_from\.optimizer=true .*init_from=<path>"),
+    ("init_from=", r"init_from is empty; give a run"),
     ("init_from=/nowhere", r"/nowhere does not exist; give a run directory"),
+    ("data.groups.english.sources.prose.path=", r"data\.groups\.english\.sources\.prose has an empty path"),
+    ("data.groups.english.sources.prose.validation=", r"sources\.prose has an empty path; .*validation=null"),
     ("resume=/nowhere", r"resume=/nowhere does not exist; give a checkpoint"),
 ]
 
@@ -114,6 +120,15 @@ COMBINATIONS = [
 @pytest.mark.parametrize(("typed", "says"), [*KEYS, *CHOICES, *VALUES, *COMBINATIONS])
 def test_a_wrong_config_is_refused(tour, typed, says):
     tour.refused("train", *runs.arguments(tour.data, tour.home / "r"), *typed.split(), says=says)
+
+
+def test_a_model_that_no_memory_holds_ends_with_what_to_do(tour):
+    ended = tour.call("train", *runs.arguments(tour.data, tour.home / "r", "model.vocab_size=1000000000000000"))
+    assert ended.code == 1, ended
+    assert re.fullmatch(r"failed: not enough memory: [^\n]*; lower train\.micro_batch_size [^\n]*\n", ended.err), (
+        ended.err
+    )
+    assert not (tour.home / "r").exists()
 
 
 # world size, what is typed -> what is said. Rank 0's view of a run of that many processes; nobody answers it, so a refusal that came

@@ -130,6 +130,59 @@ def test_converted_weights_are_no_run_to_go_on_with(tour, straight):
     tour.refused("train", *runs.arguments(tour.data, tour.home / "w"), says=says)
 
 
+def changed(values: dict, *path: str, value) -> dict:
+    """The same nested dictionaries but for the value at `path`."""
+    return values | {path[0]: changed(values[path[0]], *path[1:], value=value) if path[1:] else value}
+
+
+EMBEDDING = "model.embedding.weight"
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "says"),
+    [
+        (["config"], {}, r"describes no model that can be built: model\.family is not given"),
+        (["config", "model"], "x", r"ModelConfig: "),
+        (
+            ["config", "model", "hidden_size"],
+            10**15,
+            r"step_00000020 is no checkpoint of the model that its manifest describes",
+        ),
+        (["tensors", EMBEDDING, "shape"], [10**12, 10**6], r"embedding\.weight has shape \[1000000000000, 1000000\]"),
+        (["tensors", EMBEDDING, "shape"], [-1, 32], r"embedding\.weight has shape \[-1, 32\]"),
+        (["tensors", EMBEDDING, "shape"], "ab", r"embedding\.weight has shape ab"),
+        (["tensors"], {}, r"embedding\.weight has shape None"),
+    ],
+)
+@pytest.mark.parametrize("door", ["generate", "convert"])
+def test_a_manifest_that_was_edited_to_describe_other_tensors_is_refused(tour, run_dir, door, path, value, says):
+    """Its checksum was made to fit, so only sense can tell; nothing of such a size is ever asked of memory."""
+    checkpoint = run_dir / "checkpoints" / "step_00000020"
+    rewrite(checkpoint, **changed(read_manifest(checkpoint), *path, value=value))
+    typed = ["prompt=the"] if door == "generate" else [f"target={tour.home / 'x'}"]
+    tour.refused(door, f"{'checkpoint' if door == 'generate' else 'source'}={checkpoint}", *typed, says=says)
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (["seed"], None),
+        (["sources"], {}),
+        (["phases"], [{"start": 0, "shares": {"english/prose": "1/0"}}]),
+        (["boundaries"], {"1/2": "x"}),
+        (["boundaries"], [1]),
+    ],
+)
+def test_a_record_of_the_data_that_makes_no_sense_is_refused(tour, run_dir, path, value):
+    for checkpoint in (run_dir / "checkpoints").iterdir():
+        data = changed(read_manifest(checkpoint)["data"], *path, value=value)
+        if value is None:
+            del data["seed"]
+        rewrite(checkpoint, data=data)
+    says = r"record of what was read makes no sense .*resume from another checkpoint"
+    tour.refused("train", *runs.arguments(tour.data, run_dir, "train.max_steps=30"), says=says)
+
+
 def test_a_model_config_that_is_not_ours_in_a_manifest_is_refused(tour, run_dir):
     checkpoint = run_dir / "checkpoints" / "step_00000020"
     config = json.loads((checkpoint / "manifest.json").read_text())["config"]

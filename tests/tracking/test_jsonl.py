@@ -78,7 +78,7 @@ def test_values_that_are_not_plain_data_are_refused() -> None:
 
 def test_resume_drops_the_torn_line_and_all_rows_past_the_step(tmp_path: Path) -> None:
     odd = b'{"loss":2.50,  "step": 5 }\n'  # not as we would write it: must stay as it is
-    foreign = b"a whole line that is no row\n"
+    foreign = b'a whole line that is no row\n{"step": "x"}\n'
     keep = [step_line(4), b'{"step": 4, "val_loss": {"a": 1.0}}\n', odd, foreign]
     drop = [step_line(6), b'{"step": 6, "val_loss": {"a": 1.0}}\n', b'{"step": 5, "lo']
     path = tmp_path / METRICS_FILE

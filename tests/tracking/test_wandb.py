@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from megatron_lite.tracking import RunInfo, TrackingConfig, WandbTracker
-from megatron_lite.tracking.wandb import flatten, stable_id
+from megatron_lite.tracking.jsonl import METRICS_FILE, encode_row
+from megatron_lite.tracking.wandb import flatten, last_rows, stable_id
 
 pytest.importorskip("wandb")
 
@@ -96,6 +97,21 @@ def test_one_run_id_through_a_kill_and_steps_that_go_back(tmp_path: Path) -> Non
     assert history(after) == rows(range(7, 13))
     summary = {key: value for record in after["summary"] for key, value in record["update"].items()}
     assert summary["status"] == "finished"
+
+
+def test_a_resumed_run_logs_its_last_minute_once_more(tmp_path: Path) -> None:
+    """A kill loses what W&B had not written: whole runs of quick steps, where the process dies within its first second."""
+    rows: list[dict] = [{"step": step, "loss": 1.0, "step_seconds": 7.0} for step in range(1, 41)]
+    rows.insert(20, {"step": 20, "val_loss": {"a": 2.0}})
+    (tmp_path / METRICS_FILE).write_bytes(b"".join(map(encode_row, rows)))
+    again = last_rows(tmp_path / METRICS_FILE, upto=25)
+    assert [row["step"] for row in again] == [17, 18, 19, 20, 20, 21, 22, 23, 24, 25]
+    assert last_rows(tmp_path / METRICS_FILE, upto=0) == []
+    assert last_rows(tmp_path / "absent", upto=3) == []
+
+    assert start(tmp_path, 25, 26, "end").wait(timeout=60) == 0
+    (run,) = tmp_path.glob("wandb/offline-run-*")
+    assert [row["step"] for row in history(records(run))] == [*(row["step"] for row in again), 26]
 
 
 def test_no_failure_of_wandb_reaches_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

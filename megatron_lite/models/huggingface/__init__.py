@@ -3,7 +3,7 @@
 Works on tensors and folders only; needs no engine and imports nothing of transformers.
 """
 
-from megatron_lite.models.huggingface.export import export_folder, native_to_hf
+from megatron_lite.models.huggingface.export import expected_shapes, export_folder, native_to_hf
 from megatron_lite.models.huggingface.folder import HuggingFaceFolder, NativeTensors, is_folder, open_folder
 from megatron_lite.models.huggingface.registry import FAMILIES, family_named, family_of
 
@@ -11,6 +11,7 @@ __all__ = [
     "FAMILIES",
     "HuggingFaceFolder",
     "NativeTensors",
+    "expected_shapes",
     "export_folder",
     "family_named",
     "family_of",
