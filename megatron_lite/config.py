@@ -298,7 +298,8 @@ def validate_model(run: RunConfig) -> None:
     if run.parallel.sequence_parallel and run.data.seq_len % run.parallel.tp:
         raise ValueError(
             f"data.seq_len={run.data.seq_len} does not divide by parallel.tp={run.parallel.tp}, which "
-            "parallel.sequence_parallel needs; change one of them, or switch sequence_parallel off"
+            f"parallel.sequence_parallel needs; data.seq_len={run.data.seq_len // run.parallel.tp * run.parallel.tp} "
+            "would, or switch sequence_parallel off"
         )
     if run.data.seq_len > run.model.max_seq_len:
         raise ValueError(

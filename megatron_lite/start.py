@@ -30,6 +30,10 @@ def choose_checkpoint(run: RunConfig, store: CheckpointStore) -> Path | None:
 
     Raises ValueError when `resume=never` would write over a run.
     """
+    if store.directory.exists() and not store.directory.is_dir():
+        raise ValueError(
+            f"{store.directory} is a file, where the checkpoints would lie; move it away, or give another run.dir"
+        )
     if run.resume == "never":
         left = [name for name in ("metrics.jsonl", "checkpoints") if (Path(run.run.dir) / name).exists()]
         if left:

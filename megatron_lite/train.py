@@ -61,6 +61,11 @@ def _locked(run: RunConfig, runtime: Runtime, store: CheckpointStore, watchdog: 
     trainer = build_trainer(run, runtime, store=store, watchdog=watchdog, checkpoint=checkpoint)
     position, horizon = trainer.position, trainer.schedule.horizon_samples
     if position.consumed_samples >= horizon:
+        if checkpoint and checkpoint.resolve().parent != store.directory.resolve():
+            raise ValueError(
+                f"resume={run.resume} is finished ({position.step} steps done), so nothing would come to lie in run.dir="
+                f"{run.run.dir}; raise train.max_steps to go on from there"
+            )
         say(
             f"{run.run.dir} is finished: {position.step} steps done. Raise train.max_steps to go on, or give run.dir=... "
             "for another run."

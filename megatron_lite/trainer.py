@@ -62,6 +62,8 @@ class TrainConfig:
             value = getattr(self, key)
             if value is not None and value < 1:
                 raise ValueError(f"train.{key}={value} must be at least 1")
+        if (self.threads or 0) > 1024:  # no machine has as many cores; torch would try to start them all
+            raise ValueError(f"train.threads={self.threads} must be at most 1024")
         if self.eval_every < 0:
             raise ValueError(f"train.eval_every={self.eval_every} must not be negative; 0 validates at the end only")
         BatchSize(self.global_batch_size, self.batch_ramp)

@@ -145,9 +145,13 @@ def _check_manifest(file: Path, manifest: dict[str, Any]) -> None:
     for name, entry in manifest["files"].items():
         if not _FILE_NAME.fullmatch(name) or not isinstance(entry, dict) or set(entry) != {"size", "sha256"}:
             raise CheckpointError(f"{file} names an impossible file {name!r}")
+        if not _is_count(entry["size"]) or not isinstance(entry["sha256"], str):
+            raise CheckpointError(f"{file} gives the file {name!r} an impossible size or hash")
     for name, entry in manifest["tensors"].items():
         if not isinstance(entry, dict) or set(entry) != {"shape", "dtype"}:
             raise CheckpointError(f"{file} describes the tensor {name!r} without shape and dtype")
+        if not isinstance(entry["shape"], list) or not all(_is_count(size) for size in entry["shape"]):
+            raise CheckpointError(f"{file} gives the tensor {name!r} an impossible shape {str(entry['shape'])[:80]}")
         try:
             dtype_from(entry["dtype"])
         except ValueError as error:
@@ -207,9 +211,13 @@ def _wrong_keys(given: dict[str, Any], keys: dict[str, type]) -> list[str]:
         value = given.get(key)
         if key in given and (not isinstance(value, kind) or isinstance(value, bool)):
             wrong.append(f"{key!r} is {type(value).__name__}, not {kind.__name__}")
-        elif kind is int and isinstance(value, int) and value < 0:
-            wrong.append(f"{key!r} is {value}, below 0")
+        elif kind is int and key in given and not _is_count(value):
+            wrong.append(f"{key!r} is {str(value)[:40]}, not between 0 and 2**63")
     return wrong
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
 
 def _checksum(manifest: dict[str, Any]) -> str:

@@ -29,12 +29,14 @@ class SamplingConfig:
 
     def validate(self) -> None:
         """Raises ValueError naming the key."""
-        if not self.temperature >= 0:
-            raise ValueError(f"sampling.temperature={self.temperature} must be 0 (greedy) or more")
+        if not (self.temperature == 0 or self.temperature >= 1e-4):  # below, fp32 logits overflow
+            raise ValueError(f"sampling.temperature={self.temperature} must be 0 (greedy), or at least 1e-4")
         if self.top_k < 0:
             raise ValueError(f"sampling.top_k={self.top_k} must be 0 (all tokens) or more")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"sampling.top_p={self.top_p} must lie in (0, 1]; 1 keeps all tokens")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"sampling.seed={self.seed} must be 0 or more and below 2**63")
 
 
 def filtered_probabilities(logits_BV: Tensor, *, temperature: float, top_k: int, top_p: float) -> Tensor:
@@ -121,9 +123,10 @@ def _check_prompt(decoder: Decoder, tokens: Sequence[int], max_new_tokens: int) 
             f"the prompt holds token {foreign[0]}, but model.vocab_size={config.vocab_size}; is this the "
             "tokenizer that the model was trained with?"
         )
-    if len(tokens) + max_new_tokens > config.max_seq_len:
+    room = config.max_seq_len - len(tokens)
+    if max_new_tokens > room:
+        way_out = f"lower max_new_tokens to {room} or shorten the prompt" if room > 0 else "shorten the prompt"
         raise ValueError(
             f"a prompt of {len(tokens)} tokens and max_new_tokens={max_new_tokens} pass model.max_seq_len="
-            f"{config.max_seq_len}; lower max_new_tokens to {max(0, config.max_seq_len - len(tokens))} or "
-            "shorten the prompt"
+            f"{config.max_seq_len}; {way_out}"
         )

@@ -63,6 +63,13 @@ class ScheduleConfig:
             )
         if self.decay_fraction is not None and not 0 < self.decay_fraction <= 1:
             raise ValueError(f"schedule.decay_fraction={self.decay_fraction} must be in (0, 1]")
+        if self.name != "wsd":
+            for key, unset in (("decay", None), ("decay_fraction", None), ("decay_shape", "linear")):
+                if getattr(self, key) != unset:
+                    raise ValueError(
+                        f"schedule.{key}={getattr(self, key)} has no meaning with schedule={self.name}; choose schedule=wsd, or "
+                        f"set it back to {'null' if unset is None else unset}"
+                    )
         if self.name == "wsd" and self.decay is None and self.decay_fraction is None:
             raise ValueError("schedule=wsd needs schedule.decay or schedule.decay_fraction, e.g. decay_fraction=0.2")
 

@@ -130,7 +130,8 @@ def check_divisible(config: ModelConfig, *, tp: int, sequence_parallel: bool = F
         counts["model.max_seq_len"] = config.max_seq_len
     for key, number in counts.items():
         if number % tp:
-            works = [d for d in range(1, tp) if all(count % d == 0 for count in counts.values())]
+            # of the divisors of tp: those divide the number of processes too
+            works = [d for d in range(1, tp) if tp % d == 0 and all(count % d == 0 for count in counts.values())]
             reason = "; a key-value head is not split" if key == "model.num_kv_heads" else ""
             raise ValueError(
                 f"{key}={number} does not divide by parallel.tp={tp}{reason}; with this model parallel.tp="

@@ -35,6 +35,9 @@ DAMAGE = {
     "a later version": (lambda c: edit_json(c / "manifest.json", format_version=9), r"format_version 9; .*load it with the version"),
     "a missing key": (lambda c: (c / "manifest.json").write_text('{"format": "megatron_lite"}'), r"is incomplete: no key"),
     "a way out of the directory": (lambda c: rewrite(c, files={"../x.safetensors": {}}), r"names an impossible file"),
+    "a size in words": (lambda c: rewrite(c, files={"x.safetensors": {"size": "1", "sha256": ""}}), r"an impossible size or hash"),
+    "a shape in words": (lambda c: rewrite(c, tensors={"x": {"shape": ["1"], "dtype": "float32"}}), r"an impossible shape \['1'\]"),
+    "a number of forty digits": (lambda c: rewrite(c, adam_step=10**40), r"'adam_step' is 1000.*not between 0 and 2\*\*63"),
     "no generator state": (lambda c: rewrite(c, rng={}), r"no state of random generators"),
     "a missing file": (lambda c: shard(c).unlink(), r"safetensors cannot be read: No such file"),
     "an empty file": (lambda c: cut(shard(c), 0), r"safetensors has 0 bytes, not \d+"),
@@ -105,6 +108,18 @@ def test_a_run_directory_that_is_a_file_is_refused(tour):
     )
 
 
+def test_a_file_where_the_checkpoints_would_lie_is_refused(tour):
+    (tour.home / "r").mkdir()
+    (tour.home / "r" / "checkpoints").write_text("mine")
+    says = r"/r/checkpoints is a file, where the checkpoints would lie; move it away"
+    tour.refused("train", *runs.arguments(tour.data, tour.home / "r"), says=says)
+
+
+def test_a_finished_run_of_another_directory_is_nothing_to_resume(tour, straight):
+    says = r"is finished \(20 steps done\), so nothing would come to lie in run\.dir=.*raise train\.max_steps"
+    tour.refused("train", *runs.arguments(tour.data, tour.home / "r", f"resume={straight}"), says=says)
+
+
 def test_a_second_process_is_refused(tour, run_dir):
     with RunLock(run_dir):
         typed = runs.arguments(tour.data, run_dir, "train.max_steps=30")
@@ -149,8 +164,8 @@ EMBEDDING = "model.embedding.weight"
             r"step_00000020 is no checkpoint of the model that its manifest describes",
         ),
         (["tensors", EMBEDDING, "shape"], [10**12, 10**6], r"embedding\.weight has shape \[1000000000000, 1000000\]"),
-        (["tensors", EMBEDDING, "shape"], [-1, 32], r"embedding\.weight has shape \[-1, 32\]"),
-        (["tensors", EMBEDDING, "shape"], "ab", r"embedding\.weight has shape ab"),
+        (["tensors", EMBEDDING, "shape"], [-1, 32], r"embedding\.weight' an impossible shape \[-1, 32\]"),
+        (["tensors", EMBEDDING, "shape"], "ab", r"embedding\.weight' an impossible shape ab"),
         (["tensors"], {}, r"embedding\.weight has shape None"),
     ],
 )

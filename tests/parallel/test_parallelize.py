@@ -261,6 +261,7 @@ def test_compile_is_handed_to_each_layer(monkeypatch: pytest.MonkeyPatch) -> Non
         ({"num_kv_heads": 2}, 4, False, r"model.num_kv_heads=2 does not divide by parallel.tp=4.*parallel.tp=1 or 2 "),
         ({"ffn_size": 50}, 4, False, r"model.ffn_size=50 does not divide by parallel.tp=4.*parallel.tp=1 or 2 would"),
         ({"vocab_multiple": 1}, 4, False, r"padded vocabulary .*=250 does not divide.*parallel.tp=1 or 2 would work"),
+        ({}, 3, False, r"does not divide by parallel.tp=3.*parallel.tp=1 would work"),
         ({"max_seq_len": 18}, 4, True, r"model.max_seq_len=18 does not divide by parallel.tp=4"),
     ],
 )
