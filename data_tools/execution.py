@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-from data_tools.atomic import explain_os_error, read_json, write_json, write_text
+from data_tools.atomic import explain_os_error, write_json, write_text
 from data_tools.recipe import ExecutorConfig
 from data_tools.steps import Progress, Step
 
@@ -237,8 +237,3 @@ def _number(path: Path) -> int:
 def is_done(step: Step) -> bool:
     """Whether every task of `step` is finished."""
     return (step.folder / DONE).exists()
-
-
-def seconds_of(step: Step) -> float:
-    """How long the step took when it ran (its last start)."""
-    return float(read_json(step.folder / DONE)["seconds"])

@@ -1,6 +1,6 @@
 """Near duplicates: MinHash signatures over word n-grams, locality-sensitive hashing, and a check of every candidate.
 
-    signatures  a task a shard   b x r minima of the n-gram hashes under random linear maps (Broder 1997), and b band keys
+    signatures  a task a shard   b x r minima of the n-gram hashes under random linear maps (Broder 1997)
     candidates  a task a band    pairs that agree in a band and in at least `threshold` of ALL b x r minima
     decide      one task         in recipe order, a document goes if a document that stays before it is its pair
 
@@ -56,14 +56,6 @@ class MinHash:
             best = minima if best is None else np.minimum(best, minima)
         return best
 
-    def band_keys(self, signatures: np.ndarray) -> np.ndarray:
-        """uint64 (N, bands): one hash for the rows of each band of uint32 (N, bands * rows)."""
-        parts = signatures.reshape(len(signatures), self.config.bands, self.config.rows).astype(np.uint64)
-        keys = np.zeros(parts.shape[:2], np.uint64)
-        for row in range(self.config.rows):
-            keys = mix(keys + parts[:, :, row] + np.uint64(0x9E3779B97F4A7C15))
-        return keys
-
 
 @dataclass
 class SignatureStep(Step):
@@ -107,12 +99,9 @@ class CandidateStep(Step):
     def run_task(self, rank: int, progress: Progress) -> None:
         """Compare the documents that share band `rank`."""
         store = SignatureStore(self.signatures)
-        minhash = MinHash(self.settings)
         first = rank * self.settings.rows
-        keys = np.concatenate(
-            [np.empty(0, np.uint64)]
-            + [_one_band(minhash, part[:, first : first + self.settings.rows]) for part in store.parts]
-        )
+        parts = [_band_keys(part[:, first : first + self.settings.rows]) for part in store.parts]
+        keys = np.concatenate([np.empty(0, np.uint64), *parts])
         order = np.argsort(keys, kind="stable")
         starts = np.flatnonzero(np.diff(keys[order], prepend=keys[order][:1] + np.uint64(1)))
         lengths = np.diff(np.append(starts, len(keys)))
@@ -124,7 +113,8 @@ class CandidateStep(Step):
         write_array(self.folder / f"{rank:05d}.pairs.npy", np.unique(found))
 
 
-def _one_band(minhash: MinHash, columns: np.ndarray) -> np.ndarray:
+def _band_keys(columns: np.ndarray) -> np.ndarray:
+    """uint64 (N): one hash for the rows of a band of uint32 (N, rows)."""
     keys = np.zeros(len(columns), np.uint64)
     for row in range(columns.shape[1]):
         keys = mix(keys + columns[:, row].astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15))
