@@ -161,6 +161,7 @@ def build_trainer(
             "tokenizer": tokenizer.fingerprint,
             "schedule": to_dict(run.schedule),
             "data": blend.state(),
+            "parameters": parameter_count(run.model),
         },
     )
     if checkpoint:

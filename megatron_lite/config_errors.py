@@ -21,6 +21,10 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandat
 _SCHEMA = "_schema"  # how the names of the schemas end, which are no choices
 
 
+class ConfigError(ValueError):
+    """A configuration that cannot be: the message names the key, the value and the way out."""
+
+
 def explain(error: BaseException, overrides: list[str], known_keys: Callable[[], Iterable[str]]) -> str:
     """One line about Hydra's or OmegaConf's `error`. known_keys: every dotted key that exists, asked for when needed."""
     chain = list(_chain(error))

@@ -36,7 +36,7 @@ def write_report(run_dir: str | Path) -> Path:
     newest = manifests[-1][1] if manifests else {}
     sections = [
         _header(run_dir, status),
-        _tiles(curves, status),
+        _tiles(curves, status, newest),
         _losses(curves),
         _small_charts(curves),
         _blend(status.get("blend_seen"), newest),
@@ -62,10 +62,12 @@ def _header(run_dir: Path, status: dict[str, Any]) -> str:
     )
 
 
-def _tiles(curves: Curves, status: dict[str, Any]) -> str:
+def _tiles(curves: Curves, status: dict[str, Any], manifest: dict[str, Any]) -> str:
     last = curves.training[-1] if curves.training else {}
     step = last.get("step", status.get("step"))
     tiles = [("steps", "n/a" if step is None else f"{step:,}")]
+    if isinstance(parameters := manifest.get("parameters"), int):
+        tiles.append(("parameters", f"{parameters:,}"))
     if tokens := last.get("consumed_tokens"):
         tiles.append(("tokens seen", human(tokens)))
     if losses := curves.column("loss")[1]:

@@ -91,7 +91,7 @@ def run_dir(tmp_path: Path) -> Path:
             {"start": 0, "shares": {EVIL: "7/10", "python": "3/10"}},
             {"start": 600, "shares": {EVIL: "1/2", "python": "1/2"}},
         ]
-        manifest = {"step": step, "consumed_samples": 8 * step, "data": {"phases": phases}}
+        manifest = {"step": step, "consumed_samples": 8 * step, "parameters": 12_345_678, "data": {"phases": phases}}
         (folder / "manifest.json").write_text(json.dumps(manifest))
         (folder / "model.safetensors").write_bytes(bytes(3 * 2**20))
     (run_dir / "checkpoints" / ".tmp-step_00000150").mkdir()
@@ -112,7 +112,16 @@ def test_the_page_says_what_the_run_directory_says(run_dir: Path) -> None:
         ["step_00000100", "800", "2", "3.0 MiB"],
         ["step_00000050", "400", "2", "3.0 MiB"],
     ]
-    for text in ("preempted", "SIGTERM <i>", "smoke & <b>", "205K", "00:50", "measured CPU peak", "1.50 GiB"):
+    for text in (
+        "preempted",
+        "SIGTERM <i>",
+        "smoke & <b>",
+        "12,345,678",
+        "205K",
+        "00:50",
+        "measured CPU peak",
+        "1.50 GiB",
+    ):
         assert text in page.text
     assert "a: '</pre><script>'\nseed: 1234" in page.text
     charts = [found for tag, found in page.tags if tag == "svg" and "by step" in found.get("aria-label", "")]
