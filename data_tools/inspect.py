@@ -31,7 +31,7 @@ class InspectConfig:
 
     data: DataConfig = field(default_factory=DataConfig)
     seed: int = 0
-    tokens: int = 0
+    tokens: float = 0
     max_epochs: float = 4.0
     samples: int = 3
     places: int = 16
@@ -55,7 +55,7 @@ def inspect(config: InspectConfig, console: Console | None = None) -> list[str]:
     identity = TokenizerIdentity(fingerprint(tokenizer), data.tokenizer, tokenizer.eos_token_id, len(tokenizer))
     blend = open_blend(data, tokenizer=identity, seed=config.seed, horizon_samples=1)
     available = sum(source.num_tokens for source in blend.sources.values())
-    horizon = max(1, (config.tokens or available) // data.seq_len)
+    horizon = max(1, int(config.tokens or available) // data.seq_len)
     blend = open_blend(data, tokenizer=identity, seed=config.seed, horizon_samples=horizon)
     rows = summarise(blend)
     console.print(_table(blend, rows))
@@ -103,7 +103,11 @@ def _table(blend: Blend, rows: list[dict[str, Any]]) -> Table:
     starts = [segment.start for segment in blend.phases.segments]
     headings = ["source", "documents", "tokens", *(f"from {start:,}" for start in starts), "all", "samples", "epochs"]
     for i, heading in enumerate(headings):
-        table.add_column(heading, justify="left" if i == 0 else "right")
+        table.add_column(
+            heading,
+            justify="right" if i else "left",
+            min_width=max(len(row["source"]) for row in rows) if not i else None,
+        )
     for row in rows:
         shares = [f"{share:.2%}" for share in [*row["phases"], row["share"]]]
         table.add_row(

@@ -10,12 +10,15 @@ from omegaconf import OmegaConf
 WEIGHTS = {"english": 0.70, "multilingual": 0.15, "code": 0.15}  # Nemotron-4, arXiv 2402.16819
 OTHER_WEIGHT = 0.10
 ALPHA = {"multilingual": 0.5}
+MIN_VALIDATION_TOKENS = (
+    4_097  # one window of 4,096 tokens: training refuses a held-out file that is shorter than its window
+)
 
 
 def data_yaml(name: str, folder: Path, datasets: dict[str, dict[str, Any]]) -> str:
     """YAML text of a blend `name` of the datasets `dataset/split` in `folder`, groups weighted as in Nemotron-4.
 
-    A dataset whose documents are all held out has no training file and is left out.
+    A dataset whose documents are all held out has no training file and is left out; so are held-out files that are too short to read.
     """
     groups: dict[str, Any] = {}
     for dataset_split, facts in datasets.items():
@@ -26,7 +29,7 @@ def data_yaml(name: str, folder: Path, datasets: dict[str, dict[str, Any]]) -> s
         if facts["group"] in ALPHA:
             group["alpha"] = ALPHA[facts["group"]]
         source = {"path": str(folder / dataset)}
-        if f"{dataset}/validation" in datasets:
+        if datasets.get(f"{dataset}/validation", {"tokens": 0})["tokens"] >= MIN_VALIDATION_TOKENS:
             source["validation"] = str(folder / f"{dataset}.validation")
         group["sources"][dataset] = source
     head = (

@@ -231,7 +231,15 @@ def test_wrong_keys_are_told(capsys) -> None:
 def test_inspect_a_corpus(make_recipe, tmp_path) -> None:
     corpus = run(make_recipe())
     output = io.StringIO()
-    arguments = ["--config-dir", str(corpus), "data=test", "samples=2", "places=5", f"picture={tmp_path / 'blend.png'}"]
+    arguments = [
+        "--config-dir",
+        str(corpus),
+        "data=test",
+        "tokens=1e4",
+        "samples=2",
+        "places=5",
+        f"picture={tmp_path / 'blend.png'}",
+    ]
     config = compose("inspect", InspectConfig, arguments)
     assert inspect(config, Console(file=output, width=200)) == []
     shown = output.getvalue()

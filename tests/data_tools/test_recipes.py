@@ -111,8 +111,9 @@ def test_continued_training_is_the_last_ninth_in_two_distributions() -> None:
 def test_the_starter_blend_of_a_corpus(tmp_path: Path) -> None:
     datasets = {
         "en/train": {"group": "english"},
-        "en/validation": {"group": "english"},
+        "en/validation": {"group": "english", "tokens": 5000},
         "de/train": {"group": "multilingual"},
+        "de/validation": {"group": "multilingual", "tokens": 200},
         "fr/validation": {"group": "multilingual"},
         "poems/train": {"group": "poetry"},
     }
@@ -128,6 +129,7 @@ def test_the_starter_blend_of_a_corpus(tmp_path: Path) -> None:
     assert config.groups["multilingual"].alpha == 0.5
     assert config.groups["english"].sources["en"].validation == str(tmp_path / "en.validation")
     assert list(config.groups["multilingual"].sources) == ["de"]
+    assert config.groups["multilingual"].sources["de"].validation is None  # shorter than a window
     with pytest.raises(ValueError, match=r"--config-dir .*nowhere is no folder"):
         compose("inspect", InspectConfig, ["--config-dir", str(tmp_path / "nowhere"), "data=mine"])
 
