@@ -131,11 +131,18 @@ def datatrove(folder: Path, texts: list[str], tokenizer: Path) -> dict[str, floa
     writer = MegatronDocumentTokenizer(
         str(folder / "tokens"), tokenizer_name_or_path=str(tokenizer / "tokenizer.json"), eos_token="<|endoftext|>"
     )
-    return {
-        "filter": timed(judge),
-        "near": timed(lambda: signatures.run(iter(documents))),
-        "tokenise": timed(lambda: writer.run(iter(documents))),
+    works: dict[str, Callable[[], object]] = {
+        "filter": judge,
+        "near": lambda: signatures.run(iter(documents)),
+        "tokenise": lambda: writer.run(iter(documents)),
     }
+    seconds = {}
+    for stage, work in works.items():
+        try:
+            seconds[stage] = timed(work)
+        except ImportError as error:  # datatrove splits words with spacy, which the rest does without
+            print(f"datatrove's {stage} is left out: {error}")
+    return seconds
 
 
 def datasets_map(folder: Path, texts: list[str], tokenizer: Path) -> dict[str, float]:
@@ -183,11 +190,10 @@ def main() -> None:
         # The others get what our filter was given and what our tokenise stage was given, so that MB/s compare.
         kept = [d.text for shard in range(len(pipeline.corpus.shards())) for _, d in pipeline.corpus.read(shard)]
         kept_megabytes = sum(len(text.encode()) for text in kept) / 1e6
-        others: dict[str, dict[str, float]] = {"datatrove": {}, "datasets.map": datasets_map(folder, kept, tokenizer)}
-        try:
-            others["datatrove"] = datatrove(folder, kept, tokenizer)
-        except ImportError as error:  # its word splitting needs spacy, which the rest does without
-            print(f"datatrove's stages are left out: {error}")
+        others = {
+            "datatrove": datatrove(folder, kept, tokenizer),
+            "datasets.map": datasets_map(folder, kept, tokenizer),
+        }
         backend = FastTokenizer(tokenizer).backend_tokenizer
         alone = timed(lambda: backend.encode_batch(kept, add_special_tokens=False))
     table = Table(
