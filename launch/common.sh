@@ -4,24 +4,53 @@
 # Settings are environment variables; a file named by SETTINGS is read first (NAME=value lines; what is exported already wins).
 # `--dry-run` as the first word, or DRY_RUN=1, prints what would run and runs nothing.
 
-# The settings file fills in what the environment leaves open.
+# The settings file fills in what the environment leaves open. Lines are NAME=value as a shell reads them, comments, or empty.
 read_settings() {
   [[ -n ${SETTINGS:-} ]] || return 0
-  [[ -r $SETTINGS ]] || fail "SETTINGS=$SETTINGS cannot be read"
-  local line name
+  [[ -f $SETTINGS && -r $SETTINGS ]] || fail "SETTINGS=$SETTINGS cannot be read"
+  local line name value number=0
   while IFS= read -r line || [[ -n $line ]]; do
-    [[ $line =~ ^[[:space:]]*(export[[:space:]]+)?([A-Za-z_][A-Za-z_0-9]*)= ]] || continue
-    name=${BASH_REMATCH[2]}
-    [[ -n ${!name+set} ]] || eval "export $line"
+    number=$((number + 1))
+    line=${line%$'\r'} # as an editor on Windows ends lines
+    [[ ! $line =~ ^[[:space:]]*(#.*)?$ ]] || continue
+    [[ $line =~ ^[[:space:]]*(export[[:space:]]+)?([A-Za-z_][A-Za-z_0-9]*)= ]] ||
+      fail "$SETTINGS, line $number: '$line' is not NAME=value"
+    name=${BASH_REMATCH[2]} value=${line#"${BASH_REMATCH[0]}"}
+    [[ -z ${!name+set} ]] || continue
+    # one word at most: `A=one two` would be cut after `one`, and an open quote would end this script
+    (words=() && set -f && eval "words=($value"$'\n)' && ((${#words[@]} < 2))) 2>/dev/null ||
+      fail "$SETTINGS, line $number: '$line' is not NAME=value; a value with spaces or signs stands in quotes"
+    eval "export $name=$value"
   done <"$SETTINGS"
 }
 
-# Exports every variable of ENV_FILE (NCCL and friends) that is not set yet, and prints it in a dry run.
+# Exports every variable of ENV_FILE (NCCL and friends) that is not set yet.
 read_env_file() {
   [[ -n ${ENV_FILE:-} ]] || return 0
-  [[ -r $ENV_FILE ]] || fail "ENV_FILE=$ENV_FILE cannot be read; ENV_FILE= (empty) goes without"
-  echo "# environment from $ENV_FILE"
+  [[ -f $ENV_FILE && -r $ENV_FILE ]] || fail "ENV_FILE=$ENV_FILE cannot be read; ENV_FILE= (empty) goes without"
   SETTINGS=$ENV_FILE read_settings
+}
+
+# The names that ENV_FILE sets.
+env_file_names() {
+  [[ -z ${ENV_FILE:-} ]] || sed -n -E 's/^[[:space:]]*(export[[:space:]]+)?([A-Za-z_][A-Za-z_0-9]*)=.*/\2/p' "$ENV_FILE"
+}
+
+# For a dry run: the variables of ENV_FILE as the ranks get them.
+show_env_file() {
+  local name
+  [[ -n ${ENV_FILE:-} ]] || return 0
+  echo "# environment from $ENV_FILE"
+  for name in $(env_file_names); do echo "$name=${!name}"; done
+}
+
+# Refuses a setting that is not a whole number.
+whole_numbers() { # lowest value, names
+  local lowest=$1 name
+  shift
+  for name in "$@"; do
+    [[ -z ${!name:-} || (${!name} =~ ^(0|[1-9][0-9]{0,8})$ && ${!name} -ge $lowest) ]] || fail "$name=${!name} is not a whole number from $lowest on"
+  done
 }
 
 fail() {
@@ -39,23 +68,49 @@ show() {
   echo "${line# }"
 }
 
+# Seconds of a time limit as Slurm reads it: minutes[:seconds], hours:minutes:seconds, days-hours[:minutes[:seconds]]; 0 where there is none.
+seconds() { # time
+  local form='^(([0-9]+)-)?([0-9]+)(:([0-9]+))?(:([0-9]+))?$' days a b c
+  case $1 in UNLIMITED | INFINITE | unlimited | infinite | -1) echo 0 && return ;; esac
+  [[ $1 =~ $form ]] || return 1
+  days=$((10#${BASH_REMATCH[2]:-0})) a=$((10#${BASH_REMATCH[3]})) b=$((10#${BASH_REMATCH[5]:-0})) c=$((10#${BASH_REMATCH[7]:-0}))
+  if [[ -n ${BASH_REMATCH[1]} || -n ${BASH_REMATCH[6]} ]]; then
+    echo $((days * 86400 + a * 3600 + b * 60 + c))
+  else
+    echo $((a * 60 + b))
+  fi
+}
+
 # The run directory: run.dir=, else RUN_DIR, else runs/<run.name= or experiment=>, else runs/default. The last override wins, as in Hydra.
 run_dir() {
   local word directory='' name='' experiment=''
   for word in "$@"; do
     case $word in
-      run.dir=*) directory=${word#run.dir=} ;;
-      run.name=*) name=${word#run.name=} ;;
+      run.dir=* | ++run.dir=*) directory=$(plain "${word#*=}") ;;
+      run.name=* | ++run.name=*) name=$(plain "${word#*=}") ;;
       experiment=* | +experiment=*) experiment=${word#*=} ;;
     esac
   done
   name=${name:-${experiment:-default}}
-  echo "${directory:-${RUN_DIR:-runs/$name}}"
+  directory=${directory:-${RUN_DIR:-runs/$name}}
+  # shellcheck disable=SC2016  # a dollar sign as it is written
+  [[ $directory != *'${'* ]] || fail "run.dir=$directory: a launch needs the directory itself, without \${...}"
+  echo "$directory"
 }
 
-# One value of the one-line JSON object that training leaves in <run.dir>/status.json.
+# A value without the quotes that Hydra takes off.
+plain() { # value
+  local value=$1 quote=${1:0:1}
+  if [[ ${#value} -gt 1 && ($quote == "'" || $quote == '"') && ${value: -1} == "$quote" ]]; then
+    value=${value:1:${#value}-2}
+    value=${value//"\\$quote"/$quote}
+  fi
+  echo "$value"
+}
+
+# One text of the one-line JSON object that training leaves in <run.dir>/status.json, up to a quote inside it.
 status_value() { # file key
-  grep -o "\"$2\": *\"\?[^\",}]*" "$1" 2>/dev/null | head -n 1 | sed -E 's/^"[a-z]*": *"?//' || true
+  grep -o "\"$2\": *\"[^\"]*" "$1" 2>/dev/null | head -n 1 | sed -E 's/^"[a-z]*": *"//; s/\\$//' || true
 }
 
 # How this job's training ended, by status.json alone: finished | stopped | preempted | failed | running | none.

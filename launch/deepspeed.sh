@@ -25,6 +25,7 @@ read_settings
 PYTHON=${PYTHON:-${MLITE_PYTHON:-python3}}
 [[ -n ${HOSTFILE:-} ]] || fail "HOSTFILE is not set: name a file with lines 'host slots=8'"
 [[ -r $HOSTFILE ]] || fail "HOSTFILE=$HOSTFILE cannot be read"
+whole_numbers 1 MASTER_PORT SSH_PORT
 export MLITE_JOB=${JOB:-$(hostname)-$(date +%s)-$$}
 directory=$(run_dir "$@")
 
@@ -45,7 +46,7 @@ command+=(megatron_lite.train "$@" run.dir="$directory")
 
 read_env_file
 if [[ -n ${DRY_RUN:-} ]]; then
-  [[ -z ${ENV_FILE:-} ]] || grep -E '^[A-Za-z_]+=' "$ENV_FILE" || true
+  show_env_file
   show env MLITE_JOB="$MLITE_JOB" "${command[@]}"
   exit 0
 fi
@@ -56,9 +57,7 @@ trap 'rm -f "$environment"' EXIT
 export DS_ENV_FILE=$environment
 {
   echo "MLITE_JOB=$MLITE_JOB"
-  if [[ -n ${ENV_FILE:-} ]]; then
-    sed -n -E 's/^(export )?([A-Za-z_][A-Za-z_0-9]*)=.*/\2/p' "$ENV_FILE" | while read -r name; do echo "$name=${!name:-}"; done
-  fi
+  for name in $(env_file_names); do echo "$name=${!name:-}"; done
 } >"$environment"
 
 child=

@@ -15,7 +15,7 @@
 #   ENV_FILE         file of variables for NCCL and the like (default none)
 #   PYTHON, SETTINGS interpreter; a file with any of these settings
 #
-# SIGUSR1, SIGTERM or Ctrl-C: the ranks save after their step, then this ends. Again: at once.
+# SIGUSR1, SIGTERM or Ctrl-C: the ranks save after their step, then this ends. Again, some seconds later: at once, without a save.
 # Ends with 0 when the run is finished or reached train.stop_at, 75 when it was preempted (start it again), otherwise with an error.
 set -euo pipefail
 LAUNCH_DIR=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -32,6 +32,8 @@ gpus() {
 PYTHON=${PYTHON:-${MLITE_PYTHON:-python3}}
 NODES=${NODES:-1} MIN_NODES=${MIN_NODES:-${NODES:-1}}
 RANKS_PER_NODE=${RANKS_PER_NODE:-$(gpus)}
+whole_numbers 1 NODES MIN_NODES
+whole_numbers 0 RANKS_PER_NODE MAX_RESTARTS NODE_INDEX SHUTDOWN_TIMEOUT
 ((RANKS_PER_NODE > 0)) || RANKS_PER_NODE=1
 restarts=0
 ((MIN_NODES == NODES)) || restarts=3
@@ -64,7 +66,7 @@ command+=(megatron_lite.train ${@+"$@"} run.dir="$directory")
 
 read_env_file
 if [[ -n ${DRY_RUN:-} ]]; then
-  [[ -z ${ENV_FILE:-} ]] || grep -E '^[A-Za-z_]+=' "$ENV_FILE" || true
+  show_env_file
   show env MLITE_JOB="$MLITE_JOB" "${command[@]}"
   exit 0
 fi
@@ -72,16 +74,25 @@ fi
 child=
 signals=0
 # shellcheck disable=SC2317,SC2329  # called by the traps
+below() { # every process below one
+  local process
+  for process in $(pgrep -P "$1" 2>/dev/null || true); do
+    echo "$process"
+    below "$process"
+  done
+}
+# shellcheck disable=SC2317,SC2329  # called by the traps
 pass_on() {
-  signals=$((signals + 1))
   [[ -n $child ]] || exit 75
-  if ((signals == 1)); then
+  if ((signals == 0)); then
+    signals=1 signalled_at=$SECONDS
     echo "$1: the ranks save and stop (once more: stop at once)" >&2
     kill -USR1 "$child" 2>/dev/null || true
-  elif ((signals == 2)); then
-    kill -TERM "$child" 2>/dev/null || true
-  else
-    kill -KILL "$child" 2>/dev/null || true
+  elif ((SECONDS > signalled_at + 1)); then # sooner it is the same one: `timeout` and others send theirs twice
+    local processes
+    processes=$(below "$child") # torchrun itself would wait for its ranks, and leave them behind when it is killed
+    # shellcheck disable=SC2086  # a list of numbers
+    kill -KILL "$child" $processes 2>/dev/null || true
   fi
 }
 for name in USR1 TERM INT; do
@@ -103,6 +114,10 @@ case $(settled_outcome "$directory" "$MLITE_JOB" "$before") in
   preempted) exit 75 ;;
   none) # the run was finished before, or its config was refused: nothing was written, the process itself says which
     ((code == 0 || signals == 0)) || exit 75
+    # torchrun ends with 1 whatever its ranks said; a wrong config is 2 here as with one process
+    if ((code != 0 && NODES * RANKS_PER_NODE > 1)); then
+      "$PYTHON" -m megatron_lite.launch check $((NODES * RANKS_PER_NODE)) ${@+"$@"} run.dir="$directory" 2>/dev/null || [[ $? != 2 ]] || exit 2
+    fi
     exit "$code" ;;
   *) exit $((code == 0 ? 1 : code)) ;;
 esac

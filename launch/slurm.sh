@@ -27,10 +27,15 @@ export GPUS_PER_NODE=${GPUS_PER_NODE:-8} SIGNAL_SECONDS=${SIGNAL_SECONDS:-600}
 export NODES=${NODES:-1}
 directory=$(run_dir "$@")
 logs=${LOG_DIR:-$directory/logs}
+whole_numbers 1 NODES MIN_NODES RANKS_PER_NODE SIGNAL_SECONDS MAX_FAILURES MASTER_PORT CPUS_PER_NODE
+whole_numbers 0 GPUS_PER_NODE MAX_RESTARTS
+limit=$(seconds "${TIME:-04:00:00}") || fail "TIME=$TIME is no time; write hours:minutes:seconds, days-hours or minutes"
+((limit == 0 || limit > SIGNAL_SECONDS + 60)) ||
+  fail "TIME=${TIME:-04:00:00} leaves no time to train before the signal to save, SIGNAL_SECONDS=$SIGNAL_SECONDS and up to a minute before the end"
 [[ $GPUS_PER_NODE != 0 || -n ${RANKS_PER_NODE:-} ]] || fail "GPUS_PER_NODE=0 needs RANKS_PER_NODE, the processes of a node"
 
 command=(sbatch --parsable --nodes="$NODES" --ntasks-per-node=1 --time="${TIME:-04:00:00}" --job-name="${JOB_NAME:-$(basename "$directory")}"
-  --signal="B:USR1@$SIGNAL_SECONDS" --requeue --open-mode=append --output="$logs/%x-%j.out" --export=ALL)
+  --signal="B:USR1@$SIGNAL_SECONDS" --requeue --open-mode=append --output="${logs//%/%%}/%x-%j.out" --export=ALL)
 [[ $GPUS_PER_NODE == 0 ]] || command+=(--gpus-per-node="$GPUS_PER_NODE")
 [[ ${EXCLUSIVE:-1} != 1 ]] || command+=(--exclusive)
 # A job that may go on with fewer nodes must survive the loss of one.

@@ -57,6 +57,9 @@ def main() -> None:
             settings, overrides = split_words(words[1:])
             print(manifest(dict(s.split("=", 1) for s in settings), overrides), end="")
             return
+        if words[0] == "check":
+            check(int(words[1]), words[2:])
+            return
         words = command(words[0], words[1:])
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -100,7 +103,8 @@ def manifest(settings: dict[str, str], overrides: list[str]) -> str:
     NAME, NAMESPACE, IMAGE, NODES, GPUS_PER_NODE, CLAIM (a shared volume, mounted at /workspace), RUN_DIR and GRACE_SECONDS go where
     they belong; any of local.sh's settings becomes a variable of the container.
     """
-    documents = list(yaml.safe_load_all((scripts_dir() / "kubernetes.yaml").read_text()))
+    text = _renamed((scripts_dir() / "kubernetes.yaml").read_text(), settings.get("NAME"))
+    documents = list(yaml.safe_load_all(text))
     job = next(d for d in documents if d["kind"] == "Job")
     pod = job["spec"]["template"]["spec"]
     container = pod["containers"][0]
@@ -111,19 +115,35 @@ def manifest(settings: dict[str, str], overrides: list[str]) -> str:
         raise ValueError(
             f"{unknown[0]} is no setting of launch kubernetes; known are {', '.join(sorted(known | placed))}"
         )
-    if nodes := settings.get("NODES"):
-        job["spec"]["completions"] = job["spec"]["parallelism"] = int(nodes)
-    if gpus := settings.get("GPUS_PER_NODE"):
-        _set_gpus(container, int(gpus))
-        settings.setdefault("RANKS_PER_NODE", gpus)
+    if "NODES" in settings:
+        job["spec"]["completions"] = job["spec"]["parallelism"] = _whole_number(settings, "NODES", 1)
+    if "GPUS_PER_NODE" in settings:
+        gpus = _whole_number(settings, "GPUS_PER_NODE", 0)
+        if not gpus and "RANKS_PER_NODE" not in settings:
+            raise ValueError("GPUS_PER_NODE=0 needs RANKS_PER_NODE, the processes of a node")
+        _set_gpus(container, gpus)
+        settings = {"RANKS_PER_NODE": str(gpus), **settings}
+    if "GRACE_SECONDS" in settings:
+        pod["terminationGracePeriodSeconds"] = _whole_number(settings, "GRACE_SECONDS", 1)
+    for name, lowest in {"RANKS_PER_NODE": 1, "MIN_NODES": 1, "MAX_RESTARTS": 0, "SHUTDOWN_TIMEOUT": 0}.items():
+        if name in settings:
+            _whole_number(settings, name, lowest)
     container["image"] = settings.get("IMAGE", container["image"])
-    pod["terminationGracePeriodSeconds"] = int(settings.get("GRACE_SECONDS", pod["terminationGracePeriodSeconds"]))
     if claim := settings.get("CLAIM"):
         pod["volumes"][0]["persistentVolumeClaim"]["claimName"] = claim
     _set_variables(container, {key: settings[key] for key in settings if key in known})
     container["args"] = [*container["args"], *overrides]
-    text = yaml.safe_dump_all(documents, sort_keys=False, width=120)
-    return _renamed(text, documents, settings)
+    if namespace := settings.get("NAMESPACE"):
+        for document in documents:
+            document["metadata"]["namespace"] = namespace
+    return yaml.safe_dump_all(documents, sort_keys=False, width=120)
+
+
+def _whole_number(settings: dict[str, str], name: str, lowest: int) -> int:
+    value = settings[name]
+    if not re.fullmatch(r"[0-9]{1,9}", value) or int(value) < lowest:
+        raise ValueError(f"{name}={value} is not a whole number from {lowest} on")
+    return int(value)
 
 
 def _set_gpus(container: dict[str, Any], gpus: int) -> None:
@@ -138,19 +158,25 @@ def _set_variables(container: dict[str, Any], values: dict[str, str]) -> None:
     container["env"] = kept + [{"name": name, "value": value} for name, value in values.items()]
 
 
-def _renamed(text: str, documents: list[dict[str, Any]], settings: dict[str, str]) -> str:
-    """The name stands in many places (service, labels, the first pod's address): all at once."""
-    name = settings.get("NAME")
-    if name is not None:
-        if not re.fullmatch(r"[a-z]([a-z0-9-]{0,50}[a-z0-9])?", name):
-            raise ValueError(f"NAME={name} is no Kubernetes name: lower-case letters, digits and dashes")
-        text = re.sub(r"\bmlite-run\b", name, text)
-    if namespace := settings.get("NAMESPACE"):
-        documents = list(yaml.safe_load_all(text))
-        for document in documents:
-            document["metadata"]["namespace"] = namespace
-        text = yaml.safe_dump_all(documents, sort_keys=False, width=120)
-    return text
+def _renamed(text: str, name: str | None) -> str:
+    """The name stands in many places of the manifest (service, labels, the first pod's address): all at once."""
+    if name is None:
+        return text
+    if not re.fullmatch(r"[a-z]([a-z0-9-]{0,50}[a-z0-9])?", name):
+        raise ValueError(f"NAME={name} is no Kubernetes name: lower-case letters, digits and dashes")
+    return re.sub(r"\bmlite-run\b", name, text)
+
+
+def check(ranks: int, overrides: list[str]) -> None:
+    """Raise ValueError when a training on so many ranks would refuse its config; local.sh asks, as torchrun does not tell."""
+    from megatron_lite.build import build_schedule, check_batch_sizes
+    from megatron_lite.config import compose_config, validate
+
+    run = compose_config("train", overrides)
+    validate(run, ranks)
+    schedule = build_schedule(run)
+    if not any(Path(run.run.dir).glob("checkpoints/step_*")):  # else the batch depends on where the run stands
+        check_batch_sizes(run, schedule, consumed=0, world_size=ranks)
 
 
 if __name__ == "__main__":

@@ -12,18 +12,29 @@ LAUNCH_DIR=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 source "$LAUNCH_DIR/common.sh"
 [[ ${1:-} != --dry-run ]] || shift # nothing but a dry run here
 
+# What was said here must reach the jobs, whoever runs the printed lines.
+settings=()
+for name in SETTINGS ACCOUNT PARTITION QOS RESERVATION CONSTRAINT COMMENT MEM CPUS_PER_NODE TIME SIGNAL_SECONDS MAX_FAILURES EXCLUSIVE \
+  SBATCH_ARGS LOG_DIR RUN_DIR GPUS_PER_NODE RANKS_PER_NODE MAX_RESTARTS MASTER_PORT CONTAINER CONTAINER_MOUNTS CONTAINER_ARGS \
+  ENV_FILE PYTHON MLITE_PYTHON CORPUS; do
+  [[ -z ${!name+set} ]] || settings+=("$name=${!name}")
+done
+if [[ -n ${SETTINGS:-} ]]; then settings[0]=SETTINGS=$(cd "$(dirname "$SETTINGS")" && pwd)/$(basename "$SETTINGS"); fi
+
 job() { # nodes, overrides
   local nodes=$1
   shift
   # DEPENDENCY comes from the line before, when the commands run: it must not be quoted here
   # shellcheck disable=SC2016
-  local after='DEPENDENCY=${before:+afterok:$before}'
-  echo "before=\$(env NODES=$nodes JOB_NAME=nemotron4_15b-dp$nodes $after $(show bash "$LAUNCH_DIR/slurm.sh" experiment=nemotron4_15b "$@")) && echo \"\$before\""
+  local after='DEPENDENCY=${before:+afterok:${before%%;*}}'
+  echo "before=\$(env $(show NODES="$nodes" JOB_NAME="nemotron4_15b-dp$nodes" ${settings[@]+"${settings[@]}"}) $after $(show bash "$LAUNCH_DIR/slurm.sh" experiment=nemotron4_15b "$@")) && echo \"\$before\"${last-" &&"}"
 }
-echo "before="
+# One chain: a job that is refused ends it, for the next one would begin without what it builds on.
+echo "before= &&"
 echo "# batch 384: 200B tokens, ends at step 127157"
 job 96 train.stop_at=127157 "$@"
 echo "# batch 768: 200B tokens, ends at step 190736"
 job 192 train.stop_at=190736 "$@"
 echo "# batch 1152: 7,600B tokens, then the continued training, to the end"
+last=
 job 288 "$@"

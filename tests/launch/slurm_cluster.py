@@ -106,7 +106,7 @@ class SlurmCluster:
         files = [f"--{kind}-file={self.root}/munge.{kind}" for kind in ("key", "pid", "log", "seed")]
         self._daemon("munged", "--foreground", "--force", f"--socket={self.root}/munge.socket", *files)
         wait_for((self.root / "munge.socket").exists, seconds=30, what=self.logs)
-        self._daemon("slurmctld", "-D", "-f", str(self.conf))
+        self.start_controller()
         for node in NODES:
             self.start_node(node)
         wait_for(self.idle, seconds=60, what=self.logs)
@@ -123,6 +123,15 @@ class SlurmCluster:
             env=self.environment,
             start_new_session=True,
         )
+
+    def start_controller(self) -> None:
+        self._daemon("slurmctld", "-D", "-f", str(self.conf))
+
+    def stop_controller(self) -> None:
+        """As when it is restarted: jobs run on, and nobody answers the clients."""
+        controller = self.daemons.pop("slurmctld")
+        controller.terminate()
+        controller.wait(timeout=30)
 
     def start_node(self, node: str) -> None:
         self._daemon("slurmd", "-D", "-N", node, "-f", str(self.conf), key=node)

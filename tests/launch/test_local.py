@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -56,6 +57,30 @@ def test_exit_codes(tiny_data, tmp_path):
     assert runs.status(run)["state"] == "finished"
     assert local_run.finish(local_run.start(tiny_data, run)) == 0  # finished before
     assert local_run.finish(local_run.start(tiny_data, tmp_path / "wrong", "train.micro_batch_size=3")) == 2
+
+
+def test_a_wrong_config_on_several_ranks(tiny_data, tmp_path):
+    """torchrun ends with 1 then; Kubernetes must not start such a run again and again."""
+    job = local_run.start(tiny_data, tmp_path / "wrong", "train.micro_batch_size=3", RANKS_PER_NODE="2")
+    assert local_run.finish(job) == 2
+
+
+@pytest.mark.parametrize("ranks", ["1", "2"])
+def test_a_second_signal_ends_it_at_once(ranks, tiny_data, tmp_path):
+    """Nothing is saved, and nothing is left behind."""
+    run = tmp_path / "run"
+    job = local_run.start(
+        tiny_data, run, "checkpoint.every=0", "train.max_steps=500", RANKS_PER_NODE=ranks, RANK="0", SLOW_STEP="1", SLOW_SAVE="600"
+    )  # fmt: skip
+    wait_for(lambda: trained(run), seconds=120, what=lambda: local_run.output(run))
+    processes = local_run.below(job.pid)
+    job.send_signal(signal.SIGTERM)
+    told = time.monotonic()
+    wait_for(lambda: time.monotonic() > told + 3, seconds=60, what=str)  # sooner it counts as the same one
+    job.send_signal(signal.SIGTERM)
+    assert local_run.finish(job, 60) != 0
+    gone = lambda: not any(os.path.exists(f"/proc/{process}") for process in processes)  # noqa: E731
+    wait_for(gone, seconds=30, what=lambda: local_run.output(run))
 
 
 def deepspeed() -> None:

@@ -16,7 +16,7 @@ import yaml
 
 from megatron_lite.build import build_schedule, check_batch_sizes
 from megatron_lite.config import compose_config, validate
-from megatron_lite.launch import command, manifest, scripts_dir, split_words
+from megatron_lite.launch import check, command, manifest, scripts_dir, split_words
 
 LAUNCH = scripts_dir()
 SCRIPTS = sorted(f for f in LAUNCH.rglob("*") if f.suffix in (".sh", ".sbatch"))
@@ -103,6 +103,10 @@ def test_slurm():
         "--container-image=image.sqsh",
         "--shutdown-timeout=300",
     } <= set(run)
+    here = os.getcwd()
+    assert {f"--container-mounts={here}:{here}", f"--container-workdir={here}", "--mpi=none"} <= set(run)
+    (names,) = [word for word in run if word.startswith("--container-env=")]
+    assert "NCCL_IB_HCA" in names  # else what the image sets would win
     assert run[-4:] == ["megatron_lite.train", "experiment=smoke", "a=[1,2]", "run.dir=runs/smoke"]
     assert "--no-kill" not in submit
     submit, run = dry_run("slurm", "NODES=4", "MIN_NODES=2", "experiment=smoke")
@@ -114,6 +118,89 @@ def test_a_settings_file_gives_way_to_the_command_line(tmp_path):
     (tmp_path / "site.env").write_text("# ours\nACCOUNT=llm\nexport PARTITION='big one'\nTIME=01:00:00\n")
     submit, _ = dry_run("slurm", f"SETTINGS={tmp_path}/site.env", "TIME=02:00:00", "experiment=smoke")
     assert {"--account=llm", "--partition=big one", "--time=02:00:00"} <= set(submit)
+
+
+def test_a_container_sees_the_run_directory_and_what_else_is_mounted():
+    settings = {
+        "CONTAINER": "i",
+        "CONTAINER_MOUNTS": "/data:/d",
+        "CONTAINER_ARGS": "--container-workdir=/d",
+        "ENV_FILE": "",
+    }
+    _, run = dry_run("slurm", *(f"{name}={value}" for name, value in settings.items()), "run.dir=/lustre/x")
+    here = os.getcwd()
+    assert f"--container-mounts={here}:{here},/lustre/x:/lustre/x,/data:/d" in run
+    assert [word for word in run if word.startswith("--container-workdir")] == ["--container-workdir=/d"]
+    assert not [word for word in run if word.startswith("--container-env")]
+
+
+def test_a_dry_run_shows_the_variables_as_the_ranks_get_them():
+    done = subprocess.run(
+        command("slurm", ["--dry-run", "NCCL_DEBUG=INFO", "experiment=smoke"]),
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert "NCCL_DEBUG=INFO" in done.stdout
+    assert "NCCL_DEBUG=WARN" not in done.stdout
+
+
+def refused(where: str, *words: str) -> str:
+    """The one line that says why nothing was launched."""
+    done = subprocess.run(command(where, ["--dry-run", *words]), capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stdout
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
+@pytest.mark.parametrize(
+    ("where", "words", "expected"),
+    [
+        ("slurm", ["NODES=abc"], "NODES=abc is not a whole number"),
+        ("slurm", ["NODES=0"], "NODES=0 is not a whole number from 1 on"),
+        ("slurm", ["NODES=2", "MIN_NODES=x"], "MIN_NODES=x"),
+        ("slurm", ["GPUS_PER_NODE=0"], "needs RANKS_PER_NODE"),
+        ("slurm", ["TIME=xyz"], "TIME=xyz is no time"),
+        ("slurm", ["TIME=10"], "TIME=10 leaves no time to train"),
+        ("local", ["RANKS_PER_NODE=abc"], "RANKS_PER_NODE=abc"),
+        ("local", ["SETTINGS=/nowhere"], "SETTINGS=/nowhere cannot be read"),
+        ("local", ["ENV_FILE=/nowhere"], "ENV_FILE=/nowhere cannot be read"),
+        ("local", ["run.dir=${oc.env:HOME}/x"], "needs the directory itself"),
+    ],
+)
+def test_wrong_settings_are_refused_in_one_line(where, words, expected):
+    assert expected in refused(where, *words, "experiment=smoke")
+
+
+@pytest.mark.parametrize(
+    ("time", "expected"),
+    [
+        ("10", 600), ("08", 480), ("10:30", 630), ("1:02:03", 3723), ("1-2", 93600), ("1-2:03", 93780), ("1-2:03:04", 93784),
+        ("UNLIMITED", 0),
+    ],
+)  # fmt: skip
+def test_time_limits_as_slurm_reads_them(time, expected):
+    assert bash('seconds "$1"', time) == str(expected)
+
+
+def test_settings_files(tmp_path):
+    """Quotes, comments and the line ends of another system."""
+    file = tmp_path / "site.env"
+    file.write_text('# ours\r\n\r\nACCOUNT=llm\r\n  export PARTITION="big one" # both\r\nMEM=\r\nexported=1\r\n')
+    shown = bash('SETTINGS=$1 read_settings; echo "<$ACCOUNT><$PARTITION><$MEM><$exported>"', str(file))
+    assert shown == "<llm><big one><><1>"
+
+
+@pytest.mark.parametrize(
+    "line", ["PARTITION=big one", "COMMENT=it's ours", "TIME = 3", "COMMENT=a;b", "QOS=$NOBODY_SET_IT"]
+)
+def test_a_line_that_cannot_be_read_is_named(tmp_path, line):
+    (tmp_path / "site.env").write_text(f"ACCOUNT=llm\n{line}\n")
+    assert f"site.env, line 2: '{line}' is not NAME=value" in refused("slurm", f"SETTINGS={tmp_path}/site.env")
+
+
+def test_a_percent_sign_in_the_run_directory_is_no_pattern_of_sbatch():
+    submit, _ = dry_run("slurm", "run.dir=/r/90%jobs")
+    assert "--output=/r/90%%jobs/logs/%x-%j.out" in submit
 
 
 def test_deepspeed(tmp_path):
@@ -132,6 +219,11 @@ def test_deepspeed(tmp_path):
         (["experiment=smoke"], "runs/smoke"),
         (["experiment=smoke", "run.name=mine"], "runs/mine"),
         (["run.name=mine", "run.dir=/a", "run.dir=/b c"], "/b c"),
+        (["++run.dir=/a"], "/a"),
+        (["run.dir='/a, b'"], "/a, b"),  # Hydra's quotes
+        (['run.dir="/a (b)"'], "/a (b)"),
+        ([r"run.dir='/it\'s'"], "/it's"),
+        (["run.dir=/it's"], "/it's"),
     ],
 )
 def test_run_dir(words, expected):
@@ -154,7 +246,7 @@ def test_outcome(tmp_path, state, reason, job, expected):
         "state": state,
         "step": 12,
         "reason": reason,
-        "blend_seen": {"a/b": {"samples": 3}},
+        "blend_seen": {"job": {"samples": 3}},
         "job": job,
         "time": 1.5,
     }
@@ -190,6 +282,28 @@ def test_unknown_places_and_settings_are_refused():
         manifest({"ACCOUNT": "x"}, [])
     with pytest.raises(ValueError, match="NAME=A_b"):
         manifest({"NAME": "A_b"}, [])
+    with pytest.raises(ValueError, match="NODES=abc is not a whole number"):
+        manifest({"NODES": "abc"}, [])
+    with pytest.raises(ValueError, match="needs RANKS_PER_NODE"):
+        manifest({"GPUS_PER_NODE": "0"}, [])
+
+
+def test_a_config_that_the_ranks_would_refuse():
+    check(2, ["experiment=smoke", "train.micro_batch_size=4"])
+    with pytest.raises(ValueError, match="does not divide"):
+        check(2, ["experiment=smoke", "train.micro_batch_size=3"])
+    with pytest.raises(ValueError, match="no key a"):
+        check(2, ["a.b=1"])
+
+
+def test_a_name_changes_nothing_but_the_name():
+    settings = {"NAME": "big-run", "IMAGE": "r/mlite-run:2", "CLAIM": "mlite-run"}
+    text = manifest(settings, ["data.path=/x/mlite-run/y"])
+    _, job = yaml.safe_load_all(text)
+    pod = job["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    assert (container["image"], container["args"]) == ("r/mlite-run:2", ["data.path=/x/mlite-run/y"])
+    assert pod["volumes"][0]["persistentVolumeClaim"]["claimName"] == "mlite-run"
 
 
 def test_the_manifest_takes_its_settings():
@@ -232,3 +346,32 @@ def test_the_papers_three_jobs():
             assert 0 <= over < batch * 4096  # the first step that ends at or after the paper's tokens
     with pytest.raises(ValueError, match="global batch of 768"):
         check_batch_sizes(run, schedule, consumed=schedule.batch.samples(127157), world_size=97 * 8)
+
+
+def test_the_three_jobs_keep_their_settings_and_their_order(tmp_path):
+    """The printed lines go to another shell: what was said to the recipe is in them, and a refused job ends the chain."""
+    (tmp_path / "site.env").write_text("ACCOUNT=llm\n")
+    words = command(
+        "nemotron4_15b", ["SETTINGS=site.env", "CONTAINER=an image", "CORPUS=/c", f"run.dir={tmp_path}/run"]
+    )
+    printed = subprocess.run(words, capture_output=True, text=True, check=True, cwd=tmp_path).stdout
+    sbatch = tmp_path / "sbatch"
+    sbatch.write_text(
+        '#!/usr/bin/env bash\necho "$CONTAINER $CORPUS $*" >>calls\n[[ -z ${REFUSE:-} ]] || exit 1\necho "10$(wc -l <calls);cluster"\n'
+    )
+    sbatch.chmod(0o755)
+    for refuse, expected in (("", 3), ("1", 1)):
+        (tmp_path / "calls").unlink(missing_ok=True)
+        path = f"{tmp_path}:{os.environ['PATH']}"
+        subprocess.run(
+            ["bash"],
+            input=printed,
+            text=True,
+            cwd=tmp_path,
+            env={**os.environ, "PATH": path, "REFUSE": refuse},
+            check=False,
+        )
+        calls = (tmp_path / "calls").read_text().splitlines()
+        assert len(calls) == expected
+        assert all(line.startswith("an image /c ") and "--account=llm" in line for line in calls)
+        assert ["afterok:101" in line for line in calls] == [False, True, False][:expected]

@@ -146,6 +146,31 @@ def test_a_wrong_config_is_not_requeued(slurm, tiny_data, tmp_path):
     assert "does not divide" in job.output()
 
 
+def test_a_cancelled_job_stays_cancelled(slurm, tiny_data, tmp_path):
+    """scancel's SIGTERM is like a preemption's: the ranks save; but nobody wants the job to come back."""
+    job = Job(slurm, tiny_data, tmp_path / "cancelled", "train.max_steps=2000", SLOW_STEP="0.2")
+    job.wait_for_step(2)
+    slurm.command("scancel", job.number)
+    assert job.wait() == "CANCELLED", job.story()
+    wait_for(slurm.idle, seconds=120, what=job.story)  # the batch script has ended
+    assert (job.state, job.restarts) == ("CANCELLED", 0), job.story()
+
+
+def test_the_controller_is_away_when_the_job_asks_for_a_requeue(slurm, tiny_data, tmp_path, uninterrupted):
+    run = tmp_path / "away"
+    job = Job(slurm, tiny_data, run, SLOW_STEP="1")
+    job.wait_for_step(4)
+    slurm.command("scancel", "--signal=USR1", job.number)
+    slurm.stop_controller()
+    try:
+        wait_for(lambda: ": requeue (" in job.output(), seconds=120, what=lambda: job.output())
+    finally:
+        slurm.start_controller()
+    assert job.wait() == "COMPLETED", job.story()
+    assert job.restarts == 1
+    assert runs.curve(run) == runs.curve(uninterrupted)
+
+
 def test_two_jobs_on_one_run_directory(slurm, tiny_data, tmp_path, uninterrupted):
     """The second one is refused and leaves the first alone."""
     run = tmp_path / "both"
