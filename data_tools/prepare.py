@@ -24,7 +24,7 @@ from rich.console import Console
 
 from data_tools.atomic import OutputLock, atomic_path, write_json, write_text
 from data_tools.configuration import run_door
-from data_tools.execution import is_done, run_step
+from data_tools.execution import DONE, is_done, run_step
 from data_tools.pipeline import STAGES, Pipeline
 from data_tools.reading import ReadStep
 from data_tools.recipe import ExecutorConfig, RecipeConfig
@@ -58,17 +58,15 @@ def prepare(config: PrepareConfig, console: Console | None = None) -> Path:
     with OutputLock(output):
         # Read before any step runs: a source or tokenizer that is not there is told at once.
         pipeline = Pipeline(recipe, output)
-        seconds: dict[str, float] = {}
         for stage in STAGES:
             for step in pipeline.stages[stage]:
                 if stage in config.stages:
                     _require_earlier(pipeline, step)
-                    seconds[step.name] = run_step(step, config.executor, console)
-                    _tell(step, seconds[step.name], console)
+                    _tell(step, run_step(step, config.executor, console), console)
                     if isinstance(step, ReadStep):
                         _check_sources(pipeline, step, console)
         if all(is_done(step) for step in pipeline.steps.values()):
-            _publish(pipeline, seconds, max(1, config.executor.workers), console)
+            _publish(pipeline, max(1, config.executor.workers), console)
             if not config.keep_work:
                 shutil.rmtree(output / "work")
     return output
@@ -100,14 +98,14 @@ def _check_sources(pipeline: Pipeline, step: ReadStep, console: Console) -> None
     found = {path.name.split("-")[0] for path in step.folder.glob("*.jsonl.zst")}
     for name, source in pipeline.recipe.sources.items():
         if not any(f"{i:05d}" in found for i, piece in enumerate(step.pieces) if piece.source == name):
-            (step.folder / "DONE.json").unlink()
+            (step.folder / DONE).unlink()
             raise ValueError(
                 f"data_recipe.sources.{name}: no document in {source.path} (empty files, or every row unusable: see "
                 f"{step.folder}/*.quarantine.jsonl)"
             )
 
 
-def _publish(pipeline: Pipeline, seconds: dict[str, float], cores: int, console: Console) -> None:
+def _publish(pipeline: Pipeline, cores: int, console: Console) -> None:
     """Link the finished files into the output folder; `corpus.json` goes first and comes back last."""
     output, steps = pipeline.output, pipeline.steps
     report = collect(pipeline)
@@ -117,7 +115,7 @@ def _publish(pipeline: Pipeline, seconds: dict[str, float], cores: int, console:
     merged = sorted(
         path for path in steps["tokenise_merge"].folder.glob("*.*") if path.suffix in (".bin", ".idx", ".json")
     )
-    merged = [path for path in merged if path.name != "DONE.json"]
+    merged = [path for path in merged if path.name != DONE]
     for stale in [*output.glob("*.bin"), *output.glob("*.idx"), *output.glob("*.json")]:
         if stale.name not in {path.name for path in merged} and stale.name != "timing.json":
             stale.unlink()
@@ -137,8 +135,7 @@ def _publish(pipeline: Pipeline, seconds: dict[str, float], cores: int, console:
     write_text(
         output / "data" / f"{pipeline.recipe.name}.yaml", data_yaml(pipeline.recipe.name, output, report["datasets"])
     )
-    if any(seconds.values()):
-        write_json(output / "timing.json", timing(pipeline, seconds, cores))
+    write_json(output / "timing.json", timing(pipeline, cores))
     write_json(
         output / "corpus.json",
         {key: report[key] for key in ("recipe", "datasets")} | {"tokenizer": report["tokenizer"]["fingerprint"]},

@@ -15,6 +15,7 @@ import xxhash
 
 from data_tools.atomic import read_json
 from data_tools.documents import read_shard
+from data_tools.execution import DONE
 from data_tools.pipeline import Pipeline
 from data_tools.steps import EXAMPLE_CHARS
 from data_tools.tokenise import plan_datasets
@@ -201,8 +202,9 @@ def _quoted(text: str) -> list[str]:
     return ["```text", *text.replace("```", "'''").split("\n"), "```"]
 
 
-def timing(pipeline: Pipeline, seconds: dict[str, float], cores: int) -> dict[str, Any]:
-    """Seconds, share and MB/s a core of every step that ran in this start."""
+def timing(pipeline: Pipeline, cores: int) -> dict[str, Any]:
+    """Seconds, share and MB/s a core of every step; of a step that was killed, what its last start took."""
+    seconds = {name: float(read_json(step.folder / DONE)["seconds"]) for name, step in pipeline.steps.items()}
     read = _from_tallies("read", pipeline.steps["read"].folder)
     total = sum(seconds.values())
     steps = {

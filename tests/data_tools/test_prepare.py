@@ -168,6 +168,17 @@ def test_killed_at_random_it_ends_with_the_same_bytes(make_recipe, tmp_path) -> 
     assert digests(tmp_path / "killed") == expected
 
 
+def test_times_are_those_of_all_steps_whenever_they_ran(make_recipe) -> None:
+    recipe = make_recipe()
+    run(recipe, stages=["read", "normalise"])
+    timing = json.loads((run(recipe) / "timing.json").read_text())
+    assert {"read", "filter", "tokenise_merge"} < set(timing["steps"])
+    assert timing["seconds"] == pytest.approx(
+        sum(step["seconds"] for step in timing["steps"].values()), abs=0.1
+    )  # rounded
+    assert timing["steps"]["read"]["seconds"] > 0
+
+
 def test_two_runs_on_one_output(make_recipe, tmp_path) -> None:
     recipe = make_recipe()
     with OutputLock(tmp_path / "corpus"), pytest.raises(ValueError, match=r"is being written by process \d+ on"):
