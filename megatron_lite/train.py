@@ -28,26 +28,32 @@ def main() -> None:
 
 def train(run: RunConfig) -> int:
     """One job of a run: build or resume, train, report. Returns the exit code."""
-    runtime = start()
-    try:
-        validate(run, runtime.world_size)
-        build_schedule(run)  # lengths that do not fit are refused before anything is written
-        set_threads(run.train.threads)
-        set_deterministic(run.train.deterministic)
-        store = CheckpointStore.with_own_group(Path(run.run.dir) / "checkpoints", run.checkpoint)
-        lock = RunLock(run.run.dir)
-        store.ranks.first("lock run.dir", lambda: _acquire(lock))
+    runtime = start(timeout_seconds=run.watchdog.group_seconds)
+    with Watchdog(run.watchdog, runtime=runtime, run_dir=Path(run.run.dir)) as watchdog:
         try:
-            store.check_shared()
-            with Watchdog(run.watchdog, runtime=runtime, run_dir=Path(run.run.dir)) as watchdog:
-                return _locked(run, runtime, store, watchdog)
-        except OSError as error:
-            error.filename = error.filename or run.run.dir  # a write that fails does not say where
-            raise
+            return _checked(run, runtime, watchdog)
         finally:
-            lock.release()
+            watchdog.end()
+            stop()
+
+
+def _checked(run: RunConfig, runtime: Runtime, watchdog: Watchdog) -> int:
+    validate(run, runtime.world_size)
+    build_schedule(run)  # lengths that do not fit are refused before anything is written
+    set_threads(run.train.threads)
+    set_deterministic(run.train.deterministic)
+    store = CheckpointStore.with_own_group(Path(run.run.dir) / "checkpoints", run.checkpoint)
+    lock = RunLock(run.run.dir)
+    store.ranks.first("lock run.dir", lambda: _acquire(lock))
+    try:
+        watchdog.enter("check run.dir", 0)
+        store.check_shared()
+        return _locked(run, runtime, store, watchdog)
+    except OSError as error:
+        error.filename = error.filename or run.run.dir  # a write that fails does not say where
+        raise
     finally:
-        stop()
+        lock.release()
 
 
 def _locked(run: RunConfig, runtime: Runtime, store: CheckpointStore, watchdog: Watchdog) -> int:

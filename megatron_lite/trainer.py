@@ -178,6 +178,7 @@ class Trainer:
                     "; the last step was not finite and not saved, the same command goes on from the newest checkpoint"
                 )
             self._write_status("finished" if outcome == "finished" else "preempted", reason)
+            self.watchdog.end()
         return outcome
 
     def declare_finished(self) -> None:

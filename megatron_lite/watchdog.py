@@ -1,6 +1,6 @@
 """Who hangs, and who is slow: a thread beside every rank of a training job, from its start to its end.
 
-    start:    enter("prepare data", 0)  enter("build", 0)  enter("restore step_00000006", 0)
+    start:    enter("check run.dir", 0)  enter("prepare data", 0)  enter("build", 0)  enter("restore step_00000006", 0)
     loop:     enter("data", 7)  enter("train_step", 7)  enter("save", 7) ...
     thread:   looks every tick at where the loop is; tells the others through the process group's store
 
@@ -41,6 +41,7 @@ from megatron_lite.tracking.status import Status
 
 logger = logging.getLogger(__name__)
 EXIT_CODE = 3
+_START, _END = "start", "end"  # phases in which the run directory is not, or no longer, to be written
 _COUNTED = ("data", "train_step", "agree")  # phases that belong to a step
 # Where a rank waits for others: torch's collectives, the operators that tensor parallelism calls, and the place where the host
 # fetches numbers from a GPU, whose collectives do not end.
@@ -67,6 +68,11 @@ class WatchdogConfig:
     slow_factor: float = 1.5
     report_seconds: float = 60.0
 
+    @property
+    def group_seconds(self) -> float:
+        """Timeout of the process group itself: the watchdog, which knows names, comes first."""
+        return self.timeout_seconds + 60.0 if self.timeout_seconds > 0 else 1800.0
+
     def validate(self) -> None:
         """Raise ValueError naming the key whose value cannot be."""
         if self.timeout_seconds < 0:
@@ -84,7 +90,7 @@ class Watchdog:
         self.config, self.runtime, self.run_dir = config, runtime, run_dir
         self.enabled = config.timeout_seconds > 0 and runtime.world_size > 1
         self._tick = min(0.1, config.timeout_seconds / 20)
-        self._where = (0, "start", time.monotonic())
+        self._where = (0, _START, time.monotonic())
         self._steps, self._own = 0, 0.0
         self._loop = threading.get_ident()
         self._ended = threading.Event()
@@ -95,6 +101,10 @@ class Watchdog:
         if phase == "train_step":
             self._steps += 1
         self._where = (step, phase, time.monotonic())
+
+    def end(self) -> None:
+        """Nothing is left to do but to close: a hang from here on ends the process and leaves status.json as it is."""
+        self.enter(_END, self._where[0])
 
     @property
     def phase(self) -> str:
@@ -171,9 +181,10 @@ class Watchdog:
             if board.first_to_arrive(patience):
                 verdict = self._verdict(board.read("hang"), board.read("beat"), seconds)
                 print(f"watchdog: {verdict}", file=sys.stderr, flush=True)
-                Status(self.run_dir, main_process=True).write(
-                    "failed", step, verdict, job=self.runtime.job, time=time.time()
-                )
+                if phase not in (_START, _END):  # before, the run may be another process's; after, what it says is true
+                    Status(self.run_dir, main_process=True).write(
+                        "failed", step, verdict, job=self.runtime.job, time=time.time()
+                    )
                 board.settled()
         except Exception as error:  # whatever goes wrong here, the process must end
             print(

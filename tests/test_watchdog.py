@@ -83,18 +83,38 @@ def test_a_rank_that_sleeps_is_named(tiny_data, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_rank_that_never_gets_to_the_loop_is_named(tiny_data, tmp_path):
+@pytest.mark.parametrize(
+    ("place", "phase"),
+    [
+        ("checkpoint.store:CheckpointStore.check_shared", "check run.dir"),
+        ("checkpoint.store:CheckpointStore.load", "restore step_00000004"),
+    ],
+)
+def test_a_rank_that_never_gets_to_the_loop_is_named(tiny_data, tmp_path, place, phase):
     run = tmp_path / "resumed"
     job = local_run.start(tiny_data, run, "train.stop_at=4", RANKS_PER_NODE="2")
     assert local_run.finish(job) == 0
     job = local_run.start(
-        tiny_data, run, "watchdog.timeout_seconds=20",
-        RANKS_PER_NODE="2", HANG_LOAD="1", SLOW_RANK="1", SHUTDOWN_TIMEOUT="5",
+        tiny_data, run, "watchdog.timeout_seconds=15",
+        RANKS_PER_NODE="2", HANG_IN=place, SLOW_RANK="1", SHUTDOWN_TIMEOUT="5",
     )  # fmt: skip
     assert local_run.finish(job) != 0
     reason = runs.status(run)["reason"]
-    assert "rank 1 is stuck in step 0, restore step_00000004, at launch/slowed/sitecustomize.py" in reason, reason
-    assert "rank 0 waits for others in step 0, restore step_00000004" in reason, reason
+    assert f"rank 1 is stuck in step 0, {phase}, at launch/slowed/sitecustomize.py" in reason, reason
+    assert f"rank 0 waits for others in step 0, {phase}" in reason, reason
+
+
+@pytest.mark.slow
+def test_a_rank_that_does_not_end_is_ended(tiny_data, tmp_path):
+    """All is done and saved: the run stays finished."""
+    run = tmp_path / "endless"
+    job = local_run.start(
+        tiny_data, run, "watchdog.timeout_seconds=15",
+        RANKS_PER_NODE="2", HANG_IN="runtime:stop", SLOW_RANK="1", SHUTDOWN_TIMEOUT="5",
+    )  # fmt: skip
+    local_run.finish(job)
+    assert runs.status(run)["state"] == "finished"
+    assert "rank 1 is stuck in step 20, end, at launch/slowed/sitecustomize.py" in local_run.output(run)
 
 
 @pytest.mark.slow

@@ -4,11 +4,12 @@ SLOW_STEP=0.5        every training step takes that many seconds more
 SLOW_SAVE=32         writing the tensors of a checkpoint takes that many seconds more
 SLOW_RANK=1          only that rank (default: all)
 HANG_STEP=7          the step that never ends (Python sleeps), on SLOW_RANK
-HANG_LOAD=1          reading a checkpoint at a resume never ends (Python sleeps), on SLOW_RANK
+HANG_IN=runtime:stop  that function never ends (Python sleeps), on SLOW_RANK; also checkpoint.store:CheckpointStore.load
 STOP_STEP=7          the step in which the process is stopped (as by SIGSTOP), on SLOW_RANK
 A job that Slurm restarted, or a group that torchrun restarted, runs at full speed.
 """
 
+import importlib
 import os
 import signal
 import sys
@@ -40,10 +41,13 @@ def _apply(settings):
         from megatron_lite.checkpoint import saving
 
         saving.write_pieces = _slow(saving.write_pieces, float(settings["SLOW_SAVE"]))
-    if "HANG_LOAD" in settings:
-        from megatron_lite.checkpoint.store import CheckpointStore
-
-        CheckpointStore.load = _slow(CheckpointStore.load, 10_000)
+    if "HANG_IN" in settings:
+        module, _, name = settings["HANG_IN"].partition(":")
+        owner = importlib.import_module(f"megatron_lite.{module}")
+        *owners, name = name.split(".")
+        for part in owners:
+            owner = getattr(owner, part)
+        setattr(owner, name, _slow(getattr(owner, name), 10_000))
     from megatron_lite.engine.fsdp import FsdpEngine
 
     if "SLOW_STEP" in settings:
