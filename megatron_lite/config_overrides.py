@@ -43,7 +43,8 @@ def spelled_out(overrides: list[str]) -> list[str]:
 def _as_text(override: str) -> str:
     """The override with its value quoted for Hydra where it is free text, or a path that Hydra's grammar would stumble over."""
     key, _, value = override.partition("=")
-    if key not in _FREE_TEXT or value == "null" or (len(value) > 1 and value[0] == value[-1] and value[0] in "'\""):
+    quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
+    if key not in _FREE_TEXT or quoted or (value == "null" and key != "prompt"):
         return override
     # Inside quotes Hydra takes a backslash for itself only in front of a quote.
     escaped = re.sub(r"(\\*)('|$)", lambda m: 2 * m[1] + ("\\'" if m[2] else ""), value)

@@ -1,6 +1,7 @@
-"""Fixtures that many test files share, and no silent skips in CI.
+"""Fixtures that many test files share, the same property tests everywhere, and no silent skips in CI.
 
 What is missing on a machine (Slurm, DeepSpeed, root) skips a test with the reason; MLITE_NO_SKIPS=1 turns such a skip into a failure.
+Hypothesis draws the same examples at every run; HYPOTHESIS_PROFILE=explore draws new ones.
 """
 
 from __future__ import annotations
@@ -10,8 +11,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from tests import runs
+
+settings.register_profile("same", derandomize=True)
+settings.register_profile("explore")
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
 
 @pytest.hookimpl(wrapper=True)

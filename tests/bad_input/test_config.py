@@ -161,5 +161,6 @@ LAYOUTS = [
 @pytest.mark.parametrize(("world_size", "typed", "says"), LAYOUTS)
 def test_a_layout_that_does_not_fit_is_refused(tour, world_size, typed, says):
     runtime = Runtime(rank=0, world_size=world_size, local_rank=0, device=torch.device("cpu"))
-    tour.monkeypatch.setattr(megatron_lite.train, "start", lambda: runtime)
-    tour.refused("train", *runs.arguments(tour.data, tour.home / "r"), *typed.split(), says=says)
+    tour.monkeypatch.setattr(megatron_lite.train, "start", lambda **_: runtime)
+    typed = ["watchdog.timeout_seconds=0", *typed.split()]  # it would look for the other ranks
+    tour.refused("train", *runs.arguments(tour.data, tour.home / "r"), *typed, says=says)
