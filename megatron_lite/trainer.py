@@ -273,8 +273,9 @@ class Trainer:
                 text = (
                     f"rank {self.runtime.rank} lost another rank in {self.watchdog.phase}, see who ended first: {text}"
                 )
-            with suppress(OSError):  # a full disk: what is to be said is the first error, not this one
-                self._write_status("failed", text)
+            if not self.watchdog.has_spoken():
+                with suppress(OSError):  # a full disk: what is to be said is the first error, not this one
+                    self._write_status("failed", text)
             with suppress(OSError):
                 self.tracker.close("failed")
             if lost or isinstance(error, OSError | CheckpointError | ValueError):

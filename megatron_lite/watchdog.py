@@ -95,6 +95,7 @@ class Watchdog:
         self._loop = threading.get_ident()
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
+        self._board: Board | None = None
 
     def enter(self, phase: str, step: int) -> None:
         """The loop begins `phase` of `step`."""
@@ -106,6 +107,10 @@ class Watchdog:
         """Nothing is left to do but to close: a hang from here on ends the process and leaves status.json as it is."""
         self.enter(_END, self._where[0])
 
+    def has_spoken(self) -> bool:
+        """Whether a rank's watchdog has told in status.json who hangs: it then ends its rank, and what others see is a consequence."""
+        return self._board is not None and self._board.is_settled()
+
     @property
     def phase(self) -> str:
         """The phase that was entered last."""
@@ -115,8 +120,8 @@ class Watchdog:
         if self.enabled:
             self._loop = threading.get_ident()
             self._where = (*self._where[:2], time.monotonic())
-            board = Board(self.runtime.rank, self.runtime.world_size)
-            self._thread = threading.Thread(target=self._watch, args=(board,), name="watchdog", daemon=True)
+            self._board = Board(self.runtime.rank, self.runtime.world_size)
+            self._thread = threading.Thread(target=self._watch, args=(self._board,), name="watchdog", daemon=True)
             self._thread.start()
         return self
 
@@ -269,6 +274,13 @@ class Board:
     def settled(self) -> None:
         """Let the others go: the launcher ends all ranks as soon as one has ended."""
         self._store.add("watchdog/settled", 1)
+
+    def is_settled(self) -> bool:
+        """Whether the first to arrive has told its verdict."""
+        try:
+            return self._store.add("watchdog/settled", 0) > 0
+        except RuntimeError:  # a store that is gone
+            return False
 
     def own_times(self) -> dict[int, float]:
         """rank -> own seconds per step since the last call, of ranks that made a step."""

@@ -9,11 +9,14 @@ import signal
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from megatron_lite.runtime import Runtime
+from megatron_lite.tracking.status import Status
+from megatron_lite.trainer import Position, Trainer, TrainingFailedError
 from megatron_lite.watchdog import Watchdog, WatchdogConfig, numbers, place, slow_ranks, waits_for_others
 from tests import runs
 from tests.launch import local_run
@@ -61,6 +64,29 @@ def test_on_a_gpu_the_flight_recorder_is_that_of_nccl(tmp_path, monkeypatch):
 def test_refused(key, value):
     with pytest.raises(ValueError, match=f"watchdog.{key}="):
         WatchdogConfig(**{key: value}).validate()
+
+
+@pytest.mark.parametrize(
+    ("spoken", "reason"), [(True, "rank 1 is stuck"), (False, "rank 0 lost another rank in train_step")]
+)
+def test_a_verdict_is_not_written_over_by_a_rank_that_it_ended(tmp_path, spoken, reason):
+    """Other ranks may see the connection break before their own watchdog ends them."""
+    trainer = object.__new__(Trainer)  # only what tells of an end
+    trainer.status, trainer.position = Status(tmp_path, main_process=True), Position(step=7, consumed_samples=56)
+    trainer.watchdog = SimpleNamespace(has_spoken=lambda: spoken, phase="train_step")
+    trainer.runtime = SimpleNamespace(rank=0, job="")
+    trainer.feed = SimpleNamespace(seen=lambda consumed: {})
+    trainer.tracker = SimpleNamespace(close=lambda state: None)
+    trainer.store = SimpleNamespace(steps=lambda: [4], directory=tmp_path / "checkpoints")
+
+    def ended_by_another() -> None:
+        with trainer._reported():
+            trainer.status.write("failed", 7, "rank 1 is stuck")
+            raise RuntimeError("[gloo/transport/tcp/pair.cc] Connection closed by peer")
+
+    with pytest.raises(TrainingFailedError, match="lost another rank"):
+        ended_by_another()
+    assert runs.status(tmp_path)["reason"].startswith(reason)
 
 
 @pytest.mark.slow
