@@ -101,13 +101,15 @@ def test_preempted_by_the_time_limit(slurm, tiny_data, tmp_path, uninterrupted):
     assert runs.curve(run) == runs.curve(uninterrupted)
 
 
-def test_a_lost_node(slurm, tiny_data, tmp_path, uninterrupted):
+@pytest.mark.parametrize("node", ["node2", "node1"])
+def test_a_lost_node(node, slurm, tiny_data, tmp_path, uninterrupted):
+    """The batch script and the rendezvous die with the first node: then Slurm requeues the job by itself."""
     run = tmp_path / "lost"
     job = Job(slurm, tiny_data, run, SLOW_STEP="1")
     job.wait_for_step(10)
-    slurm.kill_node("node2")
+    slurm.kill_node(node)
     wait_for(lambda: job.restarts == 1 or job.state in ENDED, seconds=120, what=job.story)
-    slurm.start_node("node2")
+    slurm.start_node(node)
     assert job.wait() == "COMPLETED", job.story()
     assert job.restarts == 1
     assert runs.curve(run) == runs.curve(uninterrupted)
@@ -124,18 +126,6 @@ def test_a_node_lost_during_a_save(slurm, tiny_data, tmp_path, uninterrupted):
     slurm.start_node("node2")
     assert job.wait() == "COMPLETED", job.story()
     assert f"resuming from {first}: step 4" in job.output()
-    assert runs.curve(run) == runs.curve(uninterrupted)
-
-
-def test_the_first_node_lost(slurm, tiny_data, tmp_path, uninterrupted):
-    """The batch script and the rendezvous die with it; Slurm requeues the job by itself."""
-    run = tmp_path / "headless"
-    job = Job(slurm, tiny_data, run, SLOW_STEP="1")
-    job.wait_for_step(10)
-    slurm.kill_node("node1")
-    wait_for(lambda: job.restarts == 1 or job.state in ENDED, seconds=120, what=job.story)
-    slurm.start_node("node1")
-    assert job.wait() == "COMPLETED", job.story()
     assert runs.curve(run) == runs.curve(uninterrupted)
 
 
