@@ -9,7 +9,7 @@ help:            ## show this list
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
 
 smoke: env       ## set up .venv, build the sample corpus, train the smoke experiment
-	$(BIN)/python -m megatron_lite.train experiment=smoke
+	$(BIN)/python -m megatron_lite train experiment=smoke
 
 test: env-dev    ## set up .venv with [dev] and run the tests
 	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu"

@@ -16,9 +16,9 @@ from typing import Any, BinaryIO
 
 import torch
 
-from megatron_lite.build import build_engine
 from megatron_lite.checkpoint.store import CheckpointConfig, CheckpointStore
-from megatron_lite.config import compose_config
+from megatron_lite.training.build import build_engine
+from megatron_lite.training.config import compose_run
 
 SAVE_SECONDS, STEPS, EVERY = 5.0, 24, 8
 STATE: dict[str, Any] = {
@@ -49,7 +49,7 @@ class SlowFile:
 
 def step_times(*, background: bool) -> list[float]:
     """Seconds of each step, its save included."""
-    run = compose_config("train", ["experiment=smoke"])
+    run = compose_run(["experiment=smoke"])
     engine = build_engine(run, None, torch.device("cpu"))
     size = sum(piece.local.nbytes for piece in engine.state().values())
     tokens = torch.randint(0, run.model.vocab_size, (1, 257))

@@ -18,8 +18,8 @@ from megatron_lite.data.blend import Blend, open_blend
 from megatron_lite.data.config import DataConfig, GroupConfig, PhaseConfig, SourceConfig
 from megatron_lite.data.indexed import IndexedWriter
 from megatron_lite.data.loader import Loader
-from megatron_lite.data.manifest import TokenizerIdentity
 from megatron_lite.data.permutation import make_key, permute
+from megatron_lite.data.sidecar import TokenizerIdentity
 
 EOD = 1
 

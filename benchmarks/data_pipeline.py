@@ -7,7 +7,7 @@ by second of CPU time (of all threads), so a busy machine changes little. "Same 
 
     filter      datatrove: Gopher quality + repetition, C4, FineWeb filters      datasets: our filter in `map`
     near        datatrove: MinHash signatures, 14 x 8                            -
-    tokenise    datatrove: MegatronDocumentTokenizer (encode and write)          datasets: `map(batched)` with the HF tokenizer
+    tokenize    datatrove: MegatronDocumentTokenizer (encode and write)          datasets: `map(batched)` with the HF tokenizer
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from rich.console import Console
 from rich.table import Table
 
 from data_tools.execution import run_step
-from data_tools.filter_prose import ProseFilter, ProseFilterConfig
 from data_tools.pipeline import STAGES, Pipeline
 from data_tools.recipe import Columns, ExecutorConfig, RecipeConfig, SourceConfig
-from data_tools.tokenise import FastTokenizer
+from data_tools.take_tokenizer import FastTokenizer
+from data_tools.text.filter_prose import ProseFilter, ProseFilterConfig
 
 
 def default_texts(limit: int) -> list[dict[str, str]]:
@@ -134,7 +134,7 @@ def datatrove(folder: Path, texts: list[str], tokenizer: Path) -> dict[str, floa
     works: dict[str, Callable[[], object]] = {
         "filter": judge,
         "near": lambda: signatures.run(iter(documents)),
-        "tokenise": lambda: writer.run(iter(documents)),
+        "tokenize": lambda: writer.run(iter(documents)),
     }
     seconds = {}
     for stage, work in works.items():
@@ -161,7 +161,7 @@ def datasets_map(folder: Path, texts: list[str], tokenizer: Path) -> dict[str, f
                 cache_file_name=str(folder / "filtered.arrow"),
             )
         ),
-        "tokenise": timed(
+        "tokenize": timed(
             lambda: table.map(
                 lambda rows: {"ids": fast(rows["text"])["input_ids"]},
                 batched=True,
@@ -187,7 +187,7 @@ def main() -> None:
         folder = Path(place)
         seconds, pipeline = ours(folder, rows, options.vocab)
         tokenizer = pipeline.steps["tokenizer"].folder / "tokenizer"
-        # The others get what our filter was given and what our tokenise stage was given, so that MB/s compare.
+        # The others get what our filter was given and what our tokenize stage was given, so that MB/s compare.
         kept = [d.text for shard in range(len(pipeline.corpus.shards())) for _, d in pipeline.corpus.read(shard)]
         kept_megabytes = sum(len(text.encode()) for text in kept) / 1e6
         others = {
@@ -210,15 +210,15 @@ def main() -> None:
         table.add_column(heading, justify="left" if heading == "stage" else "right")
     total = sum(seconds.values())
     for stage, spent in seconds.items():
-        size = megabytes if stage in ("read", "normalise", "filter") else kept_megabytes
+        size = megabytes if stage in ("read", "normalize", "filter") else kept_megabytes
         cells = [f"{kept_megabytes / others[name][stage]:.2f}" if stage in others[name] else "" for name in others]
         table.add_row(
             stage, f"{spent / total:.1%}", f"{size / spent:.2f}" if spent > 0.005 else "", *cells,
-            f"{kept_megabytes / alone:.2f}" if stage == "tokenise" else "",
+            f"{kept_megabytes / alone:.2f}" if stage == "tokenize" else "",
         )  # fmt: skip
     table.add_row("all", "100.0%", f"{megabytes / total:.2f}", "", "", "")
     Console(width=130).print(table)
-    print(f"tokenise / encode_batch alone = {seconds['tokenise'] / alone:.2f} (CPU time, same text)")
+    print(f"tokenize / encode_batch alone = {seconds['tokenize'] / alone:.2f} (CPU time, same text)")
 
 
 if __name__ == "__main__":

@@ -36,13 +36,13 @@ from rich.console import Console
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
-from megatron_lite.build import build_engine, build_grid
-from megatron_lite.config import RunConfig
 from megatron_lite.engine.deepspeed import DeepSpeedConfig
 from megatron_lite.engine.fsdp import FsdpConfig
 from megatron_lite.models.config import ModelConfig
 from megatron_lite.parallel.mesh import ParallelConfig
 from megatron_lite.precision.dtypes import PrecisionConfig
+from megatron_lite.training.build import build_engine, build_grid
+from megatron_lite.training.config import RunConfig
 
 PARTS = ("weights", "optimizer", "gradients", "other", "peak")
 VOCABULARY, LENGTH = 4096, 128

@@ -18,7 +18,7 @@ from pathlib import Path
 from megatron_lite.data.blend import open_blend
 from megatron_lite.data.config import DataConfig, GroupConfig, SourceConfig
 from megatron_lite.data.indexed import HEADER, MAGIC, VERSION
-from megatron_lite.data.manifest import TokenizerIdentity
+from megatron_lite.data.sidecar import TokenizerIdentity
 
 TOKENS_A_DOCUMENT = 1000
 EOD = 1

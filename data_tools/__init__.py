@@ -1,1 +1,1 @@
-"""From raw text anywhere to a clean, deduplicated, tokenised, blendable corpus (needs the `[data]` extra)."""
+"""From raw text anywhere to a clean, deduplicated, tokenized, blendable corpus (needs the `[data]` extra)."""

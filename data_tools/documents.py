@@ -1,6 +1,6 @@
 """Documents between the stages: shards of zstd-compressed JSON lines, and lists of dropped documents beside them.
 
-Only `read` and `normalise` write text. Every later stage writes *which* documents it drops, so a filter or a deduplication
+Only `read` and `normalize` write text. Every later stage writes *which* documents it drops, so a filter or a deduplication
 costs a few bytes a document on disk, and a changed threshold does not copy the corpus again.
 
 Notable features:
@@ -19,13 +19,15 @@ from typing import Any
 
 import numpy as np
 import orjson
+import xxhash
 import zstandard
 
-from data_tools.atomic import atomic_path, read_json, write_array, write_json
+from megatron_lite.atomic import atomic_path, read_json, write_array, write_json
 
 SHARD_SUFFIX = ".jsonl.zst"
 OFFSETS = "offsets.npy"
 SOURCES = "sources.json"
+HASH_RANGE = 1 << 64
 
 
 @dataclass(slots=True)
@@ -38,7 +40,7 @@ class Document:
     group: str
     kind: str
     language: str
-    licence: str
+    license: str
     dataset: str = ""
 
 
@@ -85,7 +87,7 @@ def read_shard(path: Path, skip: np.ndarray | None = None) -> Iterator[tuple[int
 
 @dataclass
 class Corpus:
-    """The normalised shards, their document counts, and the folders of the stages that dropped documents so far."""
+    """The normalized shards, their document counts, and the folders of the stages that dropped documents so far."""
 
     folder: Path
     dropped_by: Sequence[Path] = field(default_factory=list)
@@ -103,7 +105,7 @@ class Corpus:
         return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]).astype(np.int64)
 
     def bytes_by_source(self) -> dict[str, int]:
-        """Source -> bytes of normalised text."""
+        """Source -> bytes of normalized text."""
         summary = self.folder / SOURCES
         if summary.exists():
             return read_json(summary)
@@ -113,7 +115,7 @@ class Corpus:
                 sizes[source] = sizes.get(source, 0) + size
         return sizes
 
-    def summarise(self) -> None:
+    def summarize(self) -> None:
         """Write offsets and sizes once, so that a task need not read every other task's counts."""
         write_json(self.folder / SOURCES, self.bytes_by_source())
         write_array(self.folder / OFFSETS, self.offsets())
@@ -145,3 +147,8 @@ def stats_path(folder: Path, rank: int) -> Path:
 def drop_path(folder: Path, shard: int) -> Path:
     """Where a stage leaves the rows of one shard that it drops."""
     return folder / f"{shard:05d}.drop.npy"
+
+
+def is_held_out(document: Document, share: float) -> bool:
+    """Whether a document belongs to validation: by its text alone, so equal texts are always on one side."""
+    return xxhash.xxh3_64_intdigest(document.text.encode(), seed=1) < share * HASH_RANGE

@@ -2,8 +2,8 @@
 
 Notable features:
 - datatrove marks every finished task by a file; a killed run finds them and goes on with the others
-- local workers are forked from a clean server process and end when the door does, however it ends
-- the door shows progress by reading the tasks' own small files, which works on a cluster's shared disk as well
+- local workers are forked from a clean server process and end when the command does, however it ends
+- the command shows progress by reading the tasks' own small files, which works on a cluster's shared disk as well
 """
 
 from __future__ import annotations
@@ -25,15 +25,16 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-from data_tools.atomic import explain_os_error, write_json, write_text
 from data_tools.recipe import ExecutorConfig
 from data_tools.steps import Progress, Step
+from megatron_lite.atomic import explain_os_error, write_json, write_text
+from megatron_lite.errors import WorkFailedError
 
 DONE = "DONE.json"
 
 
 class RunStep(PipelineStep):
-    """One of our steps as a datatrove pipeline of one block; a refusal is written where the door finds it."""
+    """One of our steps as a datatrove pipeline of one block; a refusal is written where the command finds it."""
 
     type = "megatron_lite"
 
@@ -58,7 +59,7 @@ class RunStep(PipelineStep):
 
 
 class LocalExecutor(LocalPipelineExecutor):
-    """datatrove's local executor with its messages in a file, and workers that do not outlive a killed door."""
+    """datatrove's local executor with its messages in a file, and workers that do not outlive a killed command."""
 
     def run(self) -> None:
         """Run the tasks that are not marked as finished."""
@@ -80,7 +81,7 @@ class LocalExecutor(LocalPipelineExecutor):
                 pass
 
 
-def _start_worker(log: str, door: int, workers: int) -> None:
+def _start_worker(log: str, command: int, workers: int) -> None:
     # A tokenizer starts a thread for every core: with several workers they would take turns on the same ones.
     os.environ["RAYON_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // workers))
     with contextlib.suppress(OSError):  # a full disk is told by the task; a worker that cannot start is started forever
@@ -90,7 +91,7 @@ def _start_worker(log: str, door: int, workers: int) -> None:
         while True:
             time.sleep(0.5)
             try:
-                os.kill(door, 0)
+                os.kill(command, 0)
             except OSError:
                 os._exit(1)
 
@@ -129,7 +130,7 @@ def run_step(step: Step, executor: ExecutorConfig, console: Console) -> float:
                     raise explain_os_error(error, step.folder) from error
                 if isinstance(error, ValueError):
                     raise
-                raise RuntimeError(
+                raise WorkFailedError(
                     f"{step.name}: a task failed ({error}); its log is in {step.folder / 'logs'}"
                 ) from error
     step.finish()
@@ -179,7 +180,7 @@ def _wait(step: Step, engine: Any, executor: ExecutorConfig) -> None:
             raise ValueError(refusals)
         gone = gone + 1 if not _queued(engine.job_id) else 0
         if gone > 2:
-            raise RuntimeError(
+            raise WorkFailedError(
                 f"{step.name}: Slurm job {engine.job_id} ended with tasks left; its output is in {engine.slurm_logs_folder}. The "
                 "same command goes on with the unfinished tasks"
             )

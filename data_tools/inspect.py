@@ -1,4 +1,4 @@
-"""The door: `python -m data_tools.inspect data=<name>` shows what a run will read, before it runs.
+"""The command: `python -m megatron_lite inspect data=<name>` shows what a run will read, before it runs.
 
 Shown: weights and epochs of every source at a token budget, the phases, the first samples' places, and decoded samples with their
 document boundaries; a table on the terminal and a picture. `--config-dir <corpus> data=<recipe>` takes the blend that `prepare` left.
@@ -10,7 +10,6 @@ passes are about as good as new text, and beyond about 16 nothing is gained.
 from __future__ import annotations
 
 import itertools
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,10 +17,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from data_tools.configuration import run_door
+from megatron_lite.commands.command import run_command
 from megatron_lite.data.blend import Blend, open_blend
 from megatron_lite.data.config import DataConfig
-from megatron_lite.data.manifest import TokenizerIdentity
+from megatron_lite.data.sidecar import TokenizerIdentity
 from megatron_lite.data.tokenizer import fingerprint, load_tokenizer
 
 
@@ -37,6 +36,12 @@ class InspectConfig:
     places: int = 16
     characters: int = 400
     picture: str = "blend.png"
+
+
+def inspect_command(config: InspectConfig) -> int:
+    """`mlite inspect`; returns the exit code."""
+    inspect(config)
+    return 0
 
 
 def inspect(config: InspectConfig, console: Console | None = None) -> list[str]:
@@ -57,7 +62,7 @@ def inspect(config: InspectConfig, console: Console | None = None) -> list[str]:
     available = sum(source.num_tokens for source in blend.sources.values())
     horizon = max(1, int(config.tokens or available) // data.seq_len)
     blend = open_blend(data, tokenizer=identity, seed=config.seed, horizon_samples=horizon)
-    rows = summarise(blend)
+    rows = summarize(blend)
     console.print(_table(blend, rows))
     warnings = [
         f"{row['source']} would be read {row['epochs']:.1f} times (max_epochs={config.max_epochs:g}); lower its weight, the token "
@@ -76,7 +81,7 @@ def inspect(config: InspectConfig, console: Console | None = None) -> list[str]:
     return warnings
 
 
-def summarise(blend: Blend) -> list[dict[str, Any]]:
+def summarize(blend: Blend) -> list[dict[str, Any]]:
     """For every source: tokens, share of each phase, share of the whole budget, samples and epochs at the budget."""
     horizon = blend.horizon_samples
     counts = blend.counts(0, horizon)
@@ -157,17 +162,17 @@ def draw(blend: Blend, rows: list[dict[str, Any]], path: Path) -> None:
     starts = [segment.start for segment in blend.phases.segments]
     edges = [*starts, max(horizon, starts[-1] + 1)]
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, max(4.0, 0.25 * len(rows) + 2)), width_ratios=(3, 2))
-    colours = pyplot.get_cmap("tab20")
+    colors = pyplot.get_cmap("tab20")
     below = [0.0] * len(starts)
     for number, row in enumerate(rows):
         widths = [b - a for a, b in itertools.pairwise(edges)]
         left.bar(
-            starts, row["phases"], widths, bottom=below, align="edge", color=colours(number % 20), edgecolor="white"
+            starts, row["phases"], widths, bottom=below, align="edge", color=colors(number % 20), edgecolor="white"
         )
         below = [a + b for a, b in zip(below, row["phases"])]
     left.set(xlabel="sample", ylabel="share of the blend", xlim=(0, edges[-1]), ylim=(0, 1), title="what a run reads")
     names = [row["source"] for row in rows]
-    right.barh(names, [row["epochs"] for row in rows], color=[colours(i % 20) for i in range(len(rows))])
+    right.barh(names, [row["epochs"] for row in rows], color=[colors(i % 20) for i in range(len(rows))])
     right.invert_yaxis()
     right.set(xlabel="passes over the source", title="repetition")
     figure.tight_layout()
@@ -176,10 +181,11 @@ def draw(blend: Blend, rows: list[dict[str, Any]], path: Path) -> None:
     pyplot.close(figure)
 
 
-def main(arguments: list[str]) -> int:
-    """The command line; returns the exit status."""
-    return run_door("inspect", InspectConfig, __doc__ or "", inspect, arguments)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+def main() -> None:
+    """Parse, inspect, exit."""
+    run_command(
+        "inspect",
+        InspectConfig,
+        "What a run will read: shares, epochs, the first samples, decoded text.",
+        inspect_command,
+    )

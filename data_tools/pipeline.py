@@ -1,6 +1,6 @@
 """The chain of steps that a recipe stands for: who reads whose folder, and what their names are.
 
-    read -> lines -> normalise -> filter -> exact -> near -> decontaminate -> tokenizer -> tokenise
+    read -> lines -> normalize -> filter -> exact -> near -> decontaminate -> tokenizer -> tokenize
 
 A step's folder is `work/<step>-<fingerprint>`: the fingerprint covers its settings and all steps before it.
 """
@@ -12,20 +12,20 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from data_tools.decontaminate import DecontaminateStep
 from data_tools.documents import Corpus
-from data_tools.exact_dedup import ExactStep, HashStep
-from data_tools.filtering import FilterStep
-from data_tools.near_dedup import CandidateStep, NearStep, SignatureStep
-from data_tools.normalising import CountLinesStep, NormaliseStep
-from data_tools.reading import ReadStep
 from data_tools.recipe import RecipeConfig
 from data_tools.sources import plan_source
+from data_tools.stages.decontaminate import DecontaminateStep
+from data_tools.stages.exact_dedup import ExactStep, HashStep
+from data_tools.stages.filter import FilterStep
+from data_tools.stages.near_dedup import CandidateStep, NearStep, SignatureStep
+from data_tools.stages.normalize import CountLinesStep, NormalizeStep
+from data_tools.stages.read import ReadStep
+from data_tools.stages.tokenize import EncodeStep, MergeStep
+from data_tools.stages.tokenizer import SampleStep, TokenizerStep, recipe_groups
 from data_tools.steps import Step, fingerprint
-from data_tools.tokenise import EncodeStep, MergeStep
-from data_tools.tokenizer_stage import SampleStep, TokenizerStep, recipe_groups
 
-STAGES = ("read", "normalise", "filter", "exact", "near", "decontaminate", "tokenizer", "tokenise")
+STAGES = ("read", "normalize", "filter", "exact", "near", "decontaminate", "tokenizer", "tokenize")
 
 
 class Pipeline:
@@ -62,13 +62,13 @@ class Pipeline:
             [asdict(recipe.read), list(sources.items()), stamps],
             lambda name, folder: ReadStep(name, folder, recipe.read, recipe.sources, pieces),
         )
-        settings = recipe.normalise
-        lines = self._add("normalise", "lines", asdict(settings), lambda n, f: CountLinesStep(n, f, settings, read))
-        normalised = self._add("normalise", "normalise", "", lambda n, f: NormaliseStep(n, f, settings, read, lines))
+        settings = recipe.normalize
+        lines = self._add("normalize", "lines", asdict(settings), lambda n, f: CountLinesStep(n, f, settings, read))
+        normalized = self._add("normalize", "normalize", "", lambda n, f: NormalizeStep(n, f, settings, read, lines))
         filtered = self._add(
-            "filter", "filter", asdict(recipe.filter), lambda n, f: FilterStep(n, f, recipe.filter, normalised)
+            "filter", "filter", asdict(recipe.filter), lambda n, f: FilterStep(n, f, recipe.filter, normalized)
         )
-        corpus = self._deduplicate(Corpus(normalised, [filtered]))
+        corpus = self._deduplicate(Corpus(normalized, [filtered]))
         if recipe.decontaminate.files:
             key = [asdict(recipe.decontaminate), [_stamp(file) for file in recipe.decontaminate.files.values()]]
             folder = self._add(
@@ -77,9 +77,9 @@ class Pipeline:
                 key,
                 lambda n, f: DecontaminateStep(n, f, recipe.decontaminate, corpus),
             )
-            corpus = Corpus(normalised, [*corpus.dropped_by, folder])
+            corpus = Corpus(normalized, [*corpus.dropped_by, folder])
         self.corpus = corpus
-        self._tokenise(corpus)
+        self._tokenize(corpus)
 
     def _deduplicate(self, corpus: Corpus) -> Corpus:
         exact, near = self.recipe.exact, self.recipe.near
@@ -98,9 +98,9 @@ class Pipeline:
             corpus = Corpus(corpus.folder, [*corpus.dropped_by, folder])
         return corpus
 
-    def _tokenise(self, corpus: Corpus) -> None:
+    def _tokenize(self, corpus: Corpus) -> None:
         recipe = self.recipe
-        settings, tokens = recipe.tokenizer, recipe.tokenise
+        settings, tokens = recipe.tokenizer, recipe.tokenize
         groups = recipe_groups(recipe)
         sample = self._add(
             "tokenizer",
@@ -111,12 +111,12 @@ class Pipeline:
         taken = _stamp(settings.path) if settings.path else ""
         tokenizer = self._add("tokenizer", "tokenizer", taken, lambda n, f: TokenizerStep(n, f, settings, sample))
         encoded = self._add(
-            "tokenise",
-            "tokenise_encode",
+            "tokenize",
+            "tokenize_encode",
             [asdict(tokens), recipe.seed],
             lambda n, f: EncodeStep(n, f, tokens, corpus, tokenizer, recipe.seed),
         )
-        self._add("tokenise", "tokenise_merge", "", lambda n, f: MergeStep(n, f, tokens, encoded, tokenizer))
+        self._add("tokenize", "tokenize_merge", "", lambda n, f: MergeStep(n, f, tokens, encoded, tokenizer))
 
 
 def _stamp(path: str) -> list[Any]:

@@ -1,6 +1,6 @@
-"""The door: `python -m data_tools.prepare data_recipe=<name>` turns sources into a tokenised corpus.
+"""The command: `python -m megatron_lite prepare data_recipe=<name>` turns sources into a tokenized corpus.
 
-read -> normalise -> filter -> exact -> near -> decontaminate -> tokenizer -> tokenise -> <output>/
+read -> normalize -> filter -> exact -> near -> decontaminate -> tokenizer -> tokenize -> <output>/
 
 <output>/tokenizer/                          Hugging Face form
 <output>/<dataset>[.validation].{bin,idx,json}   token files and their side-cars
@@ -16,31 +16,36 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console
 
-from data_tools.atomic import OutputLock, atomic_path, write_json, write_text
-from data_tools.configuration import run_door
 from data_tools.execution import DONE, is_done, run_step
 from data_tools.pipeline import STAGES, Pipeline
-from data_tools.reading import ReadStep
 from data_tools.recipe import ExecutorConfig, RecipeConfig
 from data_tools.report import collect, timing, to_markdown
+from data_tools.stages.read import ReadStep
 from data_tools.starter_blend import data_yaml
 from data_tools.steps import Step
+from megatron_lite.atomic import OutputLock, atomic_path, write_json, write_text
+from megatron_lite.commands.command import run_command
 
 
 @dataclass
 class PrepareConfig:
-    """The door's own keys. `stages`: which to run (the ones before must be finished); `keep_work=false` removes `work/` at the end."""
+    """The command's own keys. `stages`: which to run (the ones before must be finished); `keep_work=false` removes `work/` at the end."""
 
     data_recipe: RecipeConfig = field(default_factory=RecipeConfig)
     executor: ExecutorConfig = field(default_factory=ExecutorConfig)
     stages: list[str] = field(default_factory=lambda: list(STAGES))
     keep_work: bool = True
+
+
+def prepare_command(config: PrepareConfig) -> int:
+    """`mlite prepare`; returns the exit code."""
+    prepare(config)
+    return 0
 
 
 def prepare(config: PrepareConfig, console: Console | None = None) -> Path:
@@ -113,7 +118,7 @@ def _publish(pipeline: Pipeline, cores: int, console: Console) -> None:
     for stale in [*output.glob(".*.tmp-*"), *output.glob("tokenizer/.*.tmp-*")]:  # of a run that was killed here
         stale.unlink()
     merged = sorted(
-        path for path in steps["tokenise_merge"].folder.glob("*.*") if path.suffix in (".bin", ".idx", ".json")
+        path for path in steps["tokenize_merge"].folder.glob("*.*") if path.suffix in (".bin", ".idx", ".json")
     )
     merged = [path for path in merged if path.name != DONE]
     for stale in [*output.glob("*.bin"), *output.glob("*.idx"), *output.glob("*.json")]:
@@ -153,10 +158,7 @@ def _link(source: Path, target: Path) -> None:
             shutil.copyfile(source, temporary)
 
 
-def main(arguments: list[str]) -> int:
-    """The command line; returns the exit status."""
-    return run_door("prepare", PrepareConfig, __doc__ or "", prepare, arguments)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+def main() -> None:
+    """Parse, prepare, exit."""
+    purpose = "From raw text to a tokenized corpus that `mlite train` reads; run it again to continue where it stopped."
+    run_command("prepare", PrepareConfig, purpose, prepare_command)

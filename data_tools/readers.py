@@ -20,7 +20,7 @@ import orjson
 import zstandard
 
 from data_tools.recipe import SourceConfig
-from data_tools.sources import Piece
+from data_tools.sources import Piece, open_dataset
 
 
 @dataclass(slots=True)
@@ -203,23 +203,6 @@ def _read_parquet(file: Path, start: int, end: int | None) -> Iterator[Row | Bad
                 yield Row(f"{file}:{number}", columns)
     except OSError as error:
         raise DamagedFile(f"{file} is damaged after row {number}: {error}") from None
-
-
-def open_dataset(source: SourceConfig) -> Any:
-    """A streaming dataset of the `datasets` library, or one saved by `save_to_disk`."""
-    import datasets
-
-    if (Path(source.path) / "dataset_info.json").is_file() or (Path(source.path) / "dataset_dict.json").is_file():
-        loaded = datasets.load_from_disk(source.path)
-        return loaded[source.split] if isinstance(loaded, datasets.DatasetDict) else loaded
-    try:
-        return datasets.load_dataset(
-            source.path, source.name, split=source.split, data_files=source.data_files, streaming=True
-        )
-    except Exception as error:  # the library raises its own types, requests' and plain ones
-        raise ValueError(
-            f"data_recipe.sources: dataset {source.path} (name={source.name}, split={source.split}) cannot be opened: {error}"
-        ) from error
 
 
 def _read_dataset(piece: Piece, source: SourceConfig) -> Iterator[Row | BadRow]:

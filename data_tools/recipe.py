@@ -10,8 +10,9 @@ import re
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from data_tools.filter_code import CodeFilterConfig
-from data_tools.filter_prose import ProseFilterConfig
+from data_tools.text.filter_code import CodeFilterConfig
+from data_tools.text.filter_prose import ProseFilterConfig
+from data_tools.text.normalize import NormalizeConfig
 
 SOURCE_TYPES = ("auto", "jsonl", "parquet", "text", "datasets")
 KINDS = ("prose", "code")
@@ -23,7 +24,7 @@ class Columns:
 
     text: str = "text"
     language: str = ""
-    licence: str = ""
+    license: str = ""
     id: str = ""
 
 
@@ -40,7 +41,7 @@ class SourceConfig:
     group: str = "english"
     kind: str = "prose"
     language: str = "auto"
-    licence: str = "unknown"
+    license: str = "unknown"
     dataset: str = "{source}"
     columns: Columns = field(default_factory=Columns)
     limit: int | None = None
@@ -58,18 +59,6 @@ class ReadConfig:
     max_document_bytes: int = 8_000_000
     max_bad_share: float = 0.1
     on_damaged_file: str = "stop"  # or "keep_rows"
-
-
-@dataclass
-class NormaliseConfig:
-    """Unicode repair and removal of what is no text. Code keeps its white space and its characters."""
-
-    unicode_form: str = "NFC"
-    fix_encoding: bool = True
-    strip_licence_headers: bool = True
-    mask_pii: bool = False
-    boilerplate_documents: int = 20  # a line that so many documents of a source hold is frequent
-    boilerplate_min_chars: int = 12  # a shorter frequent line goes only in a row of them
 
 
 @dataclass
@@ -126,7 +115,7 @@ class TokenizerSection:
 
 
 @dataclass
-class TokeniseConfig:
+class TokenizeConfig:
     """`held_out` of every dataset's documents (by hash of the text) go to `<dataset>.validation`; `merge_bytes` bounds memory.
 
     Datasets of fewer than `min_documents` documents are put together as `<group>_small`.
@@ -157,13 +146,13 @@ class RecipeConfig:
     seed: int = 0
     sources: dict[str, SourceConfig] = field(default_factory=dict)
     read: ReadConfig = field(default_factory=ReadConfig)
-    normalise: NormaliseConfig = field(default_factory=NormaliseConfig)
+    normalize: NormalizeConfig = field(default_factory=NormalizeConfig)
     filter: FilterConfig = field(default_factory=FilterConfig)
     exact: ExactConfig = field(default_factory=ExactConfig)
     near: NearConfig = field(default_factory=NearConfig)
     decontaminate: DecontaminateConfig = field(default_factory=DecontaminateConfig)
     tokenizer: TokenizerSection = field(default_factory=TokenizerSection)
-    tokenise: TokeniseConfig = field(default_factory=TokeniseConfig)
+    tokenize: TokenizeConfig = field(default_factory=TokenizeConfig)
 
     def validate(self) -> None:
         """ValueError naming the first key that cannot be."""
@@ -185,12 +174,12 @@ class RecipeConfig:
         _require("read.on_damaged_file", read.on_damaged_file, read.on_damaged_file in modes, " or ".join(modes))
         forms = ("NFC", "NFKC", "none")
         _require(
-            "normalise.unicode_form",
-            self.normalise.unicode_form,
-            self.normalise.unicode_form in forms,
+            "normalize.unicode_form",
+            self.normalize.unicode_form,
+            self.normalize.unicode_form in forms,
             ", ".join(forms),
         )
-        _require("tokenise.held_out", self.tokenise.held_out, 0 <= self.tokenise.held_out < 0.5, "0 to 0.5")
+        _require("tokenize.held_out", self.tokenize.held_out, 0 <= self.tokenize.held_out < 0.5, "0 to 0.5")
         known = {item.name for item in fields(ProseFilterConfig)}
         for language, changes in self.filter.languages.items():
             if unknown := set(changes) - known:

@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from data_tools.atomic import read_json
 from data_tools.documents import read_shard
 from data_tools.execution import DONE
 from data_tools.pipeline import Pipeline
+from data_tools.stages.tokenize import plan_datasets
 from data_tools.steps import EXAMPLE_CHARS
-from data_tools.tokenise import plan_datasets
+from megatron_lite.atomic import read_json
 
 EXAMPLES = 3
 DEDUPLICATIONS = ("exact", "near")
@@ -27,7 +27,7 @@ DEDUPLICATIONS = ("exact", "near")
 def collect(pipeline: Pipeline) -> dict[str, Any]:
     """Everything that is told of a finished pipeline, as plain values."""
     stages = []
-    for name in ("read", "normalise", "filter"):
+    for name in ("read", "normalize", "filter"):
         stages.append(_from_tallies(name, pipeline.steps[name].folder))
     before = stages[-1]["documents_out"], stages[-1]["bytes_out"]
     if any(name in pipeline.steps for name in DEDUPLICATIONS):
@@ -40,7 +40,7 @@ def collect(pipeline: Pipeline) -> dict[str, Any]:
         "recipe": pipeline.recipe.name,
         "stages": stages,
         "tokenizer": {**read_json(tokenizer / "identity.json"), **read_json(tokenizer / "report.json")},
-        "datasets": plan_datasets(pipeline.steps["tokenise_encode"].folder, pipeline.recipe.tokenise.min_documents),
+        "datasets": plan_datasets(pipeline.steps["tokenize_encode"].folder, pipeline.recipe.tokenize.min_documents),
     }
 
 
@@ -148,13 +148,13 @@ def _datasets(report: dict[str, Any]) -> list[str]:
     lines = [
         "## Datasets",
         "",
-        "| dataset | group | documents | tokens | MB | languages | licences |",
+        "| dataset | group | documents | tokens | MB | languages | licenses |",
         "|---|---|---|---|---|---|---|",
     ]
     for name, facts in report["datasets"].items():
         lines.append(
             f"| {name} | {facts['group']} | {facts['documents']:,} | {facts['tokens']:,} | {facts['bytes'] / 1e6:.2f} "
-            f"| {_top(facts['languages'])} | {_top(facts['licences'])} |"
+            f"| {_top(facts['languages'])} | {_top(facts['licenses'])} |"
         )
     return lines
 

@@ -10,6 +10,7 @@ import glob
 import itertools
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from data_tools.recipe import SourceConfig
 
@@ -126,6 +127,21 @@ def _row_groups(file: Path, shard_bytes: int) -> list[tuple[int, int]]:
 def _hub_shards(source: SourceConfig) -> int:
     if source.limit is not None:
         return 1
-    from data_tools.readers import open_dataset
-
     return max(1, int(getattr(open_dataset(source), "num_shards", 1)))
+
+
+def open_dataset(source: SourceConfig) -> Any:
+    """A streaming dataset of the `datasets` library, or one saved by `save_to_disk`."""
+    import datasets
+
+    if (Path(source.path) / "dataset_info.json").is_file() or (Path(source.path) / "dataset_dict.json").is_file():
+        loaded = datasets.load_from_disk(source.path)
+        return loaded[source.split] if isinstance(loaded, datasets.DatasetDict) else loaded
+    try:
+        return datasets.load_dataset(
+            source.path, source.name, split=source.split, data_files=source.data_files, streaming=True
+        )
+    except Exception as error:  # the library raises its own types, requests' and plain ones
+        raise ValueError(
+            f"data_recipe.sources: dataset {source.path} (name={source.name}, split={source.split}) cannot be opened: {error}"
+        ) from error

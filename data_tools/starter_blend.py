@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+import yaml
 
 WEIGHTS = {"english": 0.70, "multilingual": 0.15, "code": 0.15}  # Nemotron-4, arXiv 2402.16819
 OTHER_WEIGHT = 0.10
@@ -34,6 +34,8 @@ def data_yaml(name: str, folder: Path, datasets: dict[str, dict[str, Any]]) -> s
         group["sources"][dataset] = source
     head = (
         f"# All datasets of {folder}, weighted as in Nemotron-4: `mlite train --config-dir {folder} data={name}`, or to look at it\n"
-        f"# `python -m data_tools.inspect --config-dir {folder} data={name}`.\n"
+        f"# `mlite inspect --config-dir {folder} data={name}`.\n"
     )
-    return head + OmegaConf.to_yaml({"tokenizer": str(folder / "tokenizer"), "groups": groups})
+    return head + yaml.safe_dump(
+        {"tokenizer": str(folder / "tokenizer"), "groups": groups}, sort_keys=False, allow_unicode=True
+    )

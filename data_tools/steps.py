@@ -16,8 +16,8 @@ from typing import Any
 
 import xxhash
 
-from data_tools.atomic import write_json
 from data_tools.documents import stats_path
+from megatron_lite.atomic import write_json
 
 FORMAT = 2  # raise when a stage's code changes what it writes: finished work of older code is then done again
 EXAMPLE_CHARS = 300
@@ -40,11 +40,11 @@ class Step:
         raise NotImplementedError
 
     def finish(self) -> None:
-        """Sum up what all tasks left; the door calls it once, after the last of them."""
+        """Sum up what all tasks left; the command calls it once, after the last of them."""
 
 
 class Progress:
-    """Tells the watching door how far a task is, through a tiny file, so that it works across processes and nodes alike."""
+    """Tells the watching command how far a task is, through a tiny file, so that it works across processes and nodes alike."""
 
     def __init__(self, path: Path | None, every_seconds: float = 0.5) -> None:
         self.path = path

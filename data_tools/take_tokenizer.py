@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+
+from megatron_lite.data.tokenizer import encode_documents
 
 _PROBES = (
     "Hello, world 2024!",
@@ -29,9 +34,9 @@ def take_tokenizer(path: Path, folder: Path) -> None:
         _convert_sentencepiece(path, folder)
     elif path.is_file():
         shutil.copyfile(path, folder / "tokenizer.json")
-        neighbour = path.with_name("tokenizer_config.json")
-        if neighbour.is_file():
-            shutil.copyfile(neighbour, folder / neighbour.name)
+        neighbor = path.with_name("tokenizer_config.json")
+        if neighbor.is_file():
+            shutil.copyfile(neighbor, folder / neighbor.name)
     else:
         raise ValueError(
             f"data_tools: data_recipe.tokenizer.path={path} does not exist; name a folder with tokenizer.json, that file, or a "
@@ -64,7 +69,7 @@ def _convert_sentencepiece(path: Path, folder: Path) -> None:
         if theirs != ours:
             raise ValueError(
                 f"data_recipe.tokenizer.path={path}: converted to Hugging Face form it encodes {text!r} as {ours}, sentencepiece "
-                f"gives {theirs}; its normalisation has no counterpart, so train one or take a tokenizer.json"
+                f"gives {theirs}; its normalization has no counterpart, so train one or take a tokenizer.json"
             )
 
 
@@ -123,3 +128,25 @@ def _merges(pieces: list[tuple[str, float]], vocabulary: dict[str, int]) -> list
             if left in vocabulary and right in vocabulary:
                 found.append((-score, index, vocabulary[left], vocabulary[right], (left, right)))
     return [pair for *_, pair in sorted(found)]
+
+
+class FastTokenizer:
+    """The Rust tokenizer of a folder without the seconds and hundreds of megabytes that importing transformers takes."""
+
+    def __init__(self, folder: Path, end: int | None = None) -> None:
+        from tokenizers import Tokenizer
+
+        self.backend_tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self.eos_token_id = 0 if end is None else end
+
+    def __len__(self) -> int:
+        return self.backend_tokenizer.get_vocab_size()
+
+    def encode(self, texts: list[str]) -> Iterator[np.ndarray]:
+        """Ids of each text with the end token behind it, in the smallest dtype that holds the vocabulary."""
+        return encode_documents(self, texts, chunk=len(texts))  # type: ignore[arg-type]
+
+
+def tokenizer_identity(folder: Path) -> dict[str, Any]:
+    """What a finished tokenizer step says of its tokenizer: fingerprint, name, eod, vocab_size."""
+    return json.loads((folder / "identity.json").read_text(encoding="utf-8"))

@@ -11,7 +11,7 @@
 #   PYTHON, SETTINGS interpreter; a file with any of these settings
 #
 # SIGUSR1, SIGTERM or Ctrl-C here: on one host the ranks save and stop. DeepSpeed's launcher passes no signal to other hosts: there, send
-# SIGUSR1 to one rank (`pkill -USR1 -f megatron_lite.train` on any host); all ranks agree to save and stop.
+# SIGUSR1 to one rank (`pkill -USR1 -f "megatron_lite train"` on any host); all ranks agree to save and stop.
 # Exit codes as in local.sh: 0 finished or train.stop_at reached, 75 preempted, otherwise an error.
 set -euo pipefail
 LAUNCH_DIR=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -42,7 +42,7 @@ if [[ -n ${DEEPSPEED_ARGS:-} ]]; then
   read -r -a more <<<"$DEEPSPEED_ARGS"
   command+=("${more[@]}")
 fi
-command+=(megatron_lite.train "$@" run.dir="$directory")
+command+=(megatron_lite train "$@" run.dir="$directory")
 
 read_env_file
 if [[ -n ${DRY_RUN:-} ]]; then
@@ -66,8 +66,8 @@ ranks_below() { # every training process below a process
   local process
   for process in $(pgrep -P "$1" || true); do
     ranks_below "$process"
-    if tr '\0' ' ' <"/proc/$process/cmdline" 2>/dev/null | grep -q -- '-m megatron_lite.train' &&
-      [[ -z $(pgrep -P "$process" -f -- '-m megatron_lite.train' || true) ]]; then echo "$process"; fi
+    if tr '\0' ' ' <"/proc/$process/cmdline" 2>/dev/null | grep -q -- '-m megatron_lite train' &&
+      [[ -z $(pgrep -P "$process" -f -- '-m megatron_lite train' || true) ]]; then echo "$process"; fi
   done
 }
 # shellcheck disable=SC2317,SC2329  # called by the traps

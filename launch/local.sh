@@ -62,7 +62,7 @@ if ((NODES * RANKS_PER_NODE > 1)); then
   fi
   command+=(-m)
 fi
-command+=(megatron_lite.train ${@+"$@"} run.dir="$directory")
+command+=(megatron_lite train ${@+"$@"} run.dir="$directory")
 
 read_env_file
 if [[ -n ${DRY_RUN:-} ]]; then
@@ -116,7 +116,7 @@ case $(settled_outcome "$directory" "$MLITE_JOB" "$before") in
     ((code == 0 || signals == 0)) || exit 75
     # torchrun ends with 1 whatever its ranks said; a wrong config is 2 here as with one process
     if ((code != 0 && NODES * RANKS_PER_NODE > 1)); then
-      "$PYTHON" -m megatron_lite.launch check $((NODES * RANKS_PER_NODE)) ${@+"$@"} run.dir="$directory" 2>/dev/null || [[ $? != 2 ]] || exit 2
+      "$PYTHON" -m megatron_lite launch check $((NODES * RANKS_PER_NODE)) ${@+"$@"} run.dir="$directory" 2>/dev/null || [[ $? != 2 ]] || exit 2
     fi
     exit "$code" ;;
   *) exit $((code == 0 ? 1 : code)) ;;

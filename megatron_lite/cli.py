@@ -1,34 +1,44 @@
-"""`mlite <door> [overrides]`: the same as `python -m megatron_lite.<door>`."""
+"""`mlite <command> [overrides]`, the one entry; `python -m megatron_lite <command>` is the same."""
 
 from __future__ import annotations
 
 import importlib
 import sys
+from importlib.metadata import PackageNotFoundError, version
 
-DOORS = {
-    "train": "pretrain a model, or go on with a run",
-    "evaluate": "loss and perplexity by source on held-out data",
-    "generate": "continue a prompt",
-    "convert": "to and from Hugging Face folders",
-    "launch": "start a run here, on Slurm, on a list of hosts or on Kubernetes",
+# command -> (its module, what it does); modules are imported by name, so that no command waits for another's libraries
+COMMANDS = {
+    "train": ("megatron_lite.commands.train", "pretrain a model, or continue a run"),
+    "evaluate": ("megatron_lite.commands.evaluate", "loss and perplexity by source on held-out data"),
+    "generate": ("megatron_lite.commands.generate", "continue a prompt"),
+    "convert": ("megatron_lite.commands.convert", "to and from Hugging Face folders"),
+    "launch": ("megatron_lite.commands.launch", "start a run here, on Slurm, on a list of hosts or on Kubernetes"),
+    "prepare": ("data_tools.prepare", "from raw text to a tokenized corpus"),
+    "inspect": ("data_tools.inspect", "what a run will read: shares, epochs, decoded samples"),
 }
 
 
 def main() -> None:
-    """Hand the rest of the command line to the door that its first word names."""
-    if len(sys.argv) < 2 or sys.argv[1] not in DOORS:
-        known = "\n".join(f"  mlite {door:10} {purpose}" for door, purpose in DOORS.items())
-        asked = sys.argv[1] if len(sys.argv) > 1 else "--help"
-        wrong = asked not in ("-h", "--help")
-        text = f"usage:\n{known}\n\n`mlite <door> --help` lists groups and keys."
-        print(
-            f"error: there is no door {asked!r}\n{text}" if wrong else text,
-            file=sys.stderr if wrong else sys.stdout,
-        )
-        sys.exit(2 if wrong else 0)
-    door = sys.argv.pop(1)
-    importlib.import_module(f"megatron_lite.{door}").main()
+    """Run the command that the first word names with the rest of the command line."""
+    asked = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if asked in COMMANDS:
+        del sys.argv[1]
+        importlib.import_module(COMMANDS[asked][0]).main()
+        return
+    if asked == "--version":
+        print(f"megatron_lite {_version()}")
+        return
+    known = "\n".join(f"  mlite {name:10} {purpose}" for name, (_, purpose) in COMMANDS.items())
+    usage = f"usage:\n{known}\n\n`mlite <command> --help` lists groups and keys, `mlite --version` prints the version."
+    if asked in ("-h", "--help"):
+        print(usage)
+        return
+    print(f"error: there is no command {asked!r}\n{usage}", file=sys.stderr)
+    sys.exit(2)
 
 
-if __name__ == "__main__":
-    main()
+def _version() -> str:
+    try:
+        return version("megatron-lite")
+    except PackageNotFoundError:  # run from a source tree that was never installed
+        return "(not installed)"

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from megatron_lite.checkpoint.manifest import read_manifest
-from megatron_lite.checkpoint.ranks import CheckpointError
 from megatron_lite.checkpoint.reader import SavedTensors, find_checkpoint
-from megatron_lite.config import from_dict
+from megatron_lite.config.compose import from_dict
 from megatron_lite.data.tokenizer import fingerprint, load_tokenizer, tokenizer_files
+from megatron_lite.errors import CheckpointError
 from megatron_lite.models.config import ModelConfig
 from megatron_lite.models.decoder import Decoder
 from megatron_lite.models.huggingface import expected_shapes, is_folder, open_folder

@@ -15,7 +15,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from megatron_lite.config import compose_config
+from megatron_lite.config.compose import compose_config
 
 SIZES = {
     "vocab_size": 384, "hidden_size": 40, "intermediate_size": 52, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -66,9 +66,10 @@ def metaspace_tokenizer(path: Path) -> Path:
     return path
 
 
-def door(name: str, *overrides: str) -> int:
-    """Run a door in this process."""
+def command(name: str, *overrides: str) -> int:
+    """Run `mlite <name>` in this process, errors included."""
     import importlib
 
-    module = importlib.import_module(f"megatron_lite.{name}")
-    return getattr(module, name)(compose_config(name, list(overrides)))
+    module = importlib.import_module(f"megatron_lite.commands.{name}")
+    schema = getattr(module, f"{name.capitalize()}Config")
+    return getattr(module, name)(compose_config(name, schema, list(overrides)))

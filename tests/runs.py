@@ -11,11 +11,11 @@ from pathlib import Path
 
 import yaml
 
-from megatron_lite.config import compose_config
+from megatron_lite.commands.train import train
 from megatron_lite.data.indexed import IndexedWriter, best_dtype
-from megatron_lite.data.manifest import Manifest, write_manifest
+from megatron_lite.data.sidecar import Sidecar, write_sidecar
 from megatron_lite.data.tokenizer import encode_documents, fingerprint, load_tokenizer, train_tokenizer
-from megatron_lite.train import train
+from megatron_lite.training.config import compose_run
 
 GROUPS = {"english": ("prose", 0.70), "multilingual": ("other", 0.15), "code": ("program", 0.15)}
 WORDS = {
@@ -61,13 +61,13 @@ def make_data(folder: Path) -> Path:
 
 
 def write_source(prefix: Path, tokenizer, texts: list[str]) -> None:
-    """Tokenise `texts` to `prefix`.bin, .idx and .json."""
+    """Tokenize `texts` to `prefix`.bin, .idx and .json."""
     arrays = list(encode_documents(tokenizer, texts))
     with IndexedWriter(prefix, best_dtype(len(tokenizer))) as writer:
         for array in arrays:
             writer.add_document(array)
     counts = {"documents": len(arrays), "tokens": sum(len(array) for array in arrays)}
-    write_manifest(prefix, Manifest(fingerprint(tokenizer), "tiny", tokenizer.eos_token_id, len(tokenizer), **counts))
+    write_sidecar(prefix, Sidecar(fingerprint(tokenizer), "tiny", tokenizer.eos_token_id, len(tokenizer), **counts))
 
 
 def arguments(data: Path, run_dir: Path, *overrides: str) -> list[str]:
@@ -77,13 +77,13 @@ def arguments(data: Path, run_dir: Path, *overrides: str) -> list[str]:
 
 def run(data: Path, run_dir: Path, *overrides: str) -> int:
     """Train in this process."""
-    return train(compose_config("train", arguments(data, run_dir, *overrides)))
+    return train(compose_run(arguments(data, run_dir, *overrides)))
 
 
-def start(data: Path, run_dir: Path, *overrides: str, door: str = "train") -> subprocess.Popen:
+def start(data: Path, run_dir: Path, *overrides: str, command: str = "train") -> subprocess.Popen:
     """Train in a process of its own; stdout and stderr are one pipe."""
-    command = [sys.executable, "-m", f"megatron_lite.{door}", *arguments(data, run_dir, *overrides)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    words = [sys.executable, "-m", "megatron_lite", command, *arguments(data, run_dir, *overrides)]
+    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def rows(run_dir: Path) -> list[dict]:

@@ -67,7 +67,7 @@ def job(data: Path, run_dir: Path, log: Path, slowness: float, overrides: list[s
     """In a process of its own: one start of the run, its output in `log`; each write of a checkpoint takes `slowness` seconds more."""
     from megatron_lite import build, train
     from megatron_lite.checkpoint.store import CheckpointStore
-    from megatron_lite.metrics import Peak
+    from megatron_lite.hardware import Peak
 
     class SlowStore(CheckpointStore):
         def __init__(self, *args: Any, **options: Any) -> None:

@@ -5,7 +5,7 @@ import torch
 import torch.distributed.checkpoint.hf_storage
 import transformers
 
-import megatron_lite.train  # noqa: F401
+import megatron_lite.commands.train  # noqa: F401
 
 transformers.AutoTokenizer, transformers.PreTrainedTokenizerFast  # noqa: B018  (transformers imports them when they are named)
 torch.set_num_threads(1)

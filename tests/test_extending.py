@@ -21,7 +21,6 @@ from megatron_lite.models.huggingface.rules import transformer_rules
 from megatron_lite.objectives.next_token import NextToken
 from megatron_lite.objectives.registry import OBJECTIVES
 from tests import runs
-from tests.hf_folders import door
 
 # ------------------------------------------------------------------ a dense family: one config, one mapping
 
@@ -73,13 +72,13 @@ def test_a_dense_family(tiny_data, tmp_path, monkeypatch):
     (tmp_path / "own" / "model" / "stable_tiny.yaml").write_text(yaml.safe_dump(STABLE_TINY))
     (tmp_path / "own" / "data").symlink_to(tiny_data / "data")
     command = [word for word in runs.TINY if not word.startswith("model")]
-    door(
+    command(
         "train", "--config-dir", str(tmp_path / "own"), *command, "model=stable_tiny", "train.max_steps=6",
         f"run.dir={tmp_path / 'r'}",
     )  # fmt: skip
     assert runs.rows(tmp_path / "r")[-1]["loss"] < runs.rows(tmp_path / "r")[0]["loss"]
 
-    door("convert", f"source={tmp_path / 'r'}", f"target={tmp_path / 'hf'}", "to=hf")
+    command("convert", f"source={tmp_path / 'r'}", f"target={tmp_path / 'hf'}", "to=hf")
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32).eval()
     assert type(theirs).__name__ == "StableLmForCausalLM"
     ours, _ = megatron_lite.load(tmp_path / "r")
@@ -95,7 +94,7 @@ def test_a_dense_family(tiny_data, tmp_path, monkeypatch):
 
 
 def test_a_data_source(tiny_data, tmp_path):
-    """A fourth source, tokenised elsewhere, joins the blend by a few lines of YAML in a folder of one's own."""
+    """A fourth source, tokenized elsewhere, joins the blend by a few lines of YAML in a folder of one's own."""
     draw = random.Random(1)
     letters = [" ".join(draw.choices("abcdefg", k=40)) for _ in range(100)]
     runs.write_source(tmp_path / "letters", load_tokenizer(tiny_data / "tokenizer"), letters)

@@ -34,7 +34,7 @@ def test_the_curve_is_the_golden_one(run_dir, tiny_data):
     golden = json.loads((FOLDER / f"{name}.json").read_text())
     if data_hash(tiny_data) != golden["data"]:
         pytest.fail(
-            "the tokenised text is not that of the golden curves (other tokenizers release, other tests/runs.py?)"
+            "the tokenized text is not that of the golden curves (other tokenizers release, other tests/runs.py?)"
         )
     for key, values in curve(directory).items():
         assert len(values) == len(golden[key]) == 20

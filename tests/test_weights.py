@@ -11,26 +11,26 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
 import megatron_lite
-from megatron_lite.build import build_engine, build_schedule, open_tokenizer
 from megatron_lite.checkpoint.reader import find_checkpoint, load_tensors
-from megatron_lite.config import compose_config, validate
 from megatron_lite.data.blend import open_blend
-from megatron_lite.start import start_from
+from megatron_lite.training.build import build_engine, build_schedule, open_tokenizer
+from megatron_lite.training.config import compose_run, validate
+from megatron_lite.training.resume import start_from
 from megatron_lite.weights import open_weights
 from tests import runs
-from tests.hf_folders import door, make_folder, metaspace_tokenizer
+from tests.hf_folders import command, make_folder, metaspace_tokenizer
 
 
 def config(data, run_dir, *overrides):
     """A tiny run whose model is the source's: no model key on the command line."""
     arguments = [a for a in runs.arguments(data, run_dir, *overrides) if not a.startswith("model")]
-    return compose_config("train", arguments)
+    return compose_run(arguments)
 
 
 def train(data, run_dir, *overrides) -> int:
-    from megatron_lite.train import train as door_of_training
+    from megatron_lite.commands.train import train as train_command
 
-    return door_of_training(config(data, run_dir, *overrides))
+    return train_command(config(data, run_dir, *overrides))
 
 
 def saved(run_dir) -> dict[str, torch.Tensor]:
@@ -71,7 +71,7 @@ def test_a_folder_is_imported_trained_and_exported(kind, dtype, tiny_data, tmp_p
         expected = F.cross_entropy(theirs(tokens).logits.flatten(0, 1), targets.flatten()).item()
     assert first["loss"] == pytest.approx(expected, rel=1e-5)  # fp32 rounding over 256 tokens
 
-    assert door("convert", f"source={run_dir}", f"target={tmp_path}/out", "to=hf") == 0
+    assert command("convert", f"source={run_dir}", f"target={tmp_path}/out", "to=hf") == 0
     back = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert type(back) is type(theirs)
     moved = [not torch.equal(a, b) for a, b in zip(theirs.parameters(), back.parameters())]
@@ -159,7 +159,7 @@ def test_weights_of_another_tokenizer_are_warned_about(tiny_data, tmp_path):
 
 
 def test_converted_weights_are_no_run_to_go_on_with(tiny_data, straight, tmp_path):
-    door("convert", f"source={straight}", f"target={tmp_path}/native", "to=native")
+    command("convert", f"source={straight}", f"target={tmp_path}/native", "to=native")
     with pytest.raises(ValueError, match="holds converted weights and no training state"):
         runs.run(tiny_data, tmp_path / "native")
     assert train(tiny_data, tmp_path / "r", f"init_from={tmp_path}/native", "train.max_steps=2") == 0

@@ -1,4 +1,4 @@
-"""A built wheel, installed elsewhere, has all that it needs: configs, data tools, doors. Slow: it builds the sample corpus."""
+"""A built wheel, installed elsewhere, has all that it needs: configs, data tools, commands. Slow: it builds the sample corpus."""
 
 from __future__ import annotations
 

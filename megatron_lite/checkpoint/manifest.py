@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from megatron_lite.checkpoint.ranks import CheckpointError
+from megatron_lite.errors import CheckpointError
 from megatron_lite.parallel.global_view import Piece
 
 MANIFEST = "manifest.json"

@@ -16,10 +16,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from megatron_lite.checkpoint.directory import list_steps
+from megatron_lite.checkpoint.directory import checkpoint_problem, file_problem, list_steps
 from megatron_lite.checkpoint.manifest import MANIFEST, dtype_from, read_manifest, step_name
-from megatron_lite.checkpoint.ranks import CheckpointError
-from megatron_lite.checkpoint.verify import checkpoint_problem, file_problem
+from megatron_lite.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 

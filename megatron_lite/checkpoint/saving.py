@@ -18,13 +18,16 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from megatron_lite.checkpoint import directory as folder
 from megatron_lite.checkpoint import manifest as manifests
-from megatron_lite.checkpoint.ranks import CheckpointError, Ranks
+from megatron_lite.checkpoint.directory import file_problem, fsync_directory
 from megatron_lite.checkpoint.safetensors_file import tensor_bytes
 from megatron_lite.checkpoint.storage import FileEntries, OpenStream, write_pieces
-from megatron_lite.checkpoint.verify import file_problem, fsync_directory
+from megatron_lite.errors import CheckpointError
 from megatron_lite.parallel.global_view import Piece
+from megatron_lite.ranks import Ranks
 
 Box = tuple[str, tuple[int, ...]]  # a tensor's name and where in it the box begins
 
@@ -106,3 +109,28 @@ def _digests(pieces: dict[str, Piece]) -> dict[Box, int]:
         if piece.replica and piece.local.numel():
             digests[name, piece.offsets] = zlib.crc32(tensor_bytes(piece.local))
     return digests
+
+
+class Staging:
+    """Buffers by tensor name; pinned for tensors that lie on a GPU, so that the copies overlap each other."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, torch.Tensor] = {}
+
+    def copy(self, pieces: dict[str, Piece]) -> dict[str, Piece]:
+        """The pieces with their values copied; done when this returns, so training may write on."""
+        on_gpu = False
+        staged = {}
+        self._buffers = {name: buffer for name, buffer in self._buffers.items() if name in pieces}
+        for name, piece in pieces.items():
+            source = piece.local.detach()
+            buffer = self._buffers.get(name)
+            if buffer is None or buffer.shape != source.shape or buffer.dtype != source.dtype:
+                buffer = torch.empty(source.shape, dtype=source.dtype, pin_memory=source.is_cuda)
+                self._buffers[name] = buffer
+            buffer.copy_(source, non_blocking=source.is_cuda)
+            on_gpu |= source.is_cuda
+            staged[name] = piece.with_local(buffer)
+        if on_gpu:
+            torch.cuda.current_stream().synchronize()
+        return staged

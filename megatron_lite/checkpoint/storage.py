@@ -50,8 +50,8 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from megatron_lite.checkpoint.ranks import CheckpointError, error_text
 from megatron_lite.checkpoint.safetensors_file import write_safetensors
+from megatron_lite.errors import CheckpointError, error_text
 from megatron_lite.parallel.global_view import Piece
 
 OpenStream = Callable[[Path], BinaryIO]

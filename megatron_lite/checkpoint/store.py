@@ -28,12 +28,12 @@ import torch.distributed as dist
 
 from megatron_lite.checkpoint import directory as folder
 from megatron_lite.checkpoint import manifest as manifests
-from megatron_lite.checkpoint.ranks import CheckpointError, Ranks, error_text
-from megatron_lite.checkpoint.saving import Saver
-from megatron_lite.checkpoint.staging import Staging
+from megatron_lite.checkpoint.directory import directory_problem, file_problem
+from megatron_lite.checkpoint.saving import Saver, Staging
 from megatron_lite.checkpoint.storage import OpenStream, open_for_writing, read_pieces
-from megatron_lite.checkpoint.verify import directory_problem, file_problem
+from megatron_lite.errors import CheckpointError, error_text
 from megatron_lite.parallel.global_view import Piece
+from megatron_lite.ranks import Ranks
 
 logger = logging.getLogger(__name__)
 

@@ -95,7 +95,7 @@ class IndexedDataset:
         if first != 0 or last != self.num_sequences:
             raise ValueError(
                 f"{index}: the document index runs from {first} to {last}, but it must run from 0 to the "
-                f"{self.num_sequences} sequences of the header; the file is damaged, tokenise the source "
+                f"{self.num_sequences} sequences of the header; the file is damaged, tokenize the source "
                 "again"
             )
         start, end = int(self._pointers[0]), int(self._pointers[-1])
@@ -104,7 +104,7 @@ class IndexedDataset:
             raise ValueError(
                 f"{bin_path(self.prefix)}: {bin_size} bytes, but the index {index} describes bytes {start} "
                 f"to {expected}; one of the two is truncated or belongs to another file: copy both again, "
-                "or tokenise the source again"
+                "or tokenize the source again"
             )
 
     def tokens(self, start: int, stop: int) -> npt.NDArray[np.integer]:
@@ -132,10 +132,10 @@ def _require_content(path: Path) -> None:
     if not path.is_file():
         raise ValueError(
             f"{path} does not exist; a data path is the prefix of a .bin/.idx pair ('corpus/wiki' for "
-            "corpus/wiki.bin and corpus/wiki.idx): correct the path, or tokenise the source"
+            "corpus/wiki.bin and corpus/wiki.idx): correct the path, or tokenize the source"
         )
     if path.stat().st_size == 0:
-        raise ValueError(f"{path} is empty: no document was written, or writing was cut off; tokenise the source again")
+        raise ValueError(f"{path} is empty: no document was written, or writing was cut off; tokenize the source again")
 
 
 def _read_header(path: Path) -> tuple[np.dtype, int, int]:
@@ -144,18 +144,18 @@ def _read_header(path: Path) -> tuple[np.dtype, int, int]:
         header = file.read(HEADER.size)
     if header[: len(MAGIC)] != MAGIC[: len(header)]:
         raise ValueError(
-            f"{path} is not a Megatron index: it begins with {header[:9]!r} instead of {MAGIC!r}; tokenise "
+            f"{path} is not a Megatron index: it begins with {header[:9]!r} instead of {MAGIC!r}; tokenize "
             "the source into Megatron's mmap .bin/.idx format"
         )
     size = path.stat().st_size
     if len(header) < HEADER.size:
         raise ValueError(
-            f"{path} is truncated: {size} bytes, the header alone has {HEADER.size}; copy or tokenise it again"
+            f"{path} is truncated: {size} bytes, the header alone has {HEADER.size}; copy or tokenize it again"
         )
     _, version, code, sequences, entries = HEADER.unpack(header)
     if version != VERSION:
         raise ValueError(
-            f"{path} has format version {version}; only version {VERSION} can be read: tokenise the source again"
+            f"{path} has format version {version}; only version {VERSION} can be read: tokenize the source again"
         )
     if code not in DTYPES:
         raise ValueError(
@@ -167,7 +167,7 @@ def _read_header(path: Path) -> tuple[np.dtype, int, int]:
         what = "truncated" if size < expected else "longer than its header says (multimodal indices are not supported)"
         raise ValueError(
             f"{path} is {what}: {size} bytes, but {sequences} sequences and {entries - 1} documents need "
-            f"{expected}; copy or tokenise it again"
+            f"{expected}; copy or tokenize it again"
         )
     if sequences < 1 or entries < 2:
         raise ValueError(f"{path} holds {sequences} sequences in {entries - 1} documents: nothing to train on")

@@ -1,6 +1,6 @@
 """A stateless shuffle: a keyed bijection of [0, n), computed index by index, without a table of n entries.
 
-A Feistel network on pairs with cycle walking (the "generalised Feistel cipher" of Black and Rogaway, "Ciphers
+A Feistel network on pairs with cycle walking (the "generalized Feistel cipher" of Black and Rogaway, "Ciphers
 with Arbitrary Finite Domains", CT-RSA 2002). Write x = a * right + left with left in Z_a, right in Z_b and
 a * b >= n; the rounds alternate
 

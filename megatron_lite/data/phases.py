@@ -67,7 +67,7 @@ def resolve(
                 f"data.phases[{number}] would run from sample {start} to sample {end}; raise its until_*, "
                 "or lower that of the phase before"
             )
-        # Two neighbours with equal shares are one phase: where it is cut must not matter.
+        # Two neighbors with equal shares are one phase: where it is cut must not matter.
         if end != start and not (segments and segments[-1].shares == shares):
             segments.append(Segment(start, shares))
         start = start if end is None else end

@@ -1,7 +1,7 @@
 """One source of the blend: a `.bin/.idx` pair, cut into windows.
 
 Documents stand in the file in shuffled order, each with the end-of-document token at its end. Window k is
-the tokens [k * T, k * T + T + 1) of that stream: neighbours share one token, which the first predicts and
+the tokens [k * T, k * T + T + 1) of that stream: neighbors share one token, which the first predicts and
 the second reads, so each token but the very first is predicted exactly once an epoch. There are (tokens - 1)
 // T windows.
 """
@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from megatron_lite.data.config import DataConfig
 from megatron_lite.data.indexed import IndexedDataset, bin_path, idx_path
-from megatron_lite.data.manifest import Manifest, TokenizerIdentity, manifest_path, read_manifest
+from megatron_lite.data.sidecar import Sidecar, TokenizerIdentity, sidecar_path, read_sidecar
 from megatron_lite.data.packing import Example, PackingOptions, pack
 
 _SAMPLED_BYTES = 1 << 16  # of each end of a file; a fingerprint must not take longer on a larger file
@@ -37,7 +37,7 @@ class Source:
     def __init__(self, name: str, prefix: str | Path, *, config: DataConfig, tokenizer: TokenizerIdentity) -> None:
         self.name = name
         self.dataset = IndexedDataset(prefix)
-        self.manifest = read_manifest(prefix)
+        self.manifest = read_sidecar(prefix)
         self.num_tokens = self.dataset.num_tokens
         self.num_documents = self.dataset.num_documents
         self._seq_len = config.seq_len
@@ -68,7 +68,7 @@ class Source:
             raise ValueError(
                 f"{self.name} ({self.dataset.prefix}): token ids {window.min()} to {window.max()} near "
                 f"token {start}, but the tokenizer has {self._vocab_size}; the file was written with "
-                "another tokenizer: set data.tokenizer to that one, or tokenise again"
+                "another tokenizer: set data.tokenizer to that one, or tokenize again"
             )
         return window
 
@@ -81,23 +81,23 @@ class Source:
         return pack(self.window(k), starts, self._options)
 
     def state(self) -> dict[str, str | int]:
-        """What a checkpoint keeps of the source, to recognise it by."""
+        """What a checkpoint keeps of the source, to recognize it by."""
         return {"fingerprint": self.fingerprint, "tokens": self.num_tokens, "windows": self.num_windows}
 
-    def _check_manifest(self, manifest: Manifest, tokenizer: TokenizerIdentity) -> None:
-        path = manifest_path(self.dataset.prefix)
+    def _check_manifest(self, manifest: Sidecar, tokenizer: TokenizerIdentity) -> None:
+        path = sidecar_path(self.dataset.prefix)
         if tokenizer.fingerprint and manifest.tokenizer and manifest.tokenizer != tokenizer.fingerprint:
             raise ValueError(
                 f"{self.name}: {path} says that the file was written with tokenizer "
                 f"{manifest.tokenizer_name} ({manifest.tokenizer}), but the run has {tokenizer.name} "
-                f"({tokenizer.fingerprint}); set data.tokenizer to the first, or tokenise the source with "
+                f"({tokenizer.fingerprint}); set data.tokenizer to the first, or tokenize the source with "
                 "the second"
             )
         found = (self.num_documents, self.num_tokens)
         if found != (manifest.documents, manifest.tokens):
             raise ValueError(
                 f"{self.name}: {path} names {manifest.documents} documents and {manifest.tokens} tokens, "
-                f"the files hold {found[0]} and {found[1]}; the side-car belongs to another file: tokenise "
+                f"the files hold {found[0]} and {found[1]}; the side-car belongs to another file: tokenize "
                 "the source again"
             )
 
@@ -109,7 +109,7 @@ class Source:
             if last != eod:
                 raise ValueError(
                     f"{self.name} ({self.dataset.prefix}): document {document} ends with token {last} "
-                    f"instead of the end-of-document token {eod}; tokenise with end-of-document tokens "
+                    f"instead of the end-of-document token {eod}; tokenize with end-of-document tokens "
                     "(Megatron's --append-eod), or set data.eod_id to the id that the file uses"
                 )
 

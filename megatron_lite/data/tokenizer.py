@@ -25,7 +25,7 @@ import numpy as np
 
 from megatron_lite.data.indexed import best_dtype
 
-if TYPE_CHECKING:  # importing transformers takes seconds; a run on tokenised data needs none of it
+if TYPE_CHECKING:  # importing transformers takes seconds; a run on tokenized data needs none of it
     from transformers import PreTrainedTokenizerBase
 
 END_OF_TEXT = "<|endoftext|>"

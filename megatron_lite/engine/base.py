@@ -11,14 +11,15 @@ from typing import Protocol
 
 from torch import Tensor
 
+from megatron_lite.data.packing import Batch
 from megatron_lite.parallel.global_view import Piece
 
-Batch = dict[str, Tensor]
+__all__ = ["Batch", "Engine", "StepResult"]
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """0-dim device tensors, nothing synchronised: reading one waits for the device.
+    """0-dim device tensors, nothing synchronized: reading one waits for the device.
 
     loss: mean over the `valid_tokens` counted tokens of the global batch (nats). grad_norm: global L2 norm before clipping.
     skipped: 1.0 where loss or gradient was not finite and the update was left out, else 0.0.

@@ -64,7 +64,7 @@ class DeepSpeedConfig:
 
 
 def sharder(config: DeepSpeedConfig, mesh: Mesh | None, dtype: torch.dtype) -> Callable[[nn.Module], None]:
-    """A function that prepares one materialised module: stage 3 shards it, the others shard no weights.
+    """A function that prepares one materialized module: stage 3 shards it, the others shard no weights.
 
     Computing in bf16, DeepSpeed rounds the weights it is given. Each parameter keeps this rank's fp32 rows in its attribute
     `exact_rows` until the engine has made them the master weights.
@@ -88,7 +88,7 @@ def sharder(config: DeepSpeedConfig, mesh: Mesh | None, dtype: torch.dtype) -> C
 
 
 class DeepSpeedEngine:
-    """The engine over a materialised objective whose layers have gone through `sharder`.
+    """The engine over a materialized objective whose layers have gone through `sharder`.
 
     shards: for every trained parameter (named as in the decoder) its global shape and its tensor-parallel dimension.
     mesh: None for one process. Raises ValueError for a mesh with `dp_replicate`.

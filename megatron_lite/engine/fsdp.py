@@ -59,7 +59,7 @@ class FsdpConfig:
 
 
 def sharder(config: FsdpConfig, mesh: Mesh | None, dtype: torch.dtype) -> Callable[[nn.Module], None]:
-    """A function that shards one materialised module over the data-parallel ranks (without a mesh: leaves it alone)."""
+    """A function that shards one materialized module over the data-parallel ranks (without a mesh: leaves it alone)."""
     if mesh is None:
         return lambda module: None
     policy = MixedPrecisionPolicy(param_dtype=None if dtype is torch.float32 else dtype, reduce_dtype=torch.float32)
@@ -81,7 +81,7 @@ def sharder(config: FsdpConfig, mesh: Mesh | None, dtype: torch.dtype) -> Callab
 
 
 class FsdpEngine:
-    """The engine over a materialised objective whose layers have gone through `sharder`.
+    """The engine over a materialized objective whose layers have gone through `sharder`.
 
     shards: for every trained parameter (named as in the decoder) its global shape and its tensor-parallel dimension.
     mesh: None for one process.
@@ -116,7 +116,7 @@ class FsdpEngine:
         share = valid.clamp(min=1)
         total = torch.zeros((), device=valid.device)
         for index, batch in enumerate(micro_batches):
-            self._synchronise_gradients(index + 1 == len(micro_batches))
+            self._synchronize_gradients(index + 1 == len(micro_batches))
             with computing_in(self.dtype, self.objective) if self.mesh is None else nullcontext():
                 loss, _ = self.objective(batch)
                 (loss / share).backward()
@@ -158,7 +158,7 @@ class FsdpEngine:
         """See `Engine`."""
         return self.optimizer.adam_step
 
-    def _synchronise_gradients(self, enabled: bool) -> None:
+    def _synchronize_gradients(self, enabled: bool) -> None:
         if isinstance(self.objective, FSDPModule):
             self.objective.set_requires_gradient_sync(enabled)
             self.objective.set_is_last_backward(enabled)

@@ -44,7 +44,7 @@ class ResidualLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A causal language model. Builds on any device, initialises nothing (see `initialization`)."""
+    """A causal language model. Builds on any device, initializes nothing (see `initialization`)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

@@ -133,7 +133,7 @@ def initialize_region_(
 
 
 def initialize_model_(model: nn.Module, seed: int) -> None:
-    """Initialises every parameter of an unsharded, materialised model in place.
+    """Initializes every parameter of an unsharded, materialized model in place.
 
     Asks each module that has an `initial()` for its distributions; a parameter that nobody speaks for is our
     own bug.
@@ -149,4 +149,4 @@ def initialize_model_(model: nn.Module, seed: int) -> None:
             initialize_(parameter, distribution=distribution, name=name, seed=seed, global_shape=parameter.shape)
             seen.add(id(parameter))
     missed = [name for name, parameter in model.named_parameters() if id(parameter) not in seen]
-    assert not missed, f"no module says how to initialise {missed}"
+    assert not missed, f"no module says how to initialize {missed}"

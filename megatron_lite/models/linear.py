@@ -1,7 +1,7 @@
 """The two layers that hold matrices: `Linear` and `Embedding`.
 
 Like `torch.nn.Linear` and `torch.nn.Embedding`, with two differences: the constructor leaves the memory as
-it is (a model is built on the meta device, cut up, materialised and only then initialised), and every module
+it is (a model is built on the meta device, cut up, materialized and only then initialized), and every module
 can say how its parameters want to be drawn (`initial`), so that the drawing itself can be the same on every
 layout.
 

@@ -1,4 +1,4 @@
-"""Normalisations over the last dimension, computed in float32 whatever the model's dtype.
+"""Normalizations over the last dimension, computed in float32 whatever the model's dtype.
 
 LayerNorm1p (Megatron's --apply-layernorm-1p, Nemotron-4):  (1 + g) (x - mean) / sqrt(var + eps) + b,  g
 starts at 0 RMSNorm (arXiv 1910.07467, Llama):                          g x / sqrt(mean(x^2) + eps),

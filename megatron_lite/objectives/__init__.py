@@ -1,1 +1,1 @@
-"""What is minimised. An objective wraps the decoder; the engine wraps the objective, so heads and losses see whole weights."""
+"""What is minimized. An objective wraps the decoder; the engine wraps the objective, so heads and losses see whole weights."""

@@ -23,7 +23,7 @@ _OURS = ("decoder", "vocab_start", "group")  # what every objective is given; th
 
 @dataclass
 class ObjectiveConfig:
-    """What is minimised. kind: one of OBJECTIVES. options: that objective's own numbers, by the names of its arguments."""
+    """What is minimized. kind: one of OBJECTIVES. options: that objective's own numbers, by the names of its arguments."""
 
     kind: str = "next_token"
     options: dict[str, float] = field(default_factory=dict)

@@ -163,3 +163,18 @@ class BatchSize:
             count = max(0, int(left))
             step, consumed = step + count, consumed + count * size
         return step, consumed
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Batch size, learning rate and length of a whole run: pure functions of progress."""
+
+    batch: BatchSize
+    lr: LearningRate
+    horizon_steps: int
+    horizon_samples: int
+    seq_len: int
+
+    def rate(self, *, step: int, consumed_samples: int) -> float:
+        """Learning rate of the update that completes `step` and consumes up to `consumed_samples`."""
+        return self.lr(step, consumed_samples * self.seq_len)

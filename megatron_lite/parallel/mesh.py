@@ -1,7 +1,7 @@
 """Which process does what: the grid dp_replicate x dp_shard x tp.
 
 Notable features:
-- Tensor parallelism is the innermost dimension: its ranks are neighbours, so it stays inside a node as long as tp is at
+- Tensor parallelism is the innermost dimension: its ranks are neighbors, so it stays inside a node as long as tp is at
   most the number of GPUs there. dp_shard comes next, dp_replicate (HSDP, arXiv 2304.11277 section 3.2.2) is outermost.
 - The data-parallel degree is derived from the number of processes; what does not fit is refused with the numbers and a
   degree that would.
@@ -149,7 +149,7 @@ class Mesh:
 
 
 def build_mesh(config: ParallelConfig, *, world_size: int, device_type: str) -> Mesh | None:
-    """The grid of all processes, None when there is one. Collective; `torch.distributed` must be initialised.
+    """The grid of all processes, None when there is one. Collective; `torch.distributed` must be initialized.
 
     device_type: "cpu" (gloo) or "cuda" (NCCL). Raises ValueError when the degrees do not fit the world size.
     """

@@ -1,7 +1,7 @@
 """Twins of the norms: replicated weights on a sharded stream, and statistics over a sharded width.
 
 Two cases:
-- `ReplicatedNorm`: the norm of the residual stream. Each rank normalises whole vectors; under sequence parallelism only
+- `ReplicatedNorm`: the norm of the residual stream. Each rank normalizes whole vectors; under sequence parallelism only
   those of its own tokens, so the gradients of gain and bias are partial and are summed in the graph.
 - `ShardedNorm`: a norm inside the tensor-parallel region, over a width D of which each rank holds D/tp. The sums behind
   mean and variance run over all ranks, forward and backward; gain and bias are sharded like the width.
@@ -52,11 +52,11 @@ class ShardedNorm(Twin):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D/tp) -> (..., D/tp) in x's dtype."""
-        width, centred = x.shape[-1] * self.tp.size, x.float()
+        width, centered = x.shape[-1] * self.tp.size, x.float()
         if isinstance(self, LayerNorm):
-            centred = centred - collectives.total(centred.sum(-1, keepdim=True), self.tp.group) / width
-        squares = collectives.total(centred.square().sum(-1, keepdim=True), self.tp.group)
-        normed = centred * torch.rsqrt(squares / width + self.eps)
+            centered = centered - collectives.total(centered.sum(-1, keepdim=True), self.tp.group) / width
+        squares = collectives.total(centered.square().sum(-1, keepdim=True), self.tp.group)
+        normed = centered * torch.rsqrt(squares / width + self.eps)
         gain = self.weight.float() + (1.0 if isinstance(self, LayerNorm1p) else 0.0)
         if isinstance(self, LayerNorm):
             return (normed * gain + self.bias.float()).to(x.dtype)

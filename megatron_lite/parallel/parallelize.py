@@ -1,4 +1,4 @@
-"""The recipe: from a plain decoder on the meta device to this process's initialised part of it.
+"""The recipe: from a plain decoder on the meta device to this process's initialized part of it.
 
     decoder = Decoder(config)                                   on the meta device: shapes, no memory
     parallelize(decoder, mesh, parallel)                        cut by the plan, recompute and compile each layer
@@ -70,7 +70,7 @@ def materialize(
         if child is not decoder.layers:
             _materialize(child, name, infos, device=device, seed=seed)
     missed = [name for name, parameter in decoder.named_parameters() if parameter.is_meta]
-    assert not missed, f"not materialised: {missed}"
+    assert not missed, f"not materialized: {missed}"
 
 
 def _materialize(
@@ -94,4 +94,4 @@ def _materialize(
                 start=info.start,
             )
             missed.discard(name)
-    assert not missed, f"no module says how to initialise {sorted(missed)}"
+    assert not missed, f"no module says how to initialize {sorted(missed)}"

@@ -1,6 +1,6 @@
 """What every tracker can do, and what it is told about the run.
 
-A tracker takes rows (plain dictionaries, see `megatron_lite.metrics`) and shows or keeps them. Notable:
+A tracker takes rows (plain dictionaries, see `megatron_lite.training.metrics`) and shows or keeps them. Notable:
   - rows are either training rows (they have `loss`) or validation rows (`val_loss: {source: loss}`, no `loss`);
   - the JSONL file is the record of the run and is always written; console and W&B are views added by choice;
   - only one process tracks: `build_tracker(..., main_process=False)` gives a tracker that does nothing.

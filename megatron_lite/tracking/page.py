@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from html import escape
 
-# Eight hues that stay apart for colour-blind eyes, stepped for each background.
+# Eight hues that stay apart for color-blind eyes, stepped for each background.
 _LIGHT = ("#2a78d6", "#eb6834", "#1baf7a", "#eda100", "#e87ba4", "#008300", "#4a3aa7", "#e34948")
 _DARK = ("#3987e5", "#d95926", "#199e70", "#c98500", "#d55181", "#008300", "#9085e9", "#e66767")
 
@@ -74,5 +74,5 @@ def page(title: str, body: str) -> str:
     )
 
 
-def _variables(colours: tuple[str, ...]) -> str:
-    return " ".join(f"--s{i}:{colour};" for i, colour in enumerate(colours))
+def _variables(colors: tuple[str, ...]) -> str:
+    return " ".join(f"--s{i}:{color};" for i, color in enumerate(colors))

@@ -15,8 +15,8 @@ from typing import Any
 from megatron_lite.tracking.base import Row
 from megatron_lite.tracking.jsonl import METRICS_FILE, read_rows
 
-# Eight hues that stay apart for colour-blind eyes on white (adjacent ones most); then the same dashed.
-COLOURS = ("#2a78d6", "#eb6834", "#1baf7a", "#eda100", "#e87ba4", "#008300", "#4a3aa7", "#e34948")
+# Eight hues that stay apart for color-blind eyes on white (adjacent ones most); then the same dashed.
+COLORS = ("#2a78d6", "#eb6834", "#1baf7a", "#eda100", "#e87ba4", "#008300", "#4a3aa7", "#e34948")
 DASHES = ("-", (0, (4, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)))
 _INK, _FAINT, _GRID = "#333330", "#8a8a84", "#e6e6e1"
 
@@ -59,8 +59,8 @@ def read_curves(rows: Iterable[Row]) -> Curves:
 def smooth(values: Sequence[float], width: int) -> list[float]:
     """Mean of the `width` values around each one; at the end, of those there are.
 
-    A centred window leaves a straight line where it is, where one that trails lags behind a falling loss. At the
-    start, where losses fall fast, the window is cut evenly on both sides to stay centred.
+    A centered window leaves a straight line where it is, where one that trails lags behind a falling loss. At the
+    start, where losses fall fast, the window is cut evenly on both sides to stay centered.
     """
     sums = [0.0]
     for value in values:
@@ -109,7 +109,7 @@ def _draw_losses(axes: Any, curves: Curves, title: str) -> None:
         axes.plot(steps, losses, color=_INK, alpha=0.22, linewidth=0.8)
     axes.plot(steps, smooth(losses, width), color=_INK, linewidth=1.6, label="training", zorder=5)
     for i, source in enumerate(curves.sources()):
-        style = {"color": COLOURS[i % 8], "linestyle": DASHES[i // 8 % 4], "linewidth": 1.6}
+        style = {"color": COLORS[i % 8], "linestyle": DASHES[i // 8 % 4], "linewidth": 1.6}
         points = curves.source(source)
         marker = "o" if len(points[0]) <= 20 else ""
         axes.plot(*points, label=_label(source), marker=marker, markersize=3.5, **style)
@@ -119,18 +119,18 @@ def _draw_losses(axes: Any, curves: Curves, title: str) -> None:
 
 
 def _draw_schedule(axes: Any, curves: Curves) -> None:
-    axes.plot(*curves.column("lr"), color=COLOURS[0], linewidth=1.6)
-    axes.set_ylabel("learning rate", color=COLOURS[0])
+    axes.plot(*curves.column("lr"), color=COLORS[0], linewidth=1.6)
+    axes.set_ylabel("learning rate", color=COLORS[0])
     axes.set_xlabel("step")
     axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
     _dress(axes)
     axes.set_ylim(bottom=0)
     twin = axes.twinx()
     steps, norms = curves.column("grad_norm")
-    twin.plot(steps, norms, color=COLOURS[1], linewidth=0.9, alpha=0.85)
+    twin.plot(steps, norms, color=COLORS[1], linewidth=0.9, alpha=0.85)
     if norms and min(norms) > 0 and max(norms) > 30 * min(norms):
         twin.set_yscale("log")
-    twin.set_ylabel("gradient norm", color=COLOURS[1])
+    twin.set_ylabel("gradient norm", color=COLORS[1])
     for side in ("top", "left", "bottom", "right"):
         twin.spines[side].set_visible(False)
     twin.tick_params(colors=_FAINT, labelsize=8, length=0)

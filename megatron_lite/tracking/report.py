@@ -222,7 +222,7 @@ def _table(head: tuple[str, ...], rows: list[list[str]]) -> str:
 
 
 def _series(i: int) -> str:
-    """Eight colours; then the same dashed."""
+    """Eight colors; then the same dashed."""
     return f"s{i % 8}" + (f" d{i // 8 % 4}" if i >= 8 else "")
 
 

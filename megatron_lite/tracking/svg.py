@@ -1,4 +1,4 @@
-"""Line charts as inline SVG, coloured by the page's CSS variables, so that one drawing suits light and dark.
+"""Line charts as inline SVG, colored by the page's CSS variables, so that one drawing suits light and dark.
 
 Notable:
   - long curves are thinned to the lowest and highest value of each bucket: spikes stay visible;

@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 
-import megatron_lite.train
+import megatron_lite.commands.train
 from megatron_lite.runtime import Runtime
 from tests import runs
 
@@ -161,6 +161,6 @@ LAYOUTS = [
 @pytest.mark.parametrize(("world_size", "typed", "says"), LAYOUTS)
 def test_a_layout_that_does_not_fit_is_refused(tour, world_size, typed, says):
     runtime = Runtime(rank=0, world_size=world_size, local_rank=0, device=torch.device("cpu"))
-    tour.monkeypatch.setattr(megatron_lite.train, "start", lambda **_: runtime)
+    tour.monkeypatch.setattr(megatron_lite.commands.train, "start", lambda **_: runtime)
     typed = ["watchdog.timeout_seconds=0", *typed.split()]  # it would look for the other ranks
     tour.refused("train", *runs.arguments(tour.data, tour.home / "r"), *typed, says=says)

@@ -44,13 +44,13 @@ def shorten(prefix: Path) -> None:
 
 # name -> (what is done to the files of one source, what is said); the header of an index: magic 9, version 8, dtype 1, counts 8 + 8
 FILES = {
-    "no .bin": (lambda p: Path(f"{p}.bin").unlink(), r"prose\.bin does not exist; .*correct the path, or tokenise"),
+    "no .bin": (lambda p: Path(f"{p}.bin").unlink(), r"prose\.bin does not exist; .*correct the path, or tokenize"),
     "no .idx": (lambda p: Path(f"{p}.idx").unlink(), r"prose\.idx does not exist"),
     "a folder for a .bin": (lambda p: (Path(f"{p}.bin").unlink(), Path(f"{p}.bin").mkdir()), r"prose\.bin does not exist"),
     "an empty .bin": (lambda p: cut(Path(f"{p}.bin"), 0), r"prose\.bin is empty"),
     "an empty .idx": (lambda p: cut(Path(f"{p}.idx"), 0), r"prose\.idx is empty"),
     "a truncated .bin": (lambda p: cut(Path(f"{p}.bin"), -2), r"prose\.bin: \d+ bytes, but the index .*copy both again"),
-    "a truncated .idx": (lambda p: cut(Path(f"{p}.idx"), -8), r"prose\.idx is truncated: .*copy or tokenise it again"),
+    "a truncated .idx": (lambda p: cut(Path(f"{p}.idx"), -8), r"prose\.idx is truncated: .*copy or tokenize it again"),
     "a header that is cut": (lambda p: cut(Path(f"{p}.idx"), 20), r"prose\.idx is truncated: 20 bytes, the header alone has 34"),
     "a foreign magic": (lambda p: overwrite(Path(f"{p}.idx"), 0, b"TNTIDX\0\0"), r"not a Megatron index: it begins with b'TNTIDX"),
     "text for an index": (lambda p: Path(f"{p}.idx").write_text("once upon a time, there was text here"), r"not a Megatron index"),
@@ -61,7 +61,7 @@ FILES = {
     "no end of document": (swap_last_token, r"prose.*ends with token 77 instead of .*--append-eod.*data\.eod_id"),
     "too short": (shorten, r"english/prose .* less than one window of data\.seq_len \+ 1 = 33; lower data\.seq_len to"),
     "a side-car of another": (lambda p: edit_json(Path(f"{p}.json"), tokens=12), r"prose\.json names .*the side-car belongs to another"),
-    "a damaged side-car": (lambda p: cut(Path(f"{p}.json"), 40), r"prose\.json is damaged .*tokenise the source again"),
+    "a damaged side-car": (lambda p: cut(Path(f"{p}.json"), 40), r"prose\.json is damaged .*tokenize the source again"),
     "a side-car of a list": (lambda p: Path(f"{p}.json").write_text("[]"), r"prose\.json is damaged"),
     "another tokenizer's": (lambda p: edit_json(Path(f"{p}.json"), tokenizer="feed"), r"with tokenizer tiny \(feed\).*set data\.tokenizer"),
 }  # fmt: skip

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-import megatron_lite.train
+import megatron_lite.commands.train
+from megatron_lite.checkpoint.directory import checkpoint_problem
 from megatron_lite.checkpoint.store import CheckpointStore
-from megatron_lite.checkpoint.verify import checkpoint_problem
 from tests import runs
 from tests.bad_input.tour import snapshot
 
@@ -137,7 +137,7 @@ def test_a_writer_that_finds_no_room_needs_no_mounted_disk(tour, straight, behin
 
     run_dir = tour.home / "r"
     with tour.monkeypatch.context() as patch:
-        patch.setattr(megatron_lite.train, "CheckpointStore", FullStore)
+        patch.setattr(megatron_lite.commands.train, "CheckpointStore", FullStore)
         ended = tour.call("train", *runs.arguments(tour.data, run_dir, f"checkpoint.async_save={behind}"))
     assert ended.code == 1, ended
     assert "the checkpoint of step 12 was not saved" in ended.err

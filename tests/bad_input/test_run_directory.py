@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_lite.checkpoint.lock import RunLock
 from megatron_lite.checkpoint.manifest import encode, read_manifest
+from megatron_lite.training.run_lock import RunLock
 from tests import runs
 from tests.bad_input.test_data import cut, edit_json, overwrite
 from tests.bad_input.tour import snapshot
@@ -169,13 +169,13 @@ EMBEDDING = "model.embedding.weight"
         (["tensors"], {}, r"embedding\.weight has shape None"),
     ],
 )
-@pytest.mark.parametrize("door", ["generate", "convert"])
-def test_a_manifest_that_was_edited_to_describe_other_tensors_is_refused(tour, run_dir, door, path, value, says):
+@pytest.mark.parametrize("command", ["generate", "convert"])
+def test_a_manifest_that_was_edited_to_describe_other_tensors_is_refused(tour, run_dir, command, path, value, says):
     """Its checksum was made to fit, so only sense can tell; nothing of such a size is ever asked of memory."""
     checkpoint = run_dir / "checkpoints" / "step_00000020"
     rewrite(checkpoint, **changed(read_manifest(checkpoint), *path, value=value))
-    typed = ["prompt=the"] if door == "generate" else [f"target={tour.home / 'x'}"]
-    tour.refused(door, f"{'checkpoint' if door == 'generate' else 'source'}={checkpoint}", *typed, says=says)
+    typed = ["prompt=the"] if command == "generate" else [f"target={tour.home / 'x'}"]
+    tour.refused(command, f"{'checkpoint' if command == 'generate' else 'source'}={checkpoint}", *typed, says=says)
 
 
 @pytest.mark.parametrize(

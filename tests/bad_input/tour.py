@@ -1,15 +1,16 @@
-"""How the bad-input tour calls the product: a door's own `main` with a command line, and what must be true of a refusal."""
+"""How the bad-input tour calls the product: a command's own `main` with a command line, and what must be true of a refusal."""
 
 from __future__ import annotations
 
 import hashlib
-import importlib
 import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+from megatron_lite import cli
 
 
 @dataclass(frozen=True)
@@ -33,26 +34,26 @@ def snapshot(*folders: Path) -> dict[str, str]:
 
 @dataclass
 class Tour:
-    """Calls doors in this process, in an empty directory of the test's own."""
+    """Calls commands in this process, in an empty directory of the test's own."""
 
     home: Path
     data: Path
     monkeypatch: pytest.MonkeyPatch
     capsys: pytest.CaptureFixture[str]
 
-    def call(self, door: str, *arguments: str) -> Ended:
-        """`python -m megatron_lite.<door> <arguments>`. Any other exception than SystemExit would be a traceback: it is raised."""
-        self.monkeypatch.setattr(sys, "argv", [door, *arguments])
+    def call(self, command: str, *arguments: str) -> Ended:
+        """`mlite <command> <arguments>`. Any other exception than SystemExit would be a traceback: it is raised."""
+        self.monkeypatch.setattr(sys, "argv", ["mlite", command, *arguments])
         self.capsys.readouterr()
         with pytest.raises(SystemExit) as ended:
-            importlib.import_module(f"megatron_lite.{door}").main()
+            cli.main()
         said = self.capsys.readouterr()
         return Ended(ended.value.code, said.out, said.err)  # type: ignore[arg-type]
 
-    def refused(self, door: str, *arguments: str, says: str) -> Ended:
+    def refused(self, command: str, *arguments: str, says: str) -> Ended:
         """The call ends with code 2 and one line that matches `says`, and everything on the disk is as it was."""
         before = snapshot(self.home, self.data)
-        ended = self.call(door, *arguments)
+        ended = self.call(command, *arguments)
         assert ended.code == 2, ended
         assert re.fullmatch(r"error: [^\n]*\n", ended.err), ended.err
         assert re.search(says, ended.err), ended.err

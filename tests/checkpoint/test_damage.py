@@ -11,16 +11,10 @@ import pickle
 import pytest
 import torch
 
-from megatron_lite.checkpoint import (
-    CheckpointConfig,
-    CheckpointError,
-    CheckpointStore,
-    describe,
-    find_checkpoint,
-    load_tensors,
-)
+from megatron_lite.checkpoint import CheckpointConfig, CheckpointStore, describe, find_checkpoint, load_tensors
 from megatron_lite.checkpoint.manifest import encode
 from megatron_lite.checkpoint.storage import open_for_writing
+from megatron_lite.errors import CheckpointError
 from tests.checkpoint.processes import STATE, bitwise_equal, empty_like, flip_byte, tensors_of
 
 

@@ -10,7 +10,6 @@ import torch
 
 from megatron_lite.checkpoint import (
     CheckpointConfig,
-    CheckpointError,
     CheckpointStore,
     Layout,
     SavedTensors,
@@ -18,6 +17,7 @@ from megatron_lite.checkpoint import (
     find_checkpoint,
     load_tensors,
 )
+from megatron_lite.errors import CheckpointError
 from tests.checkpoint.processes import (
     STATE,
     bitwise_equal,

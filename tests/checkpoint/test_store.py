@@ -9,9 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_lite.checkpoint import CheckpointConfig, CheckpointError, CheckpointStore
+from megatron_lite.checkpoint import CheckpointConfig, CheckpointStore
 from megatron_lite.checkpoint.directory import expendable
 from megatron_lite.checkpoint.storage import open_for_writing
+from megatron_lite.errors import CheckpointError
 from tests.checkpoint.processes import STATE, bitwise_equal, empty_like, tensors_of
 
 

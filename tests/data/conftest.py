@@ -11,7 +11,7 @@ import pytest
 
 from megatron_lite.data.config import DataConfig, GroupConfig, PhaseConfig, SourceConfig
 from megatron_lite.data.indexed import IndexedWriter
-from megatron_lite.data.manifest import Manifest, TokenizerIdentity, write_manifest
+from megatron_lite.data.sidecar import Sidecar, TokenizerIdentity, write_sidecar
 
 EOD = 1
 
@@ -73,7 +73,7 @@ def write_source(tmp_path: Path) -> Callable[..., tuple[str, list[list[int]]]]:
                 writer.add_document(document)
         if manifest:
             counts = {"documents": documents, "tokens": sum(map(len, content))}
-            write_manifest(prefix, Manifest("abc", "sample", EOD, 1000, **counts, languages=["en"]))
+            write_sidecar(prefix, Sidecar("abc", "sample", EOD, 1000, **counts, languages=["en"]))
         return prefix, content
 
     return write

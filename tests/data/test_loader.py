@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from megatron_lite.data.config import DataConfig
 from megatron_lite.data.loader import Loader, rank_samples, validation_batches
-from megatron_lite.data.manifest import TokenizerIdentity
+from megatron_lite.data.sidecar import TokenizerIdentity
 from megatron_lite.data.packing import Example
 from megatron_lite.data.source import Source
 
@@ -54,7 +54,7 @@ def test_ranks_share_a_step_out_exactly(consumed: int, micro: int, ranks: int, a
     assert all(len(mine) == accumulation and {len(m) for m in mine} == {micro} for mine in split)
     everything = sorted(i for mine in split for numbers in mine for i in numbers)
     assert everything == list(range(consumed, consumed + batch))
-    # The m-th micro-batches of all ranks are neighbours: what a step sees in which order is that of one rank.
+    # The m-th micro-batches of all ranks are neighbors: what a step sees in which order is that of one rank.
     joined = [i for m in range(accumulation) for mine in split for i in mine[m]]
     assert joined == everything
 

@@ -48,7 +48,7 @@ def test_all_orders_of_four_are_equally_frequent() -> None:
     assert chi_square(observed, draws / 24) < 49.7
 
 
-def test_images_are_uniform_and_neighbours_independent() -> None:
+def test_images_are_uniform_and_neighbors_independent() -> None:
     """Where i and i + 1 go, in a grid of 10 x 10 cells."""
     n = 40_009
     key = make_key(2, "code/python", 1)

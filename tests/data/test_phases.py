@@ -68,7 +68,7 @@ def test_ends_become_sample_numbers() -> None:
     assert longer == phases
 
 
-def test_neighbours_with_equal_shares_are_one_phase_and_empty_phases_vanish() -> None:
+def test_neighbors_with_equal_shares_are_one_phase_and_empty_phases_vanish() -> None:
     data = config()
     data.phases = [PhaseConfig(until_fraction=0.2), PhaseConfig(until_fraction=0.3, weights={"code": 2})]
     data.phases += [PhaseConfig(until_fraction=0.31, weights={"code": 1}), PhaseConfig(weights={"english": 1})]

@@ -19,16 +19,16 @@ from transformers import AutoTokenizer
 
 from megatron_lite.data import sample_corpus, sample_readers
 from megatron_lite.data.indexed import IndexedDataset
-from megatron_lite.data.sample_corpus import prepare, sources
-from megatron_lite.data.sample_readers import pieces, read_source
-from megatron_lite.data.sample_sources import SOURCES, Source
+from megatron_lite.data.sample.corpus import prepare, sources
+from megatron_lite.data.sample.readers import pieces, read_source
+from megatron_lite.data.sample.sources import SOURCES, Source
 
 MINIATURE = {"scale": 0.02, "vocab_size": 512}
 
 # argv: folder, what to do at each line of the report
 BUILD = f"""
 import os, signal, sys
-from megatron_lite.data.sample_corpus import prepare
+from megatron_lite.data.sample.corpus import prepare
 
 def report(line):
     print(line, flush=True)
@@ -133,12 +133,12 @@ def test_documents_are_shuffled_in_the_token_files(corpus):
     assert found != by_hash  # held-out documents are the first by hash; the order must not depend on that
 
 
-def test_sources_groups_languages_and_licences(corpus):
+def test_sources_groups_languages_and_licenses(corpus):
     found = sources(corpus)
     assert len(found) >= 10
     assert [source.name for source in found] == [source.name for source in SOURCES]
     assert {source.group for source in found} == {"english", "multilingual", "code"}
-    assert all(source.licences and all(source.licences) for source in found)
+    assert all(source.licenses and all(source.licenses) for source in found)
 
 
 def test_many_languages_in_their_own_scripts():

@@ -13,7 +13,7 @@ import pytest
 from megatron_lite.data.blend import open_blend
 from megatron_lite.data.config import DataConfig, GroupConfig, SourceConfig
 from megatron_lite.data.indexed import IndexedWriter
-from megatron_lite.data.manifest import TokenizerIdentity, read_manifest
+from megatron_lite.data.sidecar import TokenizerIdentity, read_sidecar
 from megatron_lite.data.source import Source, open_sources, open_validation
 
 EOD = 1
@@ -120,7 +120,7 @@ def test_side_cars_that_do_not_fit_or_cannot_be_read(write_source: Callable, tok
     for damaged in ("{", "[]", '{"tokens": 7}'):
         path.write_text(damaged)
         with pytest.raises(ValueError, match=r"x\.json is damaged"):
-            read_manifest(prefix)
+            read_sidecar(prefix)
 
 
 def test_fingerprints_follow_the_content(write_source: Callable, tokenizer: TokenizerIdentity, tmp_path: Path) -> None:

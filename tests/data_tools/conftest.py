@@ -27,7 +27,7 @@ def make_recipe(tmp_path: Path) -> Callable[..., RecipeConfig]:
         recipe = RecipeConfig(name="test", output=str(tmp_path / "corpus"), seed=1)
         recipe.sources = {
             "prose": SourceConfig(
-                path=str(raw / "prose.jsonl"), language="en", columns=Columns(language="lang", licence="license")
+                path=str(raw / "prose.jsonl"), language="en", columns=Columns(language="lang", license="license")
             ),
             "code": SourceConfig(
                 path=str(raw / "code.jsonl"),
@@ -38,8 +38,8 @@ def make_recipe(tmp_path: Path) -> Callable[..., RecipeConfig]:
         }
         recipe.read.shard_bytes = 8_000
         recipe.tokenizer.vocab_size = 400
-        recipe.tokenise.held_out = 0.1
-        recipe.normalise.boilerplate_documents = 1000
+        recipe.tokenize.held_out = 0.1
+        recipe.normalize.boilerplate_documents = 1000
         for key, value in changes.items():
             setattr(recipe, key, value)
         return recipe

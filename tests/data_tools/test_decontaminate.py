@@ -4,8 +4,8 @@ import random
 
 import pytest
 
-from data_tools.decontaminate import Evaluations
 from data_tools.recipe import DecontaminateConfig
+from data_tools.stages.decontaminate import Evaluations
 from tests.data_tools.texts import WORDS, write_jsonl
 
 

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_tools.documents import Document
-from data_tools.exact_dedup import KEY, content_key, duplicates
+from data_tools.stages.exact_dedup import KEY, content_key, duplicates
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), max_size=30), st.randoms())

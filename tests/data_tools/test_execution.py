@@ -1,4 +1,4 @@
-"""Executors: what the door does when tasks run elsewhere, refuse their input, or vanish."""
+"""Executors: what the command does when tasks run elsewhere, refuse their input, or vanish."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from data_tools.atomic import explain_os_error
 from data_tools.execution import is_done, run_step
 from data_tools.recipe import ExecutorConfig
 from data_tools.steps import Progress, Step, fingerprint
+from megatron_lite.atomic import explain_os_error
 from tests.data_tools.texts import WORDS
 
 

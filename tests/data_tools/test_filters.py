@@ -4,15 +4,15 @@ import random
 
 import pytest
 
-from data_tools.filter_code import CodeFilter, CodeFilterConfig
-from data_tools.filter_prose import ProseFilter, ProseFilterConfig, repeated_share
-from data_tools.hashing import word_hashes
-from data_tools.language import contradicts, identify
+from data_tools.text.filter_code import CodeFilter, CodeFilterConfig
+from data_tools.text.filter_prose import ProseFilter, ProseFilterConfig, repeated_share
+from data_tools.text.hashing import word_hashes
+from data_tools.text.language import contradicts, identify
 from tests.data_tools.texts import article
 
 ENGLISH = (
     "It is a truth universally acknowledged, that a single man in possession of a good fortune, must be in want of a wife.\n"
-    "However little known the feelings or views of such a man may be on his first entering a neighbourhood, this truth is so\n"
+    "However little known the feelings or views of such a man may be on his first entering a neighborhood, this truth is so\n"
     "well fixed in the minds of the surrounding families, that he is considered the rightful property of some one or other\n"
     "of their daughters."
 )
@@ -158,12 +158,12 @@ def test_a_foreign_paragraph_in_the_middle_does_not_refute_a_label() -> None:
     assert contradicts("de", "\n\n".join([ENGLISH] * 5 + [GERMAN])) == "en"
 
 
-def test_the_text_of_a_licence_is_dropped_and_an_article_about_one_stays() -> None:
+def test_the_text_of_a_license_is_dropped_and_an_article_about_one_stays() -> None:
     text = "GNU GENERAL PUBLIC LICENSE\n\n" + "\n".join(
         f"{i}. You may copy the Program in form {i} under this License, without warranty of any kind, and with the copyright of it."
         for i in range(9)
     )
-    assert reason(text, max_repeated_5gram=1, max_repeated_10gram=1, max_top_2gram=1, max_top_4gram=1) == "licence_text"
+    assert reason(text, max_repeated_5gram=1, max_repeated_10gram=1, max_top_2gram=1, max_top_4gram=1) == "license_text"
     assert reason("The GNU General Public License and its history\n\n" + article(5, 40)) is None
 
 

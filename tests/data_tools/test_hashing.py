@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_tools import hashing
-from data_tools.hashing import ngram_hashes, word_hashes
+from data_tools.text.hashing import ngram_hashes, word_hashes
 
 
 def words_by_hand(text: str) -> list[str]:

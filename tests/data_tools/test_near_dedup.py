@@ -5,12 +5,12 @@ import random
 import numpy as np
 import pytest
 
-from data_tools.atomic import write_json
 from data_tools.documents import Corpus, Document, ShardWriter
-from data_tools.exact_dedup import PAIR
-from data_tools.near_dedup import CandidateStep, MinHash, NearStep, SignatureStep, decide, similar_pairs
 from data_tools.recipe import NearConfig
+from data_tools.stages.exact_dedup import PAIR
+from data_tools.stages.near_dedup import CandidateStep, MinHash, NearStep, SignatureStep, decide, similar_pairs
 from data_tools.steps import Progress
+from megatron_lite.atomic import write_json
 
 VOCABULARY = [f"w{i}" for i in range(5000)]
 
@@ -34,7 +34,7 @@ def changed(text: str, target: float, generator: random.Random) -> str:
 
 def run(tmp_path, texts: list[str], config: NearConfig, shards: int = 3) -> np.ndarray:
     """All three steps over `texts`; the pairs (dropped, kept)."""
-    folder = tmp_path / "normalise"
+    folder = tmp_path / "normalize"
     for shard, part in enumerate(np.array_split(np.arange(len(texts)), shards)):
         with ShardWriter(folder / f"{shard:05d}.jsonl.zst") as writer:
             for i in part:

@@ -1,4 +1,4 @@
-"""The whole door: stages, restart to the same bytes, locks, refusals."""
+"""The whole command: stages, restart to the same bytes, locks, refusals."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ import pytest
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from data_tools.atomic import OutputLock
 from data_tools.configuration import compose
 from data_tools.inspect import InspectConfig, inspect
 from data_tools.prepare import PrepareConfig, main, prepare
 from data_tools.recipe import DecontaminateConfig, ExecutorConfig
+from megatron_lite.atomic import OutputLock
 from megatron_lite.data.indexed import IndexedDataset
 from megatron_lite.data.tokenizer import fingerprint, load_tokenizer
 from tests.data_tools.texts import article, write_jsonl
@@ -82,7 +82,7 @@ def test_documents_are_shuffled_and_held_out_by_their_text(make_recipe) -> None:
     held_out = documents(corpus / "prose.validation")
     assert 0 < len(held_out) < 20
     assert not set(held_out) & set(documents(corpus / "prose"))
-    # Neighbours in the source are neighbours in the file no more often than in a random order (2 of about 54).
+    # Neighbours in the source are neighbors in the file no more often than in a random order (2 of about 54).
     assert sum(abs(a - b) == 1 for a, b in itertools.pairwise(order)) < 8
     again = make_recipe(seed=2, output=str(corpus.parent / "other"))
     other = [i for text in documents(run(again) / "prose") for i in range(60) if text == article(i)]
@@ -95,7 +95,7 @@ def test_stages_one_at_a_time_give_the_same_bytes(make_recipe, tmp_path) -> None
     recipe = make_recipe(output=str(tmp_path / "parts"))
     with pytest.raises(ValueError, match="filter needs read, which is not finished"):
         run(recipe, stages=["filter"])
-    for stage in ("read", "normalise", "filter", "exact", "near", "decontaminate", "tokenizer", "tokenise"):
+    for stage in ("read", "normalize", "filter", "exact", "near", "decontaminate", "tokenizer", "tokenize"):
         corpus = run(recipe, stages=[stage])
     assert digests(corpus) == whole
 
@@ -116,11 +116,11 @@ def test_a_finished_corpus_is_not_made_again_and_a_change_runs_from_there(make_r
     recipe.near.enabled = False
     output = io.StringIO()
     prepare(PrepareConfig(recipe), Console(file=output))
-    assert output.getvalue().count("finished before") == 6  # read, lines, normalise, filter, exact_hash, exact
+    assert output.getvalue().count("finished before") == 6  # read, lines, normalize, filter, exact_hash, exact
 
 
 def write_recipe(make_recipe, folder: Path, output: Path) -> Path:
-    """`configs/` of its own with the recipe `test` and the door's defaults."""
+    """`configs/` of its own with the recipe `test` and the command's defaults."""
     recipe = make_recipe(output=str(output))
     for group in ("data_recipe", "executor"):
         (folder / group).mkdir(parents=True, exist_ok=True)
@@ -130,7 +130,7 @@ def write_recipe(make_recipe, folder: Path, output: Path) -> Path:
     return folder
 
 
-DOOR = """
+COMMAND = """
 import sys, pathlib
 import data_tools.configuration as configuration
 configuration.config_dir = lambda: pathlib.Path(sys.argv[1])
@@ -143,9 +143,9 @@ if __name__ == "__main__":
 def test_killed_at_random_it_ends_with_the_same_bytes(make_recipe, tmp_path) -> None:
     expected = digests(run(make_recipe(output=str(tmp_path / "straight"))))
     configs = write_recipe(make_recipe, tmp_path / "configs", tmp_path / "killed")
-    door = tmp_path / "door.py"
-    door.write_text(DOOR)
-    command = [sys.executable, str(door), str(configs), "executor.workers=2"]
+    script = tmp_path / "command.py"
+    script.write_text(COMMAND)
+    command = [sys.executable, str(script), str(configs), "executor.workers=2"]
     environment = {**os.environ, "PYTHONPATH": str(Path.cwd())}
     generator = random.Random(0)
     kills = 0
@@ -170,9 +170,9 @@ def test_killed_at_random_it_ends_with_the_same_bytes(make_recipe, tmp_path) -> 
 
 def test_times_are_those_of_all_steps_whenever_they_ran(make_recipe) -> None:
     recipe = make_recipe()
-    run(recipe, stages=["read", "normalise"])
+    run(recipe, stages=["read", "normalize"])
     timing = json.loads((run(recipe) / "timing.json").read_text())
-    assert {"read", "filter", "tokenise_merge"} < set(timing["steps"])
+    assert {"read", "filter", "tokenize_merge"} < set(timing["steps"])
     assert timing["seconds"] == pytest.approx(
         sum(step["seconds"] for step in timing["steps"].values()), abs=0.1
     )  # rounded

@@ -12,9 +12,9 @@ import zstandard
 
 from data_tools.documents import read_shard
 from data_tools.readers import BadRow, DamagedFile, Row, read_piece
-from data_tools.reading import ReadStep, to_document
 from data_tools.recipe import Columns, ReadConfig, SourceConfig
 from data_tools.sources import Piece, plan_source
+from data_tools.stages.read import ReadStep, to_document
 from data_tools.steps import Progress
 
 LIMIT = 1000

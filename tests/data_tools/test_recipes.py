@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from data_tools.configuration import ConfigError, compose, config_dir
+from data_tools.configuration import compose
 from data_tools.inspect import InspectConfig
 from data_tools.prepare import PrepareConfig
 from data_tools.recipe import SourceConfig
 from data_tools.starter_blend import data_yaml
+from megatron_lite.config.compose import config_dir
+from megatron_lite.config.errors import ConfigError
 from megatron_lite.data.config import DataConfig
 from megatron_lite.data.phases import phase_shares, resolve
 

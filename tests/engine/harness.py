@@ -12,9 +12,7 @@ from typing import Any
 
 import torch
 
-from megatron_lite.build import build_engine, build_grid
 from megatron_lite.checkpoint.store import CheckpointConfig, CheckpointStore
-from megatron_lite.config import RunConfig
 from megatron_lite.engine.deepspeed import DeepSpeedConfig
 from megatron_lite.engine.fsdp import FsdpConfig
 from megatron_lite.models.config import ModelConfig
@@ -22,6 +20,8 @@ from megatron_lite.optim.optimizer import OptimConfig
 from megatron_lite.parallel.global_view import Piece
 from megatron_lite.parallel.mesh import ParallelConfig
 from megatron_lite.precision.dtypes import PrecisionConfig
+from megatron_lite.training.build import build_engine, build_grid
+from megatron_lite.training.config import RunConfig
 from tests.engine.bugs import BUGS
 
 STEPS = 20

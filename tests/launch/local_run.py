@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from megatron_lite.launch import scripts_dir
+from megatron_lite.commands.launch import scripts_dir
 from tests import runs
 
 SLOWED = Path(__file__).parent / "slowed"

@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from megatron_lite.launch import scripts_dir
+from megatron_lite.commands.launch import scripts_dir
 from tests import runs
 from tests.launch import local_run
 from tests.launch.slurm_cluster import wait_for
@@ -167,7 +167,7 @@ def test_kubernetes_manifest(tiny_data, tmp_path, straight):
     """The manifest's command, arguments, environment and volumes, as two pods that are two processes here."""
     import yaml
 
-    from megatron_lite.launch import manifest
+    from megatron_lite.commands.launch import manifest
     from tests.launch.slurm_cluster import free_ports
 
     words = runs.arguments(tiny_data, tmp_path, "train.micro_batch_size=1")

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megatron_lite.build import build_schedule, check_batch_sizes
-from megatron_lite.config import compose_config, validate
-from megatron_lite.launch import check, command, manifest, scripts_dir, split_words
+from megatron_lite.commands.launch import check, command, manifest, scripts_dir, split_words
+from megatron_lite.training.build import build_schedule, check_batch_sizes
+from megatron_lite.training.config import compose_run, validate
 
 LAUNCH = scripts_dir()
 SCRIPTS = sorted(f for f in LAUNCH.rglob("*") if f.suffix in (".sh", ".sbatch"))
@@ -61,7 +61,7 @@ def test_one_process_needs_no_torchrun():
     assert words == [
         sys.executable,
         "-m",
-        "megatron_lite.train",
+        "megatron_lite.commands.train",
         "experiment=smoke",
         "prompt=a b",
         "run.dir=runs/smoke",
@@ -107,7 +107,7 @@ def test_slurm():
     assert {f"--container-mounts={here}:{here}", f"--container-workdir={here}", "--mpi=none"} <= set(run)
     (names,) = [word for word in run if word.startswith("--container-env=")]
     assert "NCCL_IB_HCA" in names  # else what the image sets would win
-    assert run[-4:] == ["megatron_lite.train", "experiment=smoke", "a=[1,2]", "run.dir=runs/smoke"]
+    assert run[-4:] == ["megatron_lite.commands.train", "experiment=smoke", "a=[1,2]", "run.dir=runs/smoke"]
     assert "--no-kill" not in submit
     submit, run = dry_run("slurm", "NODES=4", "MIN_NODES=2", "experiment=smoke")
     assert "--no-kill" in submit
@@ -208,7 +208,7 @@ def test_deepspeed(tmp_path):
     (words,) = dry_run("deepspeed", f"HOSTFILE={tmp_path}/hosts", "engine=deepspeed", "run.dir=/r")
     assert words[1:] == [
         "-m", "deepspeed.launcher.runner", f"--hostfile={tmp_path}/hosts", "--module", "--no_local_rank",
-        "megatron_lite.train", "engine=deepspeed", "run.dir=/r", "run.dir=/r",
+        "megatron_lite.commands.train", "engine=deepspeed", "run.dir=/r", "run.dir=/r",
     ]  # fmt: skip
 
 
@@ -334,7 +334,7 @@ def test_the_papers_three_jobs():
     for line, (nodes, batch, tokens) in zip(jobs, [(96, 384, 200e9), (192, 768, 400e9), (288, 1152, None)]):
         assert f"NODES={nodes} " in line
         stop = re.findall(r"train\.stop_at=\d+", line)
-        run = compose_config("train", ["experiment=nemotron4_15b", *stop])
+        run = compose_run(["experiment=nemotron4_15b", *stop])
         validate(run, nodes * 8)
         schedule = build_schedule(run)
         consumed = schedule.batch.samples(at)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_lite.launch import scripts_dir
+from megatron_lite.commands.launch import scripts_dir
 from tests import runs
 from tests.launch.slurm_cluster import SlurmCluster, wait_for
 

@@ -106,7 +106,7 @@ def poisoned(config) -> Decoder:
     return model
 
 
-def test_poisoned_model_is_whole_after_initialisation(nemotron, llama):
+def test_poisoned_model_is_whole_after_initialization(nemotron, llama):
     for config in (nemotron(linear_bias=True), llama(tie_embeddings=True)):
         model = poisoned(config)
         assert all(parameter.isfinite().all() for parameter in model.parameters())

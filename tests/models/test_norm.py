@@ -17,8 +17,8 @@ def reference(kind: type, x: torch.Tensor, weight: torch.Tensor, bias: torch.Ten
             rows.append(weight.double() * row / (row.square().mean() + EPS).sqrt())
             continue
         gain = weight.double() + (1.0 if kind is LayerNorm1p else 0.0)
-        centred = row - row.mean()
-        rows.append(gain * centred / (centred.square().mean() + EPS).sqrt() + bias.double())
+        centered = row - row.mean()
+        rows.append(gain * centered / (centered.square().mean() + EPS).sqrt() + bias.double())
     return torch.stack(rows).reshape(x.shape)
 
 
@@ -36,7 +36,7 @@ def test_norm_follows_its_formula(kind):
 
 
 @pytest.mark.parametrize("kind", [LayerNorm, LayerNorm1p, RMSNorm])
-def test_bf16_input_is_normalised_in_float32(kind):
+def test_bf16_input_is_normalized_in_float32(kind):
     torch.manual_seed(0)
     module = kind(64, EPS)
     with torch.no_grad():

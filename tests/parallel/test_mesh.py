@@ -64,7 +64,7 @@ def places(rank: int, world_size: int, config: ParallelConfig) -> dict[str, obje
     }
 
 
-def test_places_tensor_parallel_ranks_are_neighbours() -> None:
+def test_places_tensor_parallel_ranks_are_neighbors() -> None:
     results = run_ranks(4, places, ParallelConfig(tp=2))
     assert [r["tp"] for r in results] == [(0, 2), (1, 2), (0, 2), (1, 2)]
     assert [r["data"] for r in results] == [(0, 2), (0, 2), (1, 2), (1, 2)]

@@ -102,7 +102,7 @@ def single(config: ModelConfig) -> Result:
 
 
 def build(world_size: int, config: ModelConfig, parallel: ParallelConfig) -> Decoder:
-    """Meta -> parallelize -> materialise in memory full of NaN."""
+    """Meta -> parallelize -> materialize in memory full of NaN."""
     with torch.device("meta"):
         decoder = Decoder(config)
     mesh = build_mesh(parallel, world_size=world_size, device_type="cpu")
@@ -290,7 +290,7 @@ def test_the_engine_shards_a_layer_before_the_next_has_memory() -> None:
 
 
 def materialize_ignoring_rest(decoder: Decoder, shard) -> None:  # type: ignore[no-untyped-def]
-    with pytest.raises(AssertionError, match="not materialised"):
+    with pytest.raises(AssertionError, match="not materialized"):
         materialize(decoder, device="cpu", seed=SEED, shard=shard)
 
 

@@ -1,0 +1,1 @@
+"""The stages of `mlite prepare`, one file each."""

@@ -1,0 +1,1 @@
+"""The commands of `mlite`: parse, build, call, report."""

@@ -1,0 +1,42 @@
+"""What every command does around its work: parse the command line, turn a user's error into one line and an exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from megatron_lite.config import errors
+from megatron_lite.config.compose import compose_config, help_text
+from megatron_lite.errors import CheckpointError, WorkFailedError, error_text
+
+
+def run_command(name: str, schema: type, purpose: str, work: Callable[[Any], int]) -> None:
+    """Compose the config of `mlite <name>` from the command line, call `work(config)` and exit with what it returns.
+
+    Exit codes: 2 for an error of the user's, told in one line; 1 for work that began and failed (the same command continues from
+    what was finished) and for missing memory; 130 after Ctrl-C.
+    """
+    arguments = sys.argv[1:]
+    if {"-h", "--help"} & set(arguments):
+        try:
+            print(help_text(name, schema, purpose), flush=True)
+        except BrokenPipeError:  # `--help | head` has read what it wanted; Python would flush once more at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return
+    try:
+        sys.exit(work(compose_config(name, schema, arguments)))
+    except WorkFailedError as error:
+        print(f"failed: {error}", file=sys.stderr)
+        sys.exit(1)
+    except (ValueError, CheckpointError, OSError) as error:
+        print(f"error: {error_text(error)}", file=sys.stderr)
+        sys.exit(2)
+    except (MemoryError, RuntimeError) as error:
+        if not errors.is_out_of_memory(error):
+            raise
+        print(f"failed: {errors.out_of_memory(error)}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)  # what a shell reports for SIGINT

@@ -1,0 +1,110 @@
+"""`configs/<name>.yaml` and command-line overrides, composed by Hydra into an object of a dataclass.
+
+Notable features:
+- the schema is an argument: this package knows no command and imports no torch, so a worker of a data step starts in a second;
+- a wrong key, type or group is told in one line, with the nearest right one (`errors.explain`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from megatron_lite.config import errors
+from megatron_lite.config.errors import ConfigError
+from megatron_lite.config.overrides import spelled_out
+
+
+def config_dir() -> Path:
+    """The folder of the YAML files: `configs/` of the checkout, or the copy inside an installed wheel."""
+    package = Path(__file__).parent.parent
+    inside = package / "configs"
+    return inside if inside.is_dir() else package.parent / "configs"
+
+
+def register_schema(name: str, schema: type, *, group: str | None = None) -> None:
+    """Let the YAML files of `group` name `schema` in their defaults, as `<name>_schema`."""
+    ConfigStore.instance().store(f"{name}_schema", schema, group=group)
+
+
+def compose_config(name: str, schema: type, overrides: list[str]) -> Any:
+    """`configs/<name>.yaml` with `overrides`, as an object of `schema`.
+
+    Raises ConfigError for an unknown key or group, a wrong type, or a missing value.
+    """
+    register_schema(name, schema)
+    overrides = spelled_out(overrides)
+    with initialize_config_dir(str(config_dir().resolve()), version_base="1.3"):
+        try:
+            config = OmegaConf.to_object(compose(name, overrides=overrides))
+        except (HydraException, OmegaConfBaseException, ValueError) as error:
+            raise ConfigError(errors.explain(error, overrides, lambda: _keys_of(name, overrides))) from None
+    wrong = errors.check_values(config)
+    if wrong:
+        raise ConfigError(wrong)
+    return config
+
+
+def to_yaml(config: Any) -> str:
+    """A typed config as YAML text (what `config.yaml` of a run holds)."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A typed config as plain dicts, lists and values (what a checkpoint's manifest holds)."""
+    return OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)  # type: ignore[return-value]
+
+
+def from_dict(schema: type, values: dict[str, Any]) -> Any:
+    """The inverse of `to_dict` for one section. Raises ConfigError for unknown keys."""
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), values))
+    except (OmegaConfBaseException, ValueError) as error:
+        raise ConfigError(f"{schema.__name__}: {error}".split("\n")[0]) from None
+
+
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as dotted keys."""
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    return {k: v for key, value in tree.items() for k, v in flatten(value, f"{prefix}.{key}".lstrip(".")).items()}
+
+
+def help_text(name: str, schema: type, purpose: str) -> str:
+    """What `mlite <name> --help` prints: the purpose, the groups with their choices, every key with its default."""
+    defaults = OmegaConf.load(config_dir() / f"{name}.yaml").defaults
+    groups = sorted(config_dir() / group for entry in defaults if not isinstance(entry, str) for group in entry)
+    choices = "[group=choice ...] " if groups else ""
+    lines = [
+        f"{purpose.strip()}\n",
+        f"usage: mlite {name} [--config-dir DIR] {choices}[key=value ...]\n",
+        *["groups:"] * bool(groups),
+    ]
+    lines += [f"  {g.name}={'|'.join(sorted(f.stem for f in g.glob('*.yaml')))}" for g in groups]
+    lines += [*[""] * bool(groups), "keys and their values (as composed without overrides):", ""]
+    register_schema(name, schema)
+    with initialize_config_dir(str(config_dir().resolve()), version_base="1.3"):
+        lines.append(OmegaConf.to_yaml(compose(name)))
+    return "\n".join(lines)
+
+
+def _keys_of(name: str, overrides: list[str]) -> Iterator[str]:
+    """Every dotted key of a config with its groups chosen, e.g. `train.max_steps`; Hydra must be initialized."""
+    choices = [o for o in overrides if "." not in errors.key_of(o) or o.startswith("hydra.")]
+    try:
+        tree = compose(name, overrides=choices)
+    except (HydraException, OmegaConfBaseException):
+        tree = compose(name)
+    waiting: list[tuple[str, Any]] = [("", OmegaConf.to_container(tree, resolve=False))]
+    for prefix, tree in waiting:
+        for key, value in tree.items():
+            yield prefix + key
+            if isinstance(value, dict):
+                waiting.append((f"{prefix}{key}.", value))

@@ -1,0 +1,143 @@
+"""What is wrong with a command line, said to the person who typed it: the override, the reason, the way out.
+
+Notable features:
+- Hydra's and OmegaConf's messages are cut down to their reason; the override that caused them is named as it was typed.
+- An unknown key or choice comes with the near ones, or all of them where they are few.
+- `check_values` finds what the typed tree lets through: a key that `+` added, and numbers that are not finite.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue
+
+_SCHEMA = "_schema"  # how the names of the schemas end, which are no choices
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be: the message names the key, the value and the way out."""
+
+
+def explain(error: BaseException, overrides: list[str], known_keys: Callable[[], Iterable[str]]) -> str:
+    """One line about Hydra's or OmegaConf's `error`. known_keys: every dotted key that exists, asked for when needed."""
+    chain = list(_chain(error))
+    for part in chain:
+        if isinstance(part, MissingConfigException) and part.options:
+            return _unknown_choice(part)
+    unreadable = _unreadable(overrides)
+    if unreadable:
+        return unreadable
+    text, reason = str(error), str(chain[-1]).splitlines()[0]
+    if isinstance(chain[-1], MissingMandatoryValue):
+        key = reason.rsplit(": ", 1)[-1]
+        return f"{key} is not given, and it has no default: add {key}=..."
+    override = _culprit(text, overrides)
+    if override is None and "Config group override" in text:  # it does not say which
+        parser = OverridesParser.create()
+        override = next(
+            o for o in overrides if "." not in key_of(o) and not isinstance(parser.parse_override(o).value(), str)
+        )
+        reason = "a group's choice is a name"
+    if override is None:
+        return " ".join(line.strip() for line in text.splitlines() if "object_type" not in line)
+    key = key_of(override)
+    if isinstance(chain[-1], ConfigAttributeError | ConfigKeyError) or "does not exist" in text:
+        known = list(known_keys())
+        if key not in known:
+            return f"{override}: {unknown_key(key, known)}"
+    return f"{override}: {reason}; `mlite <command> --help` shows {key} as it is without overrides"
+
+
+def unknown_key(key: str, known_keys: Iterable[str]) -> str:
+    """That `key` does not exist, with those that are spelled nearly so, or that stand elsewhere under the same last name."""
+    known = list(known_keys)
+    last = key.rsplit(".", 1)[-1]
+    near = (
+        difflib.get_close_matches(key, known, n=3, cutoff=0.85)
+        or [other for other in known if other.rsplit(".", 1)[-1] == last]
+        or difflib.get_close_matches(key, known, n=3)
+    )
+    hint = f"did you mean {' or '.join(near[:3])}?" if near else "--help lists all keys"
+    return f"there is no key {key}; {hint}"
+
+
+def key_of(override: str) -> str:
+    """The key of `key=value`, without the signs that add or delete it."""
+    return override.lstrip("+~").split("=")[0]
+
+
+def check_values(config: Any, *, key: str = "") -> str | None:
+    """What no type forbids: a key that the class of a section lacks (`+optim.x=1`), nan and infinity. None when all is well."""
+    if isinstance(config, float) and not math.isfinite(config):
+        return f"{key}={config} is not a finite number, and no setting can be that; give a number, or drop the override"
+    if is_dataclass(config):
+        known = [item.name for item in fields(config)]
+        extra = next((name for name in vars(config) if name not in known), None)
+        if extra is not None:
+            place = f"{key}." if key else ""
+            return unknown_key(f"{place}{extra}", [f"{place}{name}" for name in known])
+    return next((found for name, value in _items(config, key) if (found := check_values(value, key=name))), None)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory of the machine or of an accelerator did not suffice; on a CPU torch says so by a plain RuntimeError."""
+    return isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error)
+
+
+def out_of_memory(error: BaseException) -> str:
+    """What to do about it, on one line."""
+    reason = " ".join(str(error).split()) or "the machine has no more"
+    return (
+        f"not enough memory: {reason[:300]}; lower train.micro_batch_size or data.seq_len, set parallel.recompute=full, make the "
+        "model smaller, or shard it over more processes (parallel.tp, engine.shard=full)"
+    )
+
+
+def _items(config: Any, key: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(config, list):
+        yield from ((f"{key}[{index}]", value) for index, value in enumerate(config))
+        return
+    inside = vars(config) if is_dataclass(config) else config if isinstance(config, dict) else {}
+    for name, value in inside.items():
+        yield f"{key}.{name}".lstrip("."), value
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    part: BaseException | None = error
+    while part is not None:
+        yield part
+        part = part.__cause__
+
+
+def _unknown_choice(error: MissingConfigException) -> str:
+    group, _, choice = (error.missing_cfg_file or "").rpartition("/")
+    choices = [option for option in error.options or [] if not option.endswith(_SCHEMA)]
+    return f"{group}={choice} is unknown; choose one of {', '.join(choices)}"
+
+
+def _unreadable(overrides: list[str]) -> str | None:
+    parser = OverridesParser.create()
+    for override in overrides:
+        if not key_of(override):
+            return f"{override} has no key; overrides are written key=value"
+        try:
+            parser.parse_override(override)
+        except HydraException as error:
+            reason = str(error).splitlines()[0]
+            return f"{override} cannot be read as key=value ({reason}); quote what has spaces or signs in it: key='\"...\"'"
+    return None
+
+
+def _culprit(text: str, overrides: list[str]) -> str | None:
+    """The override that the message is about: it stands there as it was typed, or by its key."""
+    named = [override for override in overrides if override in text]
+    if not named:
+        named = [o for o in overrides if f"'{key_of(o)}'" in text or f"'{key_of(o).rsplit('.', 1)[-1]}'" in text]
+    return max(named, key=len) if named else None

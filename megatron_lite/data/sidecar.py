@@ -1,0 +1,68 @@
+"""The sidecar `<prefix>.json` of a `.bin/.idx` pair: which tokenizer wrote it, and what is in it.
+
+The token files alone do not say what their numbers mean; the sidecar does, so that a run with another
+tokenizer is refused. Files from elsewhere may lack it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class TokenizerIdentity:
+    """What the data must agree on with the run's tokenizer. fingerprint: a hash of the tokenizer's files."""
+
+    fingerprint: str
+    name: str
+    eod: int
+    vocab_size: int
+
+
+@dataclass(frozen=True)
+class Sidecar:
+    """Content of the sidecar. tokenizer: the fingerprint; languages and licenses: of the documents."""
+
+    tokenizer: str
+    tokenizer_name: str
+    eod: int
+    vocab_size: int
+    documents: int
+    tokens: int
+    languages: Any = field(default_factory=list)
+    licenses: Any = field(default_factory=list)
+
+
+def sidecar_path(prefix: str | Path) -> Path:
+    """The sidecar of a prefix."""
+    return Path(f"{prefix}.json")
+
+
+def write_sidecar(prefix: str | Path, manifest: Sidecar) -> None:
+    """Write the sidecar, whole or not at all."""
+    path = sidecar_path(prefix)
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    temporary.write_text(json.dumps(asdict(manifest), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def read_sidecar(prefix: str | Path) -> Sidecar | None:
+    """The sidecar of a prefix, or None where there is none.
+
+    Raises:
+        ValueError: it cannot be read or lacks a field; fields that we do not know are ignored.
+    """
+    path = sidecar_path(prefix)
+    if not path.is_file():
+        return None
+    known = {entry.name for entry in fields(Sidecar)}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        content = {{"licences": "licenses"}.get(key, key): value for key, value in content.items()}  # before version 0.2
+        return Sidecar(**{key: value for key, value in content.items() if key in known})
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged ({error}); tokenize the source again") from None

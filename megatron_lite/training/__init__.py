@@ -1,0 +1,1 @@
+"""A training run: its config, how it is built or resumed, the loop, and what watches it."""

@@ -1,0 +1,235 @@
+"""The one place where a config becomes objects.
+
+    RunConfig -> tokenizer, blend, mesh -> decoder on the meta device -> parallelize -> materialize -> objective -> engine
+              -> Trainer at the position of the newest checkpoint
+
+Whatever can be refused is refused before the run directory is touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_lite.checkpoint.store import CheckpointStore
+from megatron_lite.config.compose import to_dict
+from megatron_lite.data.blend import Blend, open_blend
+from megatron_lite.data.config import DataConfig
+from megatron_lite.data.feed import DataFeed
+from megatron_lite.data.loader import Loader, rank_samples
+from megatron_lite.data.resume import resume_blend
+from megatron_lite.data.sample.corpus import prepare
+from megatron_lite.data.sidecar import TokenizerIdentity
+from megatron_lite.data.source import Source, open_validation
+from megatron_lite.data.tokenizer import fingerprint, load_tokenizer
+from megatron_lite.engine import deepspeed, fsdp
+from megatron_lite.engine.base import Engine
+from megatron_lite.hardware import device_peak_flops
+from megatron_lite.models.config import ModelConfig
+from megatron_lite.models.decoder import Decoder
+from megatron_lite.models.flops import flops_per_token, parameter_count
+from megatron_lite.objectives.registry import build_objective
+from megatron_lite.optim.schedule import BatchSize, LearningRate, Schedule
+from megatron_lite.parallel.layers import shard_info
+from megatron_lite.parallel.mesh import Mesh, build_mesh
+from megatron_lite.parallel.parallelize import materialize, parallelize, vocabulary_shard
+from megatron_lite.runtime import Runtime, has_wandb_key
+from megatron_lite.tracking import RunInfo, build_tracker
+from megatron_lite.tracking.profile import Profiler
+from megatron_lite.training.config import RunConfig
+from megatron_lite.training.metrics import Metrics, Work
+from megatron_lite.training.resume import check_same_run, start_from
+from megatron_lite.training.status import Status
+from megatron_lite.training.trainer import Trainer
+from megatron_lite.training.watchdog import Watchdog
+
+
+def open_tokenizer(config: DataConfig) -> TokenizerIdentity:
+    """What data and model must agree on with the tokenizer of `data.tokenizer`.
+
+    Raises ValueError when neither a tokenizer nor `data.eod_id` is given.
+    """
+    if not config.tokenizer:
+        raise ValueError(
+            "data.tokenizer is empty: name the folder of the tokenizer that the token files were written with"
+        )
+    tokenizer = load_tokenizer(config.tokenizer)
+    return TokenizerIdentity(fingerprint(tokenizer), config.tokenizer, tokenizer.eos_token_id, len(tokenizer))
+
+
+def prepare_data(config: DataConfig, *, vocab_size: int, report: Callable[[str], None] | None) -> None:
+    """Build the sample corpus if the config reads it and it is not there yet."""
+    if config.sample_corpus:
+        prepare(config.sample_corpus, vocab_size=vocab_size, report=report)
+
+
+def check_vocabulary(model: ModelConfig, tokenizer: TokenizerIdentity) -> None:
+    """Raise ValueError when the tokenizer has words that the model has no row for."""
+    if tokenizer.vocab_size > model.vocab_size:
+        raise ValueError(
+            f"model.vocab_size={model.vocab_size} is smaller than the {tokenizer.vocab_size} entries of the tokenizer "
+            f"{tokenizer.name}; set model.vocab_size={tokenizer.vocab_size}"
+        )
+
+
+def build_schedule(run: RunConfig) -> Schedule:
+    """Batch sizes, learning rates and the length of the whole run."""
+    batch = BatchSize(run.train.global_batch_size, run.train.batch_ramp)
+    seq_len = run.data.seq_len
+    steps = run.train.max_steps or batch.steps(-(-(run.train.max_tokens or 0) // seq_len))
+    samples = batch.samples(steps)
+    rate = LearningRate(run.schedule, peak=run.optim.lr, horizon_steps=steps, horizon_tokens=samples * seq_len)
+    return Schedule(batch, rate, horizon_steps=steps, horizon_samples=samples, seq_len=seq_len)
+
+
+def build_grid(run: RunConfig, *, world_size: int, device_type: str) -> Mesh | None:
+    """The grid of processes, None for one. Where the engine shards nothing, all data-parallel processes are replicas."""
+    parallel = run.parallel
+    if run.engine.replicates:
+        dp_replicate, dp_shard, _ = parallel.degrees(world_size)
+        parallel = replace(parallel, dp_replicate=dp_replicate * dp_shard, dp_shard=1)
+    return build_mesh(parallel, world_size=world_size, device_type=device_type)
+
+
+# kind -> (what shards a module as soon as it has memory, the engine over the whole objective)
+ENGINES: dict[str, tuple[Any, Any]] = {
+    "fsdp": (fsdp.sharder, fsdp.FsdpEngine),
+    "deepspeed": (deepspeed.sharder, deepspeed.DeepSpeedEngine),
+}
+
+
+def build_engine(run: RunConfig, mesh: Mesh | None, device: torch.device) -> Engine:
+    """Model, objective and engine: meta -> parallelize -> materialize and shard module by module."""
+    dtype = run.precision.dtype
+    with torch.device("meta"):
+        decoder = Decoder(run.model)
+    parallelize(decoder, mesh, run.parallel)
+    shards = shard_info(decoder)
+    sharder, engine = ENGINES[run.engine.kind]
+    materialize(decoder, seed=run.seed, device=device, shard=sharder(run.engine, mesh, dtype))
+    vocab_start, group = vocabulary_shard(decoder)
+    return engine(
+        build_objective(run.objective, decoder, vocab_start=vocab_start, group=group),
+        config=run.engine,
+        optim=run.optim,
+        dtype=dtype,
+        mesh=mesh,
+        shards=shards,
+    )
+
+
+def build_trainer(
+    run: RunConfig, runtime: Runtime, *, store: CheckpointStore, watchdog: Watchdog, checkpoint: Path | None
+) -> Trainer:
+    """A trainer at the position of `checkpoint`, or at the start.
+
+    Raises ValueError for anything in the config, the data or the checkpoint that does not fit together.
+    """
+    tokenizer = open_tokenizer(run.data)
+    check_vocabulary(run.model, tokenizer)
+    schedule = build_schedule(run)
+    blend = open_blend(run.data, tokenizer=tokenizer, seed=run.seed, horizon_samples=schedule.horizon_samples)
+    manifest = store.read_manifest(checkpoint) if checkpoint else None
+    if manifest:
+        check_same_run(manifest, run, tokenizer)
+        blend = resume_blend(
+            blend,
+            saved=manifest["data"],
+            consumed_samples=manifest["consumed_samples"],
+            allow=run.resume_allow,
+        )
+    consumed = manifest["consumed_samples"] if manifest else 0
+    check_batch_sizes(run, schedule, consumed=consumed, world_size=runtime.world_size)
+    mesh = build_grid(run, world_size=runtime.world_size, device_type=runtime.device.type)
+    engine = build_engine(run, mesh, runtime.device)
+    trainer = Trainer(
+        config=run.train,
+        runtime=runtime,
+        engine=engine,
+        schedule=schedule,
+        feed=build_feed(run, blend, open_validation(run.data, tokenizer), mesh, runtime.device),
+        store=store,
+        tracker=build_tracker(run.tracking, main_process=runtime.is_main, has_key=has_wandb_key()),
+        metrics=build_metrics(run, runtime, consumed=consumed),
+        status=Status(Path(run.run.dir), main_process=runtime.is_main),
+        watchdog=watchdog,
+        profiler=Profiler(run.profile, Path(run.run.dir) / "profile", main_process=runtime.is_main),
+        facts={
+            "config": to_dict(run),
+            "tokenizer": tokenizer.fingerprint,
+            "schedule": to_dict(run.schedule),
+            "data": blend.state(),
+            "parameters": parameter_count(run.model),
+        },
+    )
+    if checkpoint:
+        trainer.restore(checkpoint)
+    elif run.init_from.path:
+        start_from(engine, run, tokenizer)
+    return trainer
+
+
+def check_batch_sizes(run: RunConfig, schedule: Schedule, *, consumed: int, world_size: int) -> None:
+    """Raise ValueError when a batch size between here and this job's end does not split evenly over its ranks.
+
+    Only those: a ramp may grow together with the number of ranks, in jobs that end at its stages (`train.stop_at`).
+    """
+    batch, end = schedule.batch, schedule.horizon_samples
+    if run.train.stop_at is not None:
+        end = min(end, batch.samples(run.train.stop_at))
+    first_steps = [batch.samples(batch.steps(stage.from_samples)) for stage in run.train.batch_ramp]
+    dp_replicate, dp_shard, _ = run.parallel.degrees(world_size)
+    for start in [consumed, *(step for step in first_steps if consumed < step < end)]:
+        rank_samples(
+            0, batch=batch.at(start), micro_batch=run.train.micro_batch_size, rank=0, ranks=dp_replicate * dp_shard
+        )
+
+
+def build_feed(
+    run: RunConfig, blend: Blend, held_out: dict[str, Source], mesh: Mesh | None, device: torch.device
+) -> DataFeed:
+    """This data-parallel rank's batches."""
+    rank, ranks = (mesh.data_parallel_rank, mesh.data_parallel_size) if mesh else (0, 1)
+    size = run.train.micro_batch_size
+    loader = Loader(
+        blend,
+        micro_batch_size=size,
+        data_parallel_rank=rank,
+        data_parallel_size=ranks,
+        pin_memory=device.type == "cuda",
+    )
+    return DataFeed(blend, loader, held_out, run.data.validation.windows, size, rank, ranks, device)
+
+
+def build_metrics(run: RunConfig, runtime: Runtime, *, consumed: int) -> Metrics:
+    """What turns steps into rows; measures the peak of the device where no data sheet has it."""
+    work = Work(
+        flops_per_token=flops_per_token(run.model, run.data.seq_len),
+        seq_len=run.data.seq_len,
+        devices=runtime.world_size,
+        peak=device_peak_flops(runtime.device, run.precision.name),
+        device=runtime.device,
+    )
+    return Metrics(work, log_every=run.train.log_every, consumed_samples=consumed)
+
+
+def run_info(run: RunConfig, trainer: Trainer) -> RunInfo:
+    """What trackers show of a run."""
+    model = run.model
+    size = f"{len(model.letters)} layers, hidden {model.hidden_size}, vocabulary {model.vocab_size}"
+    return RunInfo(
+        run_dir=Path(run.run.dir),
+        name=run.run.name,
+        total_steps=trainer.schedule.horizon_steps,
+        start_step=trainer.position.step,
+        config=to_dict(run),
+        model=f"{model.family}, {size}",
+        parameters=parameter_count(model),
+        tokens_per_step=run.train.global_batch_size * run.data.seq_len,
+        layout=f"{run.engine.kind}, {run.precision.name}, {trainer.runtime.world_size} process(es)",
+        peak=str(trainer.metrics.work.peak),
+    )

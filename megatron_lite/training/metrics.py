@@ -1,0 +1,173 @@
+"""From step results and a clock to the rows of metrics.jsonl: loss, speed, model FLOPs utilization, memory.
+
+    MFU = flops_per_token * tokens / (seconds * devices * peak)
+
+with `flops_per_token` the model's training FLOPs (6 per parameter but the input embedding's, plus 12 * layers *
+heads * head_dim * sequence for full, not causally halved, attention; no recomputation counted: Nemotron-4 report,
+table 2, and PaLM, appendix B) and `peak` the dense FLOP/s of one device (`device_peak_flops`).
+
+Notable:
+  - no host sync between logged steps: results stay on the device, and one transfer fetches an interval's worth;
+  - with `log_every` > 1 a row speaks for its interval: `loss` is the mean over the interval's valid tokens,
+    `grad_norm` the plain mean, `step_seconds` the mean, the speeds are totals over totals. Skipped steps
+    (non-finite loss or gradient) are left out of loss and norm and counted in `skipped_steps`; if every step
+    was skipped, the row shows the last one's values;
+  - validation and saving happen inside `with metrics.paused():` and are not counted as training time.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from megatron_lite.hardware import Peak
+
+WAITS_FOR_OTHER_RANKS = (
+    True  # read by the watchdog: here the host fetches numbers from a GPU, whose collectives may not end
+)
+
+
+class Result(Protocol):
+    """What an engine's step returns; scalars on the device, or plain numbers."""
+
+    @property
+    def loss(self) -> Any: ...
+    @property
+    def grad_norm(self) -> Any: ...
+    @property
+    def valid_tokens(self) -> Any: ...
+    @property
+    def skipped(self) -> Any: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What one token costs and what carries it."""
+
+    flops_per_token: float
+    seq_len: int  # tokens a sample
+    devices: int  # in the whole job
+    peak: Peak
+    device: torch.device
+
+
+class Metrics:
+    """Collects step results; every `log_every`-th step gives a row.
+
+    log_every counts global steps (rows fall on its multiples), so the rows of a resumed run fall on the same
+    steps; its first interval is shorter if it was stopped within one.
+    """
+
+    def __init__(
+        self,
+        work: Work,
+        *,
+        log_every: int = 1,
+        consumed_samples: int = 0,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        if log_every < 1:
+            raise ValueError(f"train.log_every={log_every} must be at least 1")
+        self.work, self.log_every, self.clock = work, log_every, clock
+        self._consumed = consumed_samples
+        self._results: list[Result] = []
+        self._samples = 0
+        self._since = clock()
+
+    def start(self) -> None:
+        """Training begins now: what came before (loading, tracking services) is no training time."""
+        self._since = self.clock()
+
+    def update(
+        self, result: Result, *, step: int, consumed_samples: int, lr: float, last: bool = False
+    ) -> dict[str, Any] | None:
+        """Take step `step` (1 is the first), after which `consumed_samples` were used in the whole run.
+
+        Returns the row at multiples of `log_every` and at the `last` step, else None without touching the device.
+        """
+        self._results.append(result)
+        self._samples += consumed_samples - self._consumed
+        self._consumed = consumed_samples
+        if step % self.log_every != 0 and not last:
+            return None
+        row: dict[str, Any] = {
+            "step": step,
+            "consumed_samples": consumed_samples,
+            "consumed_tokens": consumed_samples * self.work.seq_len,
+            **_averages(_to_host(self._results)),  # waits for the device, hence before the clock is read
+            "lr": float(lr),
+        }
+        seconds = self.clock() - self._since
+        row.update(self._speed(seconds), memory_gib=memory_gib(self.work.device))
+        self._results, self._samples, self._since = [], 0, self.clock()
+        return row
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time spent inside is not training time (validation, saving)."""
+        if self.work.device.type == "cuda":
+            torch.cuda.synchronize(self.work.device)  # queued training work belongs to training
+        began = self.clock()
+        try:
+            yield
+        finally:
+            self._since += self.clock() - began
+
+    def _speed(self, seconds: float) -> dict[str, Any]:
+        work, steps = self.work, len(self._results)
+        tokens = self._samples * work.seq_len
+        seconds = max(seconds, 1e-9)  # a clock too coarse to see a tiny step
+        flops = work.flops_per_token * tokens / (seconds * work.devices)
+        return {
+            "step_seconds": seconds / steps,
+            "tokens_per_second": tokens / seconds,
+            "tflops_per_device": flops / 1e12,
+            "mfu": flops / work.peak.flops if work.peak.flops else None,
+            "mfu_peak_measured": work.peak.measured,
+        }
+
+
+def _to_host(results: list[Result]) -> list[list[float]]:
+    """(loss, grad_norm, valid_tokens, skipped) of each step as floats, in one transfer."""
+    columns = [[torch.as_tensor(v) for v in (r.loss, r.grad_norm, r.valid_tokens, r.skipped)] for r in results]
+    devices = {v.device for row in columns for v in row if v.device.type != "cpu"}
+    device = devices.pop() if devices else torch.device("cpu")
+    # Wide enough to be exact: fp32 losses and counts below 2^53. MPS has no float64.
+    wide = torch.float32 if device.type == "mps" else torch.float64
+    flat = torch.stack([v.detach().reshape(()).to(device, wide) for row in columns for v in row])
+    return flat.view(len(results), 4).tolist()
+
+
+def _averages(steps: list[list[float]]) -> dict[str, Any]:
+    good = [step for step in steps if not step[3]] or steps[-1:]
+    tokens = sum(step[2] for step in good)
+    if len(good) == 1:  # the very bits of the step, which x * n / n would not keep
+        loss, grad_norm = good[0][0], good[0][1]
+    else:
+        loss = sum(step[0] * step[2] for step in good) / tokens if tokens else float("nan")
+        grad_norm = sum(step[1] for step in good) / len(good)
+    averages: dict[str, Any] = {"loss": loss, "grad_norm": grad_norm}
+    if skipped := sum(1 for step in steps if step[3]):
+        averages["skipped_steps"] = skipped
+    return averages
+
+
+def memory_gib(device: torch.device) -> float:
+    """Peak memory in GiB: the CUDA allocator's, else this process's resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    status = Path("/proc/self/status")
+    if status.exists():  # getrusage would also count the process that started this one
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) / 2**20
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes on a Mac, KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

@@ -1,0 +1,151 @@
+"""Where a job begins: at the newest checkpoint of its run, at a named one, at other weights, or afresh; and whether it may.
+
+Notable features:
+- `resume=auto|never|<path>` concerns this run; `init_from=<path>` takes weights from elsewhere and is never looked at again once the
+  run has a checkpoint.
+- What would make another run of it (model, batch sizes, tokenizer; the data checks itself) is refused by name.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from megatron_lite.checkpoint.reader import SavedTensors, find_checkpoint
+from megatron_lite.checkpoint.store import CheckpointStore
+from megatron_lite.config.compose import flatten, from_dict, to_dict
+from megatron_lite.data.sidecar import TokenizerIdentity
+from megatron_lite.engine.base import Engine
+from megatron_lite.models.config import ModelConfig
+from megatron_lite.training.config import RunConfig
+from megatron_lite.weights import open_weights
+
+
+def choose_checkpoint(run: RunConfig, store: CheckpointStore) -> Path | None:
+    """The checkpoint that `resume` means: None starts afresh. The same on every rank.
+
+    Raises ValueError when `resume=never` would write over a run.
+    """
+    if store.directory.exists() and not store.directory.is_dir():
+        raise ValueError(
+            f"{store.directory} is a file, where the checkpoints would lie; move it away, or give another run.dir"
+        )
+    if run.resume == "never":
+        left = [name for name in ("metrics.jsonl", "checkpoints") if (Path(run.run.dir) / name).exists()]
+        if left:
+            raise ValueError(
+                f"resume=never, but run.dir={run.run.dir} already holds a run ({', '.join(left)}); give another run.dir, "
+                "resume=auto to go on with it, or delete it"
+            )
+        return None
+    if run.resume == "auto":
+        newest = store.newest_valid()
+        if newest is None and store.steps():  # starting afresh would write over what may be mended
+            raise ValueError(
+                f"run.dir={run.run.dir} holds checkpoints, but none of them is whole (steps {store.steps()}, see the warnings "
+                "above); put a whole copy of one back, or give another run.dir"
+            )
+        return newest
+    if not Path(run.resume).exists():
+        raise ValueError(
+            f"resume={run.resume} does not exist; give a checkpoint or a run directory, auto for the newest one of run.dir, "
+            "or never"
+        )
+    found = find_checkpoint(run.resume)
+    if store.steps() and found.resolve().parent != store.directory.resolve():
+        raise ValueError(
+            f"resume={run.resume} is a checkpoint of another run, and run.dir={run.run.dir} holds checkpoints of its own, which "
+            "would be dropped; set run.dir to the run that it belongs to, or to an empty folder"
+        )
+    return found
+
+
+def choose_model(run: RunConfig, store: CheckpointStore, checkpoint: Path | None) -> RunConfig:
+    """The run with the model config that holds: of its checkpoint's source for a weights-only start, else its own.
+
+    A resumed run takes it from its own checkpoint: it never looks at `init_from` again.
+    """
+    if not run.takes_model_of_source:
+        return run
+    if checkpoint:
+        model = from_dict(ModelConfig, store.read_manifest(checkpoint)["config"]["model"])
+    else:
+        model = open_weights(run.init_from.path or "").config
+    return replace(run, model=model)
+
+
+def start_from(engine: Engine, run: RunConfig, tokenizer: TokenizerIdentity) -> None:
+    """Fill the engine with the weights (and with `init_from.optimizer` Adam's state) of `init_from`, tensor by tensor.
+
+    Warns when they were trained with another tokenizer. Raises ValueError naming tensors and shapes that do not fit.
+    """
+    weights = open_weights(run.init_from.path or "")
+    if weights.tokenizer_fingerprint not in (None, tokenizer.fingerprint):
+        warnings.warn(
+            f"init_from={run.init_from.path} was trained with tokenizer {weights.tokenizer_fingerprint}, this run reads "
+            f"{tokenizer.fingerprint} ({run.data.tokenizer}): its embeddings belong to other words",
+            stacklevel=2,
+        )
+    kinds: dict[str, Mapping[str, Tensor]] = {"model": weights.tensors}
+    adam_step = 0
+    if run.init_from.optimizer:
+        if weights.manifest is None or not weights.manifest["adam_step"]:
+            raise ValueError(
+                f"init_from.optimizer=true, but {run.init_from.path} holds no optimizer state; drop it, or name a run"
+            )
+        kinds |= {kind: SavedTensors(weights.path, prefix=f"{kind}.") for kind in ("exp_avg", "exp_avg_sq")}
+        adam_step = weights.manifest["adam_step"]
+    pieces = {key: piece for key, piece in engine.state().items() if key.split(".", 1)[0] in kinds}
+    wanted = {key.split(".", 1)[1] for key in pieces}
+    different = sorted(wanted ^ set(weights.tensors))
+    if different:
+        raise ValueError(
+            f"init_from={run.init_from.path} holds another model; tensors on one side only: {', '.join(different[:5])}"
+        )
+    for key, piece in pieces.items():
+        kind, name = key.split(".", 1)
+        tensor = kinds[kind][name]
+        if tuple(tensor.shape) != piece.global_shape:
+            raise ValueError(
+                f"init_from={run.init_from.path}: {name} has shape {tuple(tensor.shape)} there and {piece.global_shape} here; "
+                "drop the model keys to take the source's model"
+            )
+        box = tuple(slice(start, start + size) for start, size in zip(piece.offsets, piece.local.shape))
+        piece.local.copy_(tensor[box])
+    engine.load_state(pieces, adam_step=adam_step)
+
+
+def check_same_run(manifest: dict[str, Any], run: RunConfig, tokenizer: TokenizerIdentity) -> None:
+    """Refuse to go on with another model, batch size or tokenizer than the checkpoint's (the blend checks the data).
+
+    Raises ValueError with the differing keys; those named in `resume_allow` may differ.
+    """
+    if not manifest["data"]:
+        raise ValueError(
+            f"run.dir={run.run.dir} holds converted weights and no training state to go on with; give another run.dir and "
+            f"init_from={run.run.dir}"
+        )
+    before, now = flatten(manifest["config"]), flatten(to_dict(run))
+    fixed = ("model.", "train.global_batch_size", "train.batch_ramp")
+    keys = sorted(key for key in before.keys() | now.keys() if key.startswith(fixed))
+    different = [
+        f"{key}={now.get(key)} (checkpoint: {before.get(key)})"
+        for key in keys
+        if before.get(key) != now.get(key) and not _allowed(key, run.resume_allow)
+    ]
+    if manifest["tokenizer"] != tokenizer.fingerprint and not _allowed("data.tokenizer", run.resume_allow):
+        different.append(f"data.tokenizer: fingerprint {tokenizer.fingerprint} (checkpoint: {manifest['tokenizer']})")
+    if different:
+        raise ValueError(
+            f"run.dir={run.run.dir} holds a run with another config: {'; '.join(different)}. Give it another run.dir, "
+            "set these back, or name the keys in resume_allow=[...]"
+        )
+
+
+def _allowed(key: str, allow: list[str]) -> bool:
+    return any(key == name or key.startswith(name + ".") for name in allow)
