@@ -17,12 +17,12 @@ from megatron_lite.checkpoint.store import CheckpointConfig, CheckpointStore
 from megatron_lite.config import RunConfig
 from megatron_lite.engine.deepspeed import DeepSpeedConfig
 from megatron_lite.engine.fsdp import FsdpConfig
-from megatron_lite.models.config import ModelConfig
 from megatron_lite.optim.optimizer import OptimConfig
 from megatron_lite.parallel.global_view import Piece
 from megatron_lite.parallel.mesh import ParallelConfig
 from megatron_lite.precision.dtypes import PrecisionConfig
 from tests.engine.bugs import BUGS
+from tests.model_configs import model_config
 
 STEPS = 20
 SAMPLES = 8
@@ -44,7 +44,7 @@ Boxes = dict[str, tuple[tuple[int, ...], tuple[int, ...], torch.Tensor]]
 
 @dataclass(frozen=True)
 class Case:
-    """One layout, engine and precision. `parallel` and `engine` are fields of their configs, `model` of ModelConfig."""
+    """One layout, engine and precision. `parallel` and `engine` are fields of their configs, `model` holds dotted keys."""
 
     parallel: dict[str, Any] = field(default_factory=dict)
     engine: dict[str, Any] = field(default_factory=dict)
@@ -65,14 +65,14 @@ class Trace:
 def run_config(case: Case) -> RunConfig:
     """The typed config of a case."""
     model: dict[str, Any] = {
-        "family": "nemotron4", "unit": "*-", "num_layers": 2, "hidden_size": 32, "num_heads": 4, "num_kv_heads": 4,
-        "head_dim": 8, "ffn_size": 64, "vocab_size": WORDS, "max_seq_len": LENGTH, "activation": "squared_relu",
+        "family": "nemotron4", "num_layers": 2, "hidden_size": 32, "attention.heads": 4, "attention.kv_heads": 4,
+        "attention.head_dim": 8, "mlp.ffn_size": 64, "vocab_size": WORDS, "max_seq_len": LENGTH, "mlp.activation": "squared_relu",
         "norm": "layernorm1p", "linear_bias": True,
     }  # fmt: skip
     kinds = {"fsdp": FsdpConfig, "deepspeed": DeepSpeedConfig}
     return RunConfig(
         seed=7,
-        model=ModelConfig(**(model | case.model)),
+        model=model_config(model | case.model),
         engine=kinds[case.engine.get("kind", "fsdp")](**case.engine),
         parallel=ParallelConfig(**case.parallel),
         precision=PrecisionConfig(case.precision),

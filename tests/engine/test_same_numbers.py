@@ -23,7 +23,7 @@ def zero(stage: int, *, offload: bool = False) -> dict[str, object]:
 
 
 SEQUENCE = {"tp": 2, "sequence_parallel": True}
-TIED = {"tie_embeddings": True, "norm": "rmsnorm", "activation": "swiglu", "num_kv_heads": 2}
+TIED = {"tie_embeddings": True, "norm": "rmsnorm", "mlp.activation": "swiglu", "attention.kv_heads": 2}
 
 FAST: dict[str, tuple[int, Case]] = {
     "tp, sequence parallel": (2, Case(SEQUENCE, micro_batch=4)),
@@ -70,7 +70,7 @@ def train(rank: int, world_size: int, case: Case, steps: int = harness.STEPS, bu
     return harness.train(rank, world_size, case, steps=steps, bug=bug)
 
 
-LARGE = Case(model={"vocab_size": 16000, "hidden_size": 64, "head_dim": 16}, micro_batch=4)
+LARGE = Case(model={"vocab_size": 16000, "hidden_size": 64, "attention.head_dim": 16}, micro_batch=4)
 
 
 @pytest.mark.parametrize("engine", [{}, zero(2)], ids=["fsdp", "zero 2"])
