@@ -80,14 +80,14 @@ def run_config(case: Case) -> RunConfig:
     )
 
 
-def sample(step: int, index: int) -> dict[str, torch.Tensor]:
+def sample(step: int, index: int, length: int = LENGTH) -> dict[str, torch.Tensor]:
     """Sample `index` of the global batch of `step`: the next word is mostly three times this one plus one."""
     draw = torch.Generator().manual_seed(1000 * step + index)
-    words = torch.randint(1, WORDS, (LENGTH + 1,), generator=draw)
-    for position in range(LENGTH):
+    words = torch.randint(1, WORDS, (length + 1,), generator=draw)
+    for position in range(length):
         if torch.rand((), generator=draw) < 0.7:
             words[position + 1] = (3 * words[position] + 1) % WORDS
-    words[torch.rand(LENGTH + 1, generator=draw) < 0.1] = END
+    words[torch.rand(length + 1, generator=draw) < 0.1] = END
     tokens, targets = words[:-1], words[1:]
     mask = targets != END
     if index == SAMPLES - 1:
