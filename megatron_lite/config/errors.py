@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -17,6 +18,8 @@ from typing import Any
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue
+
+from megatron_lite.config.renamed import renamed_key
 
 _SCHEMA = "_schema"  # how the names of the schemas end, which are no choices
 
@@ -35,6 +38,9 @@ def explain(error: BaseException, overrides: list[str], known_keys: Callable[[],
     if unreadable:
         return unreadable
     text, reason = str(error), str(chain[-1]).splitlines()[0]
+    renamed = _renamed(text, overrides)
+    if renamed:
+        return renamed
     if isinstance(chain[-1], MissingMandatoryValue):
         key = reason.rsplit(": ", 1)[-1]
         return f"{key} is not given, and it has no default: add {key}=..."
@@ -57,6 +63,9 @@ def explain(error: BaseException, overrides: list[str], known_keys: Callable[[],
 
 def unknown_key(key: str, known_keys: Iterable[str]) -> str:
     """That `key` does not exist, with those that are spelled nearly so, or that stand elsewhere under the same last name."""
+    renamed = renamed_key(key)
+    if renamed:
+        return renamed
     known = list(known_keys)
     last = key.rsplit(".", 1)[-1]
     near = (
@@ -120,6 +129,18 @@ def _unknown_choice(error: MissingConfigException) -> str:
     group, _, choice = (error.missing_cfg_file or "").rpartition("/")
     choices = [option for option in error.options or [] if not option.endswith(_SCHEMA)]
     return f"{group}={choice} is unknown; choose one of {', '.join(choices)}"
+
+
+def _renamed(text: str, overrides: list[str]) -> str | None:
+    """The new name of an old key, typed or in a YAML file, which Hydra's message then names."""
+    file = re.match(r"In '([^']*)'", text)
+    stored = re.search(r"full_key: (\S+)", text)
+    keys = [key_of(override) for override in overrides] + ([stored[1]] if stored else [])
+    for key in keys:
+        answer = renamed_key(key)
+        if answer:
+            return f"{file[1]}.yaml: {answer}" if file else answer
+    return None
 
 
 def _unreadable(overrides: list[str]) -> str | None:

@@ -10,6 +10,7 @@ Notable features:
   decision, the same on every rank, leaves out a step whose loss or gradient is not finite.
 - DeepSpeed learns of tensor parallelism through an `mpu`; its norm counts what tensor parallelism did not cut once.
 - torch's AdamW runs on DeepSpeed's flat fp32 partitions: no C++ compiler is needed at run time.
+- DeepSpeed knows one dtype for all weights: a module that must compute in fp32 is shown its master weights.
 - DeepSpeed cuts flat buffers, not rows. `state` gathers parameter by parameter and keeps this rank's rows; `load_state`
   brings the rows back together, one parameter at a time.
 """
@@ -29,11 +30,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_lite.engine.base import Batch, StepResult
+from megatron_lite.engine.master_weights import compute_with_master_weights
 from megatron_lite.engine.mpu import ModelParallelUnit
 from megatron_lite.optim.optimizer import OptimConfig, torch_adamw
 from megatron_lite.parallel.global_view import Layout, Piece, chunk_bounds
 from megatron_lite.parallel.layers import ShardInfo
 from megatron_lite.parallel.mesh import Mesh
+from megatron_lite.precision.dtypes import fp32_modules
 from megatron_lite.runtime import ensure_process_group
 
 # Elements that travel in one collective, at most. DeepSpeed reserves memory for them, 2 GB with its own 5e8.
@@ -75,6 +78,7 @@ def sharder(config: DeepSpeedConfig, mesh: Mesh | None, dtype: torch.dtype) -> C
         for parameter in module.parameters():
             if dtype is not torch.float32 and not hasattr(parameter, "exact_rows"):
                 parameter.exact_rows = _rows(parameter.detach(), unit).clone()  # type: ignore[attr-defined]
+                parameter.data = parameter.data.to(dtype)  # `zero.Init` would shard and compute in fp32
         if config.zero_stage == 3:
             deepspeed.zero.Init(
                 module=module,
@@ -129,10 +133,13 @@ class DeepSpeedEngine:
         )[0]
         self.fragments = deepspeed.utils
         self._start_adam()
+        kept = fp32_modules(objective) if dtype is not torch.float32 else []
+        self.fp32_modules = [compute_with_master_weights(module) for module in kept]
         for name, parameter in self.named.items():
             if hasattr(parameter, "exact_rows"):
                 self._write(f"model.{name}", parameter.exact_rows)
                 del parameter.exact_rows
+        self._show_master_weights()
 
     def train_step(self, micro_batches: list[Batch], *, lr: float) -> StepResult:
         """See `Engine`."""
@@ -154,6 +161,7 @@ class DeepSpeedEngine:
         home = next(iter(self.adamw.state.values()))["exp_avg"].device  # the CPU with engine.offload_optimizer
         self.adamw.found_inf = bad_loss.to(home)  # type: ignore[attr-defined]  # DeepSpeed itself looks at the gradient only
         self.engine.step()
+        self._show_master_weights()
         norm = torch.as_tensor(self.engine.get_global_grad_norm(), dtype=torch.float32, device=loss.device)
         skipped = bad_loss if self.engine.was_step_applied() else torch.ones_like(bad_loss)
         return StepResult(loss=loss, grad_norm=norm, valid_tokens=valid, skipped=skipped)
@@ -182,6 +190,7 @@ class DeepSpeedEngine:
         """See `Engine`."""
         for key, piece in pieces.items():
             self._write(key, piece.local)
+        self._show_master_weights()
         for state in self.adamw.state.values():
             state["step"].fill_(float(adam_step))
 
@@ -202,6 +211,12 @@ class DeepSpeedEngine:
             }
         if self.stage < 3:
             zero._lazy_init_hp_params_optimizer_state()
+
+    def _show_master_weights(self) -> None:
+        """Give the modules that compute in fp32 the weights of today: a collective for each of their parameters."""
+        for module in self.fp32_modules:
+            for name, parameter in module.named_parameters():
+                module.master_weights[name] = self.fragments.safe_get_full_fp32_param(parameter)
 
     @torch.no_grad()
     def _write(self, key: str, rows: Tensor) -> None:

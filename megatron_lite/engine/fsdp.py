@@ -32,7 +32,7 @@ from megatron_lite.optim.optimizer import AdamW, OptimConfig
 from megatron_lite.parallel.global_view import Layout, Piece
 from megatron_lite.parallel.layers import ShardInfo
 from megatron_lite.parallel.mesh import Mesh
-from megatron_lite.precision.dtypes import call_in, computing_in
+from megatron_lite.precision.dtypes import call_in, computing_in, fp32_modules
 
 SHARD_MODES = ("none", "optimizer", "full")
 
@@ -62,10 +62,11 @@ def sharder(config: FsdpConfig, mesh: Mesh | None, dtype: torch.dtype) -> Callab
     """A function that shards one materialized module over the data-parallel ranks (without a mesh: leaves it alone)."""
     if mesh is None:
         return lambda module: None
-    policy = MixedPrecisionPolicy(param_dtype=None if dtype is torch.float32 else dtype, reduce_dtype=torch.float32)
+    in_fp32 = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+    policy = in_fp32 if dtype is torch.float32 else MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     offload = CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if config.cpu_offload else OffloadPolicy()
 
-    def shard(module: nn.Module) -> None:
+    def shard_alone(module: nn.Module, policy: MixedPrecisionPolicy) -> None:
         fully_shard(
             module,
             mesh=mesh.data_parallel,
@@ -76,6 +77,12 @@ def sharder(config: FsdpConfig, mesh: Mesh | None, dtype: torch.dtype) -> Callab
         assert isinstance(module, FSDPModule)
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # a plain sum: gloo knows no scaled one
+
+    def shard(module: nn.Module) -> None:
+        for part in fp32_modules(module) if policy is not in_fp32 else []:
+            if not isinstance(part, FSDPModule):  # a policy is that of a whole group: a group of its own
+                shard_alone(part, in_fp32)
+        shard_alone(module, policy)
 
     return shard
 
