@@ -2,13 +2,15 @@
 
 Notable:
   - when the output is not a terminal (a log file, Slurm) there is no bar: one plain line per logged step;
-  - ETA = steps left * an exponential moving average of the step time (pauses for validation and saving apart);
+  - ETA = steps left * the median step time of the last ten rows (pauses for validation and saving not counted);
   - on resume the first validation losses come from metrics.jsonl, so the last table spans the whole run.
 """
 
 from __future__ import annotations
 
 import math
+from collections import deque
+from statistics import median
 from typing import Any
 
 from rich import box
@@ -21,29 +23,13 @@ from rich.text import Text
 from megatron_lite.tracking.base import Row, RunInfo
 from megatron_lite.tracking.jsonl import METRICS_FILE, read_rows
 
-_MEMORY = 0.9  # of the moving average: about the last 10 rows count
-
-
-class Eta:
-    """Seconds left, from an exponential moving average of the step time that starts unbiased."""
-
-    def __init__(self) -> None:
-        self._sum = self._weight = 0.0
-
-    def update(self, step_seconds: float) -> None:
-        self._sum = _MEMORY * self._sum + (1 - _MEMORY) * step_seconds
-        self._weight = _MEMORY * self._weight + (1 - _MEMORY)
-
-    def seconds(self, steps_left: int) -> float | None:
-        return steps_left * self._sum / self._weight if self._weight else None
-
 
 class ConsoleTracker:
     """Shows the run on a rich console (standard output by default)."""
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(highlight=False)
-        self._eta = Eta()
+        self._step_seconds: deque[float] = deque(maxlen=10)
         self._run: RunInfo | None = None
         self._progress: Progress | None = None
         self._task = TaskID(0)
@@ -107,8 +93,9 @@ class ConsoleTracker:
                 self._print(f"{key:<12} {value}")
 
     def _training(self, row: Row, total: int) -> None:
-        self._eta.update(row.get("step_seconds") or 0.0)
-        left = self._eta.seconds(max(0, total - row["step"]))
+        if row.get("step_seconds") is not None:
+            self._step_seconds.append(row["step_seconds"])
+        left = (total - row["step"]) * median(self._step_seconds) if self._step_seconds else None
         line = describe(row, total, left)
         if self._progress is None:
             self._print(line)
