@@ -1,4 +1,4 @@
-"""Where a run's numbers go: metrics.jsonl always; console, TensorBoard and W&B by choice; a plot and a report at the end."""
+"""Where a run's numbers go: metrics.jsonl always; console, TensorBoard and W&B by choice; plot and report at its end."""
 
 from __future__ import annotations
 

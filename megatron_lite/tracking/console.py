@@ -15,7 +15,6 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
-from rich.panel import Panel
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 from rich.text import Text
@@ -70,26 +69,21 @@ class ConsoleTracker:
         self._run = None
 
     def _header(self, run: RunInfo) -> None:
-        lines = {"model": run.model}
-        if run.parameters is not None:
-            lines["parameters"] = f"{run.parameters:,}"
         steps = f"{run.total_steps:,} steps"
         if run.tokens_per_step is not None:
             steps = f"{human(run.total_steps * run.tokens_per_step)} ({steps} of {run.tokens_per_step:,})"
-        lines["tokens"] = steps
-        lines["layout"] = run.layout
-        lines["MFU against"] = run.peak
-        lines["run"] = str(run.run_dir)
-        if run.start_step:
-            lines["resumed"] = f"after step {run.start_step:,}"
-        lines = {key: value for key, value in lines.items() if value}
-        if self.console.is_terminal:
-            grid = Table.grid(padding=(0, 2))
-            for key, value in lines.items():
-                grid.add_row(Text(key, style="dim"), Text(value))
-            self.console.print(Panel(grid, title=Text(run.name, style="bold"), expand=False, padding=(0, 2)))
-        else:
-            for key, value in {"name": run.name, **lines}.items():
+        lines = {
+            "name": run.name,
+            "model": run.model,
+            "parameters": "" if run.parameters is None else f"{run.parameters:,}",
+            "tokens": steps,
+            "layout": run.layout,
+            "MFU against": run.peak,
+            "run": run.run_dir,
+            "resumed": f"after step {run.start_step:,}" if run.start_step else "",
+        }
+        for key, value in lines.items():
+            if value:
                 self._print(f"{key:<12} {value}")
 
     def _training(self, row: Row, total: int) -> None:
@@ -129,7 +123,7 @@ class ConsoleTracker:
             self._last[source] = loss
 
     def _print(self, text: str) -> None:
-        """Text as it is: no markup, no wrapping in the middle of a line of a log file."""
+        """Print text as it is: no markup, and no line of a log file is wrapped."""
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 

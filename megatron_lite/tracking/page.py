@@ -37,24 +37,26 @@ section { padding: 18px 20px; margin-bottom: 16px; }
 .tiles > div { padding: 12px 16px; }
 dt { color: var(--quiet); font-size: 13px; } dd { margin: 0; font-size: 21px; font-weight: 600; }
 .pair { display: grid; grid-template-columns: 1fr 1fr; gap: 0 16px; }
-svg { display: block; width: 100%; height: auto; }
+svg { display: block; width: 100%; height: auto; overflow: visible; }
 svg text { font-family: inherit !important; font-variant-numeric: tabular-nums; }
 .key { display: inline-block; width: 22px; margin-right: 8px; vertical-align: middle; border-top: 3px solid; }
-.bar { width: 130px; height: 10px; } .track { fill: var(--line); } .fill { fill: var(--s0); } .mark { fill: var(--ink); }
+.bar { position: relative; width: 130px; height: 10px; margin-left: auto; background: var(--line); border-radius: 2px; }
+.bar i { display: block; height: 100%; background: var(--s0); border-radius: 2px; }
+.bar b { position: absolute; top: 0; width: 2px; height: 100%; background: var(--ink); }
 .scroll { overflow-x: auto; margin-top: 12px; }
 table { border-collapse: collapse; width: 100%; font-size: 14px; font-variant-numeric: tabular-nums; }
 th { color: var(--quiet); font-weight: 500; font-size: 13px; }
 th, td { text-align: right; padding: 5px 0 5px 18px; border-bottom: 1px solid var(--line); white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; padding-left: 0; max-width: 280px; overflow: hidden; text-overflow: ellipsis; }
+th:first-child, td:first-child { text-align: left; padding-left: 0; max-width: 240px; overflow: hidden; text-overflow: ellipsis; }
 tbody tr:last-child td { border-bottom: 0; }
 summary { cursor: pointer; } summary h2 { display: inline; }
 pre { overflow-x: auto; font: 13px/1.5 ui-monospace, "SF Mono", Menlo, "DejaVu Sans Mono", monospace; margin: 14px 0 0; }
 @media (max-width: 640px) {
   body { padding: 18px 12px 40px; } section { padding: 14px; }
   .pair { grid-template-columns: 1fr; } .tiles { grid-template-columns: 1fr 1fr; gap: 8px; } .tiles > div { padding: 10px 12px; }
-  dd { font-size: 18px; } section > svg text { font-size: 15px !important; } .pair svg text { font-size: 11px !important; }
+  dd { font-size: 18px; } section > svg text { font-size: 15px !important; } .pair svg text { font-size: 10px !important; }
   table { font-size: 13px; } th { font-size: 12px; } th, td { padding-left: 9px; }
-  .key { width: 16px; margin-right: 5px; }
+  .key { width: 16px; margin-right: 5px; } td:first-child { max-width: 40vw; }
 }
 @media print { body { background: none; max-width: none; } section { break-inside: avoid; } }
 """

@@ -112,7 +112,7 @@ def _draw_column(axes: Any, curves: Curves, key: str, *, color: str, zero: bool)
     """A logarithmic axis where the values are positive and span more than a factor of 50 (gradient norms)."""
     steps, values = curves.column(key)
     axes.plot(steps, values, color=color, linewidth=1.2, marker=_marker(values, 1))
-    axes.ticklabel_format(axis="y", scilimits=(-2, 4))
+    axes.ticklabel_format(axis="y", scilimits=(-2, 5))
     _dress(axes)
     if zero:
         axes.set_ylim(bottom=0)

@@ -143,12 +143,7 @@ def _blend(seen: Any, manifest: dict[str, Any]) -> str:
 def _blend_row(source: str, facts: dict[str, Any], *, full: float) -> list[str]:
     """The last cell is a bar of the share with a mark at the target; `full` is the share of a full bar."""
     share, target = float(facts.get("share", 0)), float(facts.get("target", 0))
-    bar = (
-        f'<svg class="bar" viewBox="0 0 100 10" role="img" aria-label="share {share:.1%}">'
-        f'<rect class="track" width="100" height="10" rx="2"/>'
-        f'<rect class="fill" width="{100 * share / full:.1f}" height="10" rx="2"/>'
-        f'<rect class="mark" x="{99 * target / full:.1f}" width="1.2" height="10"/></svg>'
-    )
+    fill, mark = f"width: {100 * share / full:.1f}%", f"left: {99 * target / full:.1f}%"
     return [
         escape(source),
         f"{int(facts.get('samples', 0)):,}",
@@ -156,7 +151,7 @@ def _blend_row(source: str, facts: dict[str, Any], *, full: float) -> list[str]:
         f"{target:.2%}",
         f"{100 * (share - target):+.2f} pt",
         f"{float(facts.get('epochs', 0)):.2f}",
-        bar,
+        f'<div class="bar"><i style="{fill}"></i><b style="{mark}"></b></div>',
     ]
 
 
