@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_lite.config import compose_config
 from megatron_lite.tracking import RunInfo, Trackers, TrackingConfig, WandbConfig, build_tracker
 from megatron_lite.tracking.base import flatten
+from megatron_lite.training.config import compose_run
 
 
 class Noting:
@@ -74,7 +74,7 @@ def test_the_record_must_be_written_and_an_interrupt_gets_through(tmp_path: Path
     ],
 )
 def test_any_number_of_trackers_beside_the_record(overrides: list[str], observers: list[str]) -> None:
-    trackers = build_tracker(compose_config("train", overrides).tracking)
+    trackers = build_tracker(compose_run(overrides).tracking)
     assert type(trackers.record).__name__ == "JsonlTracker"
     assert [type(tracker).__name__ for tracker in trackers.observers] == observers
 

@@ -79,7 +79,7 @@ def test_the_config_is_shown(tmp_path: Path) -> None:
     ],
 )
 def test_a_missing_package_is_named(package: str, values: dict, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from megatron_lite.config import from_dict
+    from megatron_lite.config.compose import from_dict
 
     config = from_dict(TrackingConfig, values)
     config.validate()
