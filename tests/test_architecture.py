@@ -35,7 +35,7 @@ def importers(module):
     ]
 
 
-@pytest.mark.parametrize("module", ["transformer_engine", "deepspeed", "fla", "mamba_ssm", "wandb"])
+@pytest.mark.parametrize("module", ["transformer_engine", "deepspeed", "fla", "mamba_ssm", "wandb", "tensorboard"])
 def test_an_engine_is_imported_in_one_file(module):
     assert len(importers(module)) <= 1
 

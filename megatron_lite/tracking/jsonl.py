@@ -1,9 +1,9 @@
 """metrics.jsonl: the record of a run, one JSON object a line.
 
 Notable:
-  - a row is one flushed line, so that a killed process loses no finished row (flushed to the kernel, not
-    fsynced: a power cut may cost the last seconds);
-  - floats are written with their full repr, and read back to the same bits; NaN and infinities, which JSON
+  - a row is one flushed line, so a killed process loses no finished row (flushed to the kernel, not
+    fsynced: a power failure may lose the last seconds);
+  - floats are written with their full repr and read back to the same bits; NaN and infinities, which JSON
     lacks, are the strings "NaN", "Infinity" and "-Infinity" (Python's `float()` reads them, and so does
     JavaScript's `Number()`); `read_rows` turns them back into floats;
   - on resume the file is cut back to the resumed step, so every step appears once.
@@ -30,7 +30,7 @@ def encode_row(row: Row) -> bytes:
 
 
 def read_rows(path: str | Path) -> Iterator[Row]:
-    """The rows of a metrics file, also of one that is being written: a torn or foreign line is passed over."""
+    """The rows of a metrics file, also of one that is being written: a torn or foreign line is skipped."""
     path = Path(path)
     if not path.exists():
         return
@@ -42,10 +42,10 @@ def read_rows(path: str | Path) -> Iterator[Row]:
 
 
 def truncate_rows(path: Path, *, step: int) -> int:
-    """Drop a torn last line and every row past `step`; return how many lines went.
+    """Drop a torn last line and every row past `step`; returns the number of lines dropped.
 
-    Kept lines stay as they are, byte for byte. The file is replaced atomically, and only if something goes.
-    At step 0 there is no checkpoint, so the run begins anew and everything goes, a validation row of step 0 too.
+    Kept lines stay as they are, byte for byte. The file is replaced atomically, and only if something is dropped.
+    At step 0 there is no checkpoint: the run starts over and everything is dropped, a validation row of step 0 too.
     """
     if not path.exists():
         return 0
@@ -94,7 +94,7 @@ class JsonlTracker:
 def _is_past(line: bytes, step: int) -> bool:
     row = _decode(line)
     if row is None:
-        return not line.endswith(b"\n")  # torn; a whole line that is no row of ours is not ours to drop
+        return not line.endswith(b"\n")  # torn; a whole line that is not our row is not ours to drop
     return step == 0 or row["step"] > step
 
 
