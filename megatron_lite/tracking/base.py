@@ -67,6 +67,7 @@ class RunInfo:
     name: str
     total_steps: int
     start_step: int = 0  # 0: a fresh start; n: resumed from the checkpoint of step n
+    validation_due: bool = False  # the validation after start_step was cut short: it is done, and logged, in this job
     config: dict[str, Any] = field(default_factory=dict)
     model: str = ""  # one line, e.g. "nemotron4, 4 layers, hidden 256"
     parameters: int | None = None

@@ -41,8 +41,8 @@ def read_rows(path: str | Path) -> Iterator[Row]:
                 yield _from_json(row)
 
 
-def truncate_rows(path: Path, *, step: int) -> int:
-    """Drop a torn last line and every row past `step`; returns the number of lines dropped.
+def truncate_rows(path: Path, *, step: int, validation: bool = False) -> int:
+    """Drop a torn last line and every row past `step`, with `validation` also that step's validation row; return how many went.
 
     Kept lines stay as they are, byte for byte. The file is replaced atomically, and only if something is dropped.
     At step 0 there is no checkpoint: the run starts over and everything is dropped, a validation row of step 0 too.
@@ -53,7 +53,7 @@ def truncate_rows(path: Path, *, step: int) -> int:
     temporary = path.with_name(f".{path.name}.tmp")
     with path.open("rb") as source, temporary.open("wb") as target:
         for line in source:
-            if _is_past(line, step):
+            if _is_past(line, step, validation):
                 dropped += 1
             else:
                 target.write(line if line.endswith(b"\n") else line + b"\n")
@@ -76,7 +76,7 @@ class JsonlTracker:
     def start(self, run: RunInfo) -> None:
         path = run.run_dir / METRICS_FILE
         path.parent.mkdir(parents=True, exist_ok=True)
-        truncate_rows(path, step=run.start_step)
+        truncate_rows(path, step=run.start_step, validation=run.validation_due)
         self._file = path.open("ab")
 
     def log(self, row: Row) -> None:
@@ -91,11 +91,11 @@ class JsonlTracker:
             self._file = None
 
 
-def _is_past(line: bytes, step: int) -> bool:
+def _is_past(line: bytes, step: int, validation: bool) -> bool:
     row = _decode(line)
     if row is None:
         return not line.endswith(b"\n")  # torn; a whole line that is not our row is not ours to drop
-    return step == 0 or row["step"] > step
+    return step == 0 or row["step"] > step or (validation and row["step"] == step and "val_loss" in row)
 
 
 def _decode(line: bytes) -> dict[str, Any] | None:

@@ -226,6 +226,7 @@ def run_info(run: RunConfig, trainer: Trainer) -> RunInfo:
         name=run.run.name,
         total_steps=trainer.schedule.horizon_steps,
         start_step=trainer.position.step,
+        validation_due=trainer.position.validation_due,
         config=to_dict(run),
         model=f"{model.family}, {size}",
         parameters=parameter_count(model),
