@@ -72,8 +72,10 @@ def attention_mask(context: LayerContext, *, keys: int) -> Tensor | None:
     """
     positions_BT = context.positions_BT
     if context.documents_BT is not None:
-        same_BTS = context.documents_BT[:, :, None] == context.documents_BT[:, None, :]
-        return (same_BTS & (positions_BT[:, :, None] >= positions_BT[:, None, :]))[:, None]
+        documents_BT, positions_BT = context.documents_BT.int(), positions_BT.int()  # half as many bytes to compare
+        mask_BTS = documents_BT[:, :, None] == documents_BT[:, None, :]
+        mask_BTS &= positions_BT[:, :, None] >= positions_BT[:, None, :]
+        return mask_BTS[:, None]
     if positions_BT.shape[1] in (1, keys):
         return None
     return positions_BT[:, None, :, None] >= torch.arange(keys, device=positions_BT.device)

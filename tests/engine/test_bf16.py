@@ -7,6 +7,7 @@ order, which is 1e-7. A tensor-parallel one rounds partial sums to bf16: it is c
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
@@ -24,8 +25,10 @@ from tests.engine import harness
 from tests.engine.harness import Case
 
 SECONDS = 300
-SAMPLES = 4
-STEPS = 3
+
+# Samples of a step, their length, whether some tokens do not count in the loss.
+Work = tuple[int, int, bool]
+SHORT: Work = (4, 256, True)
 
 # What a rank reports: losses, gradient norms, and (dtype, hash) of every rotary table that a layer used in the first step.
 Report = tuple[list[float], list[float], list[tuple[str, str]]]
@@ -47,9 +50,10 @@ LAYOUTS: dict[str, tuple[int, Case]] = {
 SEQUENCE = {"tp": 2, "sequence_parallel": True}
 
 
-def batches(step: int, length: int, *, rank: int, ranks: int, masked: bool) -> list[dict[str, Tensor]]:
+def batches(step: int, work: Work, rank: int, ranks: int) -> list[dict[str, Tensor]]:
     """One sample a micro-batch, so that every layout has the same ones."""
-    share = SAMPLES // ranks
+    samples, length, masked = work
+    share = samples // ranks
     found = []
     for index in range(rank * share, (rank + 1) * share):
         sample = harness.sample(step, index, length)
@@ -59,7 +63,7 @@ def batches(step: int, length: int, *, rank: int, ranks: int, masked: bool) -> l
     return found
 
 
-def train(rank: int, world_size: int, case: Case, length: int, steps: int = STEPS, masked: bool = True) -> Report:
+def train(rank: int, world_size: int, case: Case, work: Work, steps: int) -> Report:
     engine, place, places = harness.open_engine(case, world_size)
     harness.move_off_zero(engine)
     tables: list[tuple[str, str]] = []
@@ -67,7 +71,7 @@ def train(rank: int, world_size: int, case: Case, length: int, steps: int = STEP
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "apply_rotary", partial(watched_rotary, tables, attention.apply_rotary))
         for step in range(1, steps + 1):
-            result = engine.train_step(batches(step, length, rank=place, ranks=places, masked=masked), lr=harness.PEAK)
+            result = engine.train_step(batches(step, work, place, places), lr=harness.PEAK)
             losses.append(result.loss.item())
             norms.append(result.grad_norm.item())
             patch.undo()
@@ -81,14 +85,19 @@ def watched_rotary(tables: list[tuple[str, str]], right: Any, x: Tensor, cos: Te
 
 
 @cache
-def one_process(length: int, steps: int, masked: bool = True) -> Report:
-    return train(0, 1, Case(precision="bf16"), length, steps, masked)
+def one_process(work: Work, steps: int) -> Report:
+    return train(0, 1, sized(Case(precision="bf16"), work), work, steps)
 
 
-def check_layout(name: str, length: int, steps: int) -> None:
+def sized(case: Case, work: Work) -> Case:
+    """Two blocks for short sequences, one for long ones, which take seconds."""
+    return replace(case, model={"num_layers": 2 if work[1] == 256 else 1})
+
+
+def check_layout(name: str, work: Work, steps: int) -> None:
     world_size, case = LAYOUTS[name]
-    reports = run_ranks(world_size, train, case, length, steps, timeout=SECONDS)
-    losses, norms, tables = one_process(length, steps)
+    reports = run_ranks(world_size, train, sized(case, work), work, steps, timeout=SECONDS)
+    losses, norms, tables = one_process(work, steps)
     for got in reports:
         assert got[0] == pytest.approx(losses, rel=1e-5)
         assert got[1] == pytest.approx(norms, rel=1e-5)
@@ -100,14 +109,14 @@ def check_layout(name: str, length: int, steps: int) -> None:
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_data_parallel_as_one_process(name: str) -> None:
-    check_layout(name, 256, STEPS)
+    check_layout(name, SHORT, 3)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_data_parallel_at_4096_tokens(name: str) -> None:
     """Where positions have 12 bits, of which bf16 keeps 8."""
-    check_layout(name, 4096, 1)
+    check_layout(name, (LAYOUTS[name][0], 4096, True), 1)
 
 
 # ---------------------------------------------------------------- tensor parallelism
@@ -136,14 +145,14 @@ def loss_in_halves(x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, mask_N: T
     return losses_N.masked_fill(~mask_N, 0.0).sum()
 
 
-def emulated(length: int) -> Report:
+@cache
+def emulated(work: Work) -> Report:
     """One process that rounds what two tensor-parallel ranks round."""
-    run = partial(train, 0, 1, Case(precision="bf16"), length, 1, False)
     with pytest.MonkeyPatch.context() as patch:
         for cls, rows, columns in ((attention.Attention, ["out"], ["qkv"]), (MLP, ["down"], ["up"])):
             patch.setattr(cls, "__init__", init_in_halves(cls.__init__, rows, columns))
         patch.setattr(next_token, "cross_entropy_sum", loss_in_halves)
-        return run()
+        return train(0, 1, sized(Case(precision="bf16"), work), work, 1)
 
 
 def init_in_halves(right: Any, rows: list[str], columns: list[str]) -> Any:
@@ -157,25 +166,25 @@ def init_in_halves(right: Any, rows: list[str], columns: list[str]) -> Any:
     return init
 
 
-@pytest.mark.parametrize(("parallel", "length"), [({"tp": 2}, 256), (SEQUENCE, 256)], ids=["tp", "sequence parallel"])
-def test_tensor_parallel_rounds_partial_sums_and_nothing_else(parallel: dict[str, Any], length: int) -> None:
-    check_tensor_parallel(parallel, length)
+@pytest.mark.parametrize("parallel", [{"tp": 2}, SEQUENCE], ids=["tp", "sequence parallel"])
+def test_tensor_parallel_rounds_partial_sums_and_nothing_else(parallel: dict[str, Any]) -> None:
+    check_tensor_parallel(parallel, (4, 256, False))
 
 
 @pytest.mark.slow
 def test_tensor_parallel_at_4096_tokens() -> None:
-    check_tensor_parallel({"tp": 2}, 4096)
+    check_tensor_parallel({"tp": 2}, (1, 4096, False))
 
 
-def check_tensor_parallel(parallel: dict[str, Any], length: int) -> None:
+def check_tensor_parallel(parallel: dict[str, Any], work: Work) -> None:
     """Every token counts: their number is then a power of two, and dividing by it rounds nothing, whether before a sum or after."""
-    case = Case(parallel, precision="bf16")
-    for losses, norms, tables in run_ranks(2, train, case, length, 1, False, timeout=SECONDS):
-        alone = one_process(length, 1, False)
+    alone, rounded = one_process(work, 1), emulated(work)
+    for losses, norms, tables in run_ranks(
+        2, train, sized(Case(parallel, precision="bf16"), work), work, 1, timeout=SECONDS
+    ):
         assert losses == pytest.approx(alone[0], rel=5e-4)
         assert norms == pytest.approx(alone[1], rel=5e-4)
         assert tables == alone[2]
-        rounded = emulated(length)
         assert losses == pytest.approx(rounded[0], rel=1e-5)
         assert norms == pytest.approx(rounded[1], rel=1e-5)
 
@@ -218,10 +227,10 @@ def train_scaled(rank: int, world_size: int, case: Case) -> tuple[list[float], l
         engine, place, places = harness.open_engine(case, world_size)
     losses, norms = [], []
     for step in (1, 2):
-        result = engine.train_step(batches(step, 32, rank=place, ranks=places, masked=True), lr=harness.PEAK)
+        result = engine.train_step(batches(step, (4, 32, True), place, places), lr=harness.PEAK)
         losses.append(result.loss.item())
         norms.append(result.grad_norm.item())
-    engine.evaluate(batches(3, 32, rank=place, ranks=places, masked=True)[0])
+    engine.evaluate(batches(3, (4, 32, True), place, places)[0])
     return losses, norms, engine.objective.decoder.layers[1].mixer.scale.seen
 
 
