@@ -5,7 +5,7 @@
 #
 #   RANKS_PER_NODE   processes here (default: the number of GPUs, else 1)
 #   RUN_DIR          run directory, unless run.dir=... is among the overrides
-#   NODES, MIN_NODES nodes of the run (default 1) and the fewest it goes on with (default NODES)
+#   NODES, MIN_NODES nodes of the run (default 1) and the fewest it continues with (default NODES)
 #   RENDEZVOUS       host:port that all nodes reach (the first node), needed for NODES > 1
 #   NODE_INDEX       0 on the node that RENDEZVOUS names (default: Kubernetes' JOB_COMPLETION_INDEX, else found by name or LOCAL_ADDR)
 #   LOCAL_ADDR       this node's address, where its host name does not resolve for the others

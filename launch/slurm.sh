@@ -5,7 +5,7 @@
 #
 #   NODES            nodes of the job (default 1)
 #   GPUS_PER_NODE    GPUs of a node (default 8; 0 for CPU nodes: then say RANKS_PER_NODE)
-#   TIME             time limit (default 04:00:00); the run goes on in the next job, however short this one is
+#   TIME             time limit (default 04:00:00); the run continues in the next job, however short this one is
 #   ACCOUNT, PARTITION, QOS, RESERVATION, CONSTRAINT, COMMENT, DEPENDENCY, MEM, CPUS_PER_NODE   as sbatch's options; empty: not given
 #   EXCLUSIVE        1 (default): whole nodes
 #   SIGNAL_SECONDS   how long before the time limit the ranks are told to save (default 600); refused if below SAVE_SECONDS

@@ -76,7 +76,7 @@ class WatchdogConfig:
         if self.timeout_seconds < 0:
             raise ValueError(f"watchdog.timeout_seconds={self.timeout_seconds} must not be negative; 0 switches it off")
         if self.slow_factor != 0 and self.slow_factor <= 1:
-            raise ValueError(f"watchdog.slow_factor={self.slow_factor} must be above 1, or 0 to compare nobody")
+            raise ValueError(f"watchdog.slow_factor={self.slow_factor} must be above 1, or 0 to compare no ranks")
         if self.report_seconds <= 0:
             raise ValueError(f"watchdog.report_seconds={self.report_seconds} must be above 0")
 
