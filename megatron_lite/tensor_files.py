@@ -78,7 +78,7 @@ def read_slice(file: Any, name: str, offsets: Sequence[int], sizes: Sequence[int
     found = file.get_slice(name)
     shape = found.get_shape()
     inside = len(shape) == len(sizes) == len(offsets) and all(
-        0 <= start and start + size <= length for start, size, length in zip(offsets, sizes, shape)
+        start >= 0 and start + size <= length for start, size, length in zip(offsets, sizes, shape)
     )
     if not inside:
         raise ValueError(
