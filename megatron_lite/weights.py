@@ -9,7 +9,7 @@ Notable features:
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,34 @@ from megatron_lite.errors import CheckpointError
 from megatron_lite.models.config import ModelConfig
 from megatron_lite.models.decoder import Decoder
 from megatron_lite.models.huggingface import expected_shapes, is_folder, open_folder
+from megatron_lite.parallel.assemble import assemble, bare, from_tensors
+from megatron_lite.parallel.mesh import Mesh, ParallelConfig
 
 TOKENIZER = "tokenizer"  # the folder of a run directory that holds a copy of its tokenizer
 HUGGING_FACE = "huggingface"  # the manifest's key for the rest of the folder that a checkpoint was converted from
+
+
+@dataclass(frozen=True)
+class WholeTensors:
+    """A `TensorSource` over tensors that are read whole."""
+
+    tensors: Mapping[str, Tensor]
+
+    def names(self) -> Collection[str]:
+        """See `TensorSource`."""
+        return self.tensors.keys()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """See `TensorSource`."""
+        return tuple(self.tensors[name].shape)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """See `TensorSource`."""
+        return self.tensors[name].dtype
+
+    def read(self, name: str, offsets: Sequence[int], sizes: Sequence[int]) -> Tensor:
+        """See `TensorSource`."""
+        return self.tensors[name][tuple(slice(start, start + size) for start, size in zip(offsets, sizes))]
 
 
 @dataclass(frozen=True)
@@ -44,6 +69,11 @@ class Weights:
     tokenizer: Path | None = None
     manifest: dict[str, Any] | None = None
     extra: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def source(self) -> WholeTensors:
+        """`tensors`, to be read by slices."""
+        return WholeTensors(self.tensors)
 
     @property
     def tokenizer_fingerprint(self) -> str | None:
@@ -106,18 +136,9 @@ def load(path: str | Path, *, device: str | torch.device = "cpu") -> tuple[Decod
     """
     weights = open_weights(path)
     tokenizer = load_tokenizer(weights.tokenizer) if weights.tokenizer else None
-    return load_decoder(weights, device=device), tokenizer
-
-
-def load_decoder(weights: Weights, *, device: str | torch.device = "cpu") -> Decoder:
-    """A decoder with these weights, filled tensor by tensor."""
-    with torch.device("meta"):
-        decoder = Decoder(weights.config)
-    decoder.to_empty(device=device)
-    with torch.no_grad():
-        for name, parameter in decoder.named_parameters():
-            parameter.copy_(weights.tensors[name])
-    return decoder.eval()
+    mesh, fill = Mesh(device=torch.device(device)), from_tensors(weights.source)
+    decoder, _ = assemble(weights.config, mesh=mesh, parallel=ParallelConfig(), fill=fill, wrap=bare)
+    return decoder.eval(), tokenizer
 
 
 def _tokenizer_of(checkpoint: Path, manifest: dict[str, Any]) -> Path | None:

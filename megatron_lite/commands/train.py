@@ -68,8 +68,8 @@ def _locked(run: RunConfig, runtime: Runtime, store: CheckpointStore, watchdog: 
     prepare_data(run.data, vocab_size=run.model.vocab_size, report=say)
     watchdog.enter("build", 0)
     trainer = build_trainer(run, runtime, store=store, watchdog=watchdog, checkpoint=checkpoint)
-    position, horizon = trainer.position, trainer.schedule.horizon_samples
-    if position.consumed_samples >= horizon:
+    position = trainer.position
+    if position.consumed_samples >= trainer.schedule.total_samples:
         if checkpoint and checkpoint.resolve().parent != store.directory.resolve():
             raise ValueError(
                 f"resume={run.resume} is finished ({position.step} steps done), so nothing would come to lie in run.dir="
@@ -115,7 +115,7 @@ def _report(run: RunConfig, trainer: Trainer, outcome: str) -> None:
         f"  mlite evaluate checkpoint={directory}\n"
         f"  mlite generate checkpoint={directory} prompt='def main('\n"
         f"  mlite convert source={directory} target={directory}/hf to=hf\n"
-        f"  the same command with train.max_steps={2 * trainer.schedule.horizon_steps}: goes on from here to twice the length"
+        f"  the same command with train.max_steps={2 * trainer.schedule.total_steps}: goes on from here to twice the length"
     )
 
 

@@ -9,12 +9,9 @@ Notable features:
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-
-from torch import Tensor
 
 from megatron_lite.checkpoint.reader import SavedTensors, find_checkpoint
 from megatron_lite.checkpoint.store import CheckpointStore
@@ -22,8 +19,10 @@ from megatron_lite.config.compose import flatten, from_dict, to_dict
 from megatron_lite.data.sidecar import TokenizerIdentity
 from megatron_lite.engine.base import Engine
 from megatron_lite.models.config import ModelConfig
+from megatron_lite.models.huggingface import expected_shapes
+from megatron_lite.tensor_files import TensorSource
 from megatron_lite.training.config import RunConfig
-from megatron_lite.weights import open_weights
+from megatron_lite.weights import WholeTensors, open_weights
 
 
 def choose_checkpoint(run: RunConfig, store: CheckpointStore) -> Path | None:
@@ -79,10 +78,19 @@ def choose_model(run: RunConfig, store: CheckpointStore, checkpoint: Path | None
     return replace(run, model=model)
 
 
-def start_from(engine: Engine, run: RunConfig, tokenizer: TokenizerIdentity) -> None:
-    """Fill the engine with the weights (and with `init_from.optimizer` Adam's state) of `init_from`, tensor by tensor.
+@dataclass(frozen=True)
+class StartSource:
+    """What `init_from` names: weights, and with `init_from.optimizer` Adam's moments (`exp_avg.*`, `exp_avg_sq.*`) and step."""
 
-    Warns when they were trained with another tokenizer. Raises ValueError naming tensors and shapes that do not fit.
+    weights: TensorSource
+    moments: TensorSource | None = None
+    adam_step: int = 0
+
+
+def open_source(run: RunConfig, tokenizer: TokenizerIdentity) -> StartSource:
+    """The source that `init_from` names. Warns when it was trained with another tokenizer.
+
+    Raises ValueError naming tensors and shapes that do not fit the run's model.
     """
     weights = open_weights(run.init_from.path or "")
     if weights.tokenizer_fingerprint not in (None, tokenizer.fingerprint):
@@ -91,33 +99,37 @@ def start_from(engine: Engine, run: RunConfig, tokenizer: TokenizerIdentity) -> 
             f"{tokenizer.fingerprint} ({run.data.tokenizer}): its embeddings belong to other words",
             stacklevel=2,
         )
-    kinds: dict[str, Mapping[str, Tensor]] = {"model": weights.tensors}
-    adam_step = 0
-    if run.init_from.optimizer:
-        if weights.manifest is None or not weights.manifest["adam_step"]:
-            raise ValueError(
-                f"init_from.optimizer=true, but {run.init_from.path} holds no optimizer state; drop it, or name a run"
-            )
-        kinds |= {kind: SavedTensors(weights.path, prefix=f"{kind}.") for kind in ("exp_avg", "exp_avg_sq")}
-        adam_step = weights.manifest["adam_step"]
-    pieces = {key: piece for key, piece in engine.state().items() if key.split(".", 1)[0] in kinds}
-    wanted = {key.split(".", 1)[1] for key in pieces}
-    different = sorted(wanted ^ set(weights.tensors))
+    source = weights.source
+    shapes = expected_shapes(run.model)
+    different = sorted(shapes.keys() ^ set(source.names()))
     if different:
         raise ValueError(
             f"init_from={run.init_from.path} holds another model; tensors on one side only: {', '.join(different[:5])}"
         )
-    for key, piece in pieces.items():
-        kind, name = key.split(".", 1)
-        tensor = kinds[kind][name]
-        if tuple(tensor.shape) != piece.global_shape:
+    for name, shape in shapes.items():
+        if source.shape(name) != tuple(shape):
             raise ValueError(
-                f"init_from={run.init_from.path}: {name} has shape {tuple(tensor.shape)} there and {piece.global_shape} here; "
+                f"init_from={run.init_from.path}: {name} has shape {source.shape(name)} there and {tuple(shape)} here; "
                 "drop the model keys to take the source's model"
             )
-        box = tuple(slice(start, start + size) for start, size in zip(piece.offsets, piece.local.shape))
-        piece.local.copy_(tensor[box])
-    engine.load_state(pieces, adam_step=adam_step)
+    if not run.init_from.optimizer:
+        return StartSource(source)
+    if weights.manifest is None or not weights.manifest["adam_step"]:
+        raise ValueError(
+            f"init_from.optimizer=true, but {run.init_from.path} holds no optimizer state; drop it, or name a run"
+        )
+    moments = WholeTensors(SavedTensors(weights.path))
+    return StartSource(source, moments, weights.manifest["adam_step"])
+
+
+def load_moments(engine: Engine, source: StartSource) -> None:
+    """Give the engine this rank's shards of the source's moments, and its step counter."""
+    assert source.moments is not None, "only called where there are moments"
+    pieces = {name: piece for name, piece in engine.state().items() if name.startswith("exp_avg")}
+    for name, piece in pieces.items():
+        values = source.moments.read(name, piece.offsets, tuple(piece.local.shape))
+        piece.local.copy_(values)
+    engine.load_state(pieces, adam_step=source.adam_step)
 
 
 def check_same_run(manifest: dict[str, Any], run: RunConfig, tokenizer: TokenizerIdentity) -> None:

@@ -11,17 +11,19 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from megatron_lite.checkpoint.store import CheckpointStore
-from megatron_lite.engine.base import Batch, Engine
+from megatron_lite.data.loader import DataLoader
+from megatron_lite.data.packing import Batch
+from megatron_lite.engine.base import Engine
 from megatron_lite.errors import CheckpointError, TrainingDivergedError, TrainingFailedError, error_text
 from megatron_lite.optim.schedule import BatchSize, RampStage, Schedule
 from megatron_lite.runtime import Runtime, Signals
@@ -35,11 +37,11 @@ from megatron_lite.training.watchdog import Watchdog
 
 @dataclass
 class TrainConfig:
-    """How long, how large, how often. `max_steps` or `max_tokens` is the horizon of schedule and phases."""
+    """How long, how large, how often. `max_steps` or `max_tokens` is the length that schedule and phases refer to."""
 
     max_steps: int | None = None
     max_tokens: int | None = None
-    stop_at: int | None = None  # this job saves and exits 0 after that step; the horizon stays
+    stop_at: int | None = None  # this job saves and exits 0 after that step; the length of the run stays
     global_batch_size: int = 8
     micro_batch_size: int = 8
     batch_ramp: list[RampStage] = field(default_factory=list)
@@ -69,19 +71,6 @@ class TrainConfig:
         BatchSize(self.global_batch_size, self.batch_ramp)
 
 
-class Feed(Protocol):
-    """This rank's share of the data; a pure function of sample numbers."""
-
-    def steps(self, consumed: int, batch_size_at: Callable[[int], int], stop: int) -> Iterator[tuple[int, list[Batch]]]:
-        """(global batch size, this rank's micro-batches) of every step of samples `consumed` to `stop`."""
-
-    def validation(self) -> Iterable[tuple[str, Iterable[Batch]]]:
-        """(source, this rank's held-out batches), always the same ones."""
-
-    def seen(self, consumed: int) -> dict[str, dict[str, float]]:
-        """source -> samples, share, target share and epochs of the first `consumed` samples."""
-
-
 @dataclass
 class Position:
     """Where a run stands."""
@@ -98,19 +87,19 @@ class Trainer:
     runtime: Runtime
     engine: Engine
     schedule: Schedule
-    feed: Feed
+    loader: DataLoader
     store: CheckpointStore
     tracker: Tracker
     metrics: Metrics
     status: Status
     profiler: Profiler
     watchdog: Watchdog
-    facts: dict[str, Any]  # the part of every manifest that a run never changes
+    base_manifest: dict[str, Any]  # the part of every manifest that a run never changes
     position: Position = field(default_factory=Position)
 
     def fit(self) -> str:
-        """Train until the horizon, `stop_at` or a signal; returns finished, stopped or preempted. A failure raises."""
-        batch, end = self.schedule.batch, self.schedule.horizon_samples
+        """Train to the end, `stop_at` or a signal; returns finished, stopped or preempted. A failure raises."""
+        batch, end = self.schedule.batch, self.schedule.total_samples
         if self.config.stop_at is not None:
             end = min(end, batch.samples(self.config.stop_at))
         skips = torch.zeros((), device=self.runtime.device)
@@ -163,7 +152,7 @@ class Trainer:
         self._write_status("finished", "all steps done")
 
     def _steps(self, end: int) -> Generator[tuple[int, list[Batch]], None, None]:
-        steps = self.feed.steps(self.position.consumed_samples, self.schedule.batch.at, end)
+        steps = self.loader.steps(self.position.consumed_samples, self.schedule.batch.at, end)
         yield from self.profiler.watch(steps)
 
     def restore(self, path: Path) -> None:
@@ -179,7 +168,7 @@ class Trainer:
         """Mean loss on the held-out batches of every source, logged as one row."""
         losses = {}
         with self.metrics.paused():
-            for source, batches in self.feed.validation():
+            for source, batches in self.loader.validation():
                 sums = torch.zeros(2, dtype=torch.float64, device=self.runtime.device)
                 for item in batches:
                     self.watchdog.enter(f"validate {source}", self.position.step)
@@ -198,7 +187,7 @@ class Trainer:
             warnings.warn(f"step {self.position.step} had no finite loss or gradient: not saved", stacklevel=2)
             return False
         manifest = {
-            **self.facts,
+            **self.base_manifest,
             "consumed_samples": self.position.consumed_samples,
             "adam_step": self.engine.adam_step,
             "rng": rng_state(),
@@ -209,7 +198,7 @@ class Trainer:
         return True
 
     def _outcome(self, signals: Signals, consumed: int, end: int) -> str:
-        if consumed >= self.schedule.horizon_samples:
+        if consumed >= self.schedule.total_samples:
             return "finished"
         if consumed >= end:
             return "stopped"
@@ -227,7 +216,7 @@ class Trainer:
             )
 
     def _write_status(self, state: str, reason: str) -> None:
-        seen = self.feed.seen(self.position.consumed_samples)
+        seen = self.loader.seen(self.position.consumed_samples)
         self.status.write(state, self.position.step, reason, blend_seen=seen, job=self.runtime.job, time=time.time())
 
     def _lost(self, reason: str) -> str:

@@ -69,11 +69,11 @@ def run_config(case: Case) -> RunConfig:
         "head_dim": 8, "ffn_size": 64, "vocab_size": WORDS, "max_seq_len": LENGTH, "activation": "squared_relu",
         "norm": "layernorm1p", "linear_bias": True,
     }  # fmt: skip
-    kinds = {"fsdp": FsdpConfig, "deepspeed": DeepSpeedConfig}
+    kinds, settings = {"fsdp": FsdpConfig, "deepspeed": DeepSpeedConfig}, dict(case.engine)
     return RunConfig(
         seed=7,
         model=ModelConfig(**(model | case.model)),
-        engine=kinds[case.engine.get("kind", "fsdp")](**case.engine),
+        engine=kinds[settings.pop("kind", "fsdp")](**settings),
         parallel=ParallelConfig(**case.parallel),
         precision=PrecisionConfig(case.precision),
         optim=OptimConfig(lr=PEAK, eps=EPS, weight_decay=0.5, clip_grad=CLIP),
@@ -110,9 +110,8 @@ def open_engine(case: Case, world_size: int) -> tuple[Any, int, int]:
     """(engine, this process's data-parallel rank, number of them)."""
     run = run_config(case)
     run.engine.validate()
-    mesh = build_grid(run, world_size=world_size, device_type="cpu")
-    engine = build_engine(run, mesh, DEVICE)
-    return engine, *((mesh.data_parallel_rank, mesh.data_parallel_size) if mesh else (0, 1))
+    mesh = build_grid(run, world_size=world_size, device=DEVICE)
+    return build_engine(run, mesh), mesh.data_parallel_rank, mesh.data_parallel_size
 
 
 def train(rank: int, world_size: int, case: Case, *, steps: int = STEPS, bug: str | None = None) -> Trace:

@@ -76,7 +76,7 @@ def test_a_verdict_is_not_written_over_by_a_rank_that_it_ended(tmp_path, spoken,
     trainer.status, trainer.position = Status(tmp_path, main_process=True), Position(step=7, consumed_samples=56)
     trainer.watchdog = SimpleNamespace(has_spoken=lambda: spoken, phase="train_step")
     trainer.runtime = SimpleNamespace(rank=0, job="")
-    trainer.feed = SimpleNamespace(seen=lambda consumed: {})
+    trainer.loader = SimpleNamespace(seen=lambda consumed: {})
     trainer.tracker = SimpleNamespace(close=lambda state: None)
     trainer.store = SimpleNamespace(steps=lambda: [4], directory=tmp_path / "checkpoints")
 
