@@ -76,9 +76,9 @@ def test_a_dense_family(tiny_data, tmp_path, monkeypatch):
     (tmp_path / "own" / "model").mkdir(parents=True)
     (tmp_path / "own" / "model" / "stable_tiny.yaml").write_text(yaml.safe_dump(STABLE_TINY))
     (tmp_path / "own" / "data").symlink_to(tiny_data / "data")
-    command = [word for word in runs.TINY if not word.startswith("model")]
+    tiny = [word for word in runs.TINY if not word.startswith("model")]
     command(
-        "train", "--config-dir", str(tmp_path / "own"), *command, "model=stable_tiny", "train.max_steps=6",
+        "train", "--config-dir", str(tmp_path / "own"), *tiny, "model=stable_tiny", "train.max_steps=6",
         f"run.dir={tmp_path / 'r'}",
     )  # fmt: skip
     assert runs.rows(tmp_path / "r")[-1]["loss"] < runs.rows(tmp_path / "r")[0]["loss"]

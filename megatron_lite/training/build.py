@@ -30,7 +30,7 @@ from megatron_lite.models.config import ModelConfig
 from megatron_lite.models.flops import flops_per_token, parameter_count
 from megatron_lite.optim.schedule import BatchSize, LearningRate, Schedule
 from megatron_lite.parallel.assemble import assemble, from_tensors, seeded
-from megatron_lite.parallel.mesh import Mesh, build_mesh
+from megatron_lite.parallel.mesh import Mesh, ParallelConfig, build_mesh
 from megatron_lite.runtime import Runtime, has_wandb_key
 from megatron_lite.tracking import RunInfo, build_tracker
 from megatron_lite.tracking.profile import Profiler
@@ -80,10 +80,10 @@ def build_schedule(run: RunConfig) -> Schedule:
     return Schedule(batch, rate, total_steps=steps, total_samples=samples, seq_len=seq_len)
 
 
-def build_grid(run: RunConfig, *, world_size: int, device: torch.device) -> Mesh:
+def build_grid(parallel: ParallelConfig, engine: EngineConfig, *, world_size: int, device: torch.device) -> Mesh:
     """The grid of processes. Where the engine shards nothing, all data-parallel processes are replicas."""
-    degrees = run.parallel.degrees(world_size)
-    if run.engine.replicates:
+    degrees = parallel.degrees(world_size)
+    if engine.replicates:
         degrees = replace(degrees, dp_replicate=degrees.data_parallel, dp_shard=1)
     return build_mesh(degrees, device=device)
 
@@ -128,7 +128,7 @@ def build_trainer(
         )
     consumed = manifest["consumed_samples"] if manifest else 0
     check_batch_sizes(run, schedule, consumed=consumed, world_size=runtime.world_size)
-    mesh = build_grid(run, world_size=runtime.world_size, device=runtime.device)
+    mesh = build_grid(run.parallel, run.engine, world_size=runtime.world_size, device=runtime.device)
     starts_from_source = checkpoint is None and run.init_from.path is not None
     engine = build_engine(run, mesh, source=open_source(run, tokenizer) if starts_from_source else None)
     trainer = Trainer(

@@ -110,7 +110,7 @@ def open_engine(case: Case, world_size: int) -> tuple[Any, int, int]:
     """(engine, this process's data-parallel rank, number of them)."""
     run = run_config(case)
     run.engine.validate()
-    mesh = build_grid(run, world_size=world_size, device=DEVICE)
+    mesh = build_grid(run.parallel, run.engine, world_size=world_size, device=DEVICE)
     return build_engine(run, mesh), mesh.data_parallel_rank, mesh.data_parallel_size
 
 
