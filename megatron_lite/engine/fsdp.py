@@ -29,7 +29,7 @@ from torch.distributed.tensor import DTensor
 
 from megatron_lite.engine.base import Batch, StepResult
 from megatron_lite.optim.optimizer import AdamW, OptimConfig
-from megatron_lite.parallel.global_view import Layout, Piece
+from megatron_lite.parallel.global_view import Layout, State
 from megatron_lite.parallel.layers import ShardInfo
 from megatron_lite.parallel.mesh import Mesh
 from megatron_lite.precision.dtypes import call_in, computing_in
@@ -138,25 +138,21 @@ class FsdpEngine:
             return call_in(self.dtype, self.objective, batch)
         return self.objective(batch)
 
-    def state(self) -> dict[str, Piece]:
+    def state(self) -> State:
         """See `Engine`."""
         local = {f"model.{name}": tensor for name, tensor in self.optimizer.parameters.items()}
         local |= self.optimizer.moments()
         layout = Layout() if self.mesh is None else self.mesh.layout
-        return {
+        pieces = {
             key: layout.piece(tensor, info.global_shape, tp_dim=info.tp_dim)
             for key, tensor in local.items()
             for info in [self.shards[key.split(".", 1)[1]]]
         }
+        return State(pieces, {"adam_step": self.optimizer.adam_step})
 
-    def load_state(self, pieces: dict[str, Piece], *, adam_step: int) -> None:
+    def load_state(self, state: State) -> None:
         """See `Engine`. The pieces are the live tensors: filled, they are loaded."""
-        self.optimizer.adam_step = adam_step
-
-    @property
-    def adam_step(self) -> int:
-        """See `Engine`."""
-        return self.optimizer.adam_step
+        self.optimizer.adam_step = state.counters["adam_step"]
 
     def _synchronize_gradients(self, enabled: bool) -> None:
         if isinstance(self.objective, FSDPModule):

@@ -169,7 +169,7 @@ def build_trainer(
     if checkpoint:
         trainer.restore(checkpoint)
     elif run.init_from.path:
-        start_from(engine, run, tokenizer)
+        start_from(engine, run, tokenizer, store.ranks)
     return trainer
 
 

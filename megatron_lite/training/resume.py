@@ -9,21 +9,19 @@ Notable features:
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from megatron_lite.checkpoint.reader import SavedTensors, find_checkpoint
 from megatron_lite.checkpoint.store import CheckpointStore
 from megatron_lite.config.compose import flatten, from_dict, to_dict
 from megatron_lite.data.sidecar import TokenizerIdentity
 from megatron_lite.engine.base import Engine
 from megatron_lite.models.config import ModelConfig
+from megatron_lite.parallel.global_view import State
+from megatron_lite.ranks import Ranks
 from megatron_lite.training.config import RunConfig
-from megatron_lite.weights import open_weights
+from megatron_lite.weights import model_config, open_weights
 
 
 def choose_checkpoint(run: RunConfig, store: CheckpointStore) -> Path | None:
@@ -56,7 +54,7 @@ def choose_checkpoint(run: RunConfig, store: CheckpointStore) -> Path | None:
             f"resume={run.resume} does not exist; give a checkpoint or a run directory, auto for the newest one of run.dir, "
             "or never"
         )
-    found = find_checkpoint(run.resume)
+    found = store.find(run.resume)
     if store.steps() and found.resolve().parent != store.directory.resolve():
         raise ValueError(
             f"resume={run.resume} is a checkpoint of another run, and run.dir={run.run.dir} holds checkpoints of its own, which "
@@ -75,49 +73,48 @@ def choose_model(run: RunConfig, store: CheckpointStore, checkpoint: Path | None
     if checkpoint:
         model = from_dict(ModelConfig, store.read_manifest(checkpoint)["config"]["model"])
     else:
-        model = open_weights(run.init_from.path or "").config
+        model = model_config(run.init_from.path or "", store.ranks)
     return replace(run, model=model)
 
 
-def start_from(engine: Engine, run: RunConfig, tokenizer: TokenizerIdentity) -> None:
-    """Fill the engine with the weights (and with `init_from.optimizer` Adam's state) of `init_from`, tensor by tensor.
+def start_from(engine: Engine, run: RunConfig, tokenizer: TokenizerIdentity, ranks: Ranks | None = None) -> None:
+    """Fill the engine with the weights (and with `init_from.optimizer` the optimizer's state) of `init_from`, slice by slice.
 
     Warns when they were trained with another tokenizer. Raises ValueError naming tensors and shapes that do not fit.
     """
-    weights = open_weights(run.init_from.path or "")
+    weights = open_weights(run.init_from.path or "", ranks, optimizer=run.init_from.optimizer)
     if weights.tokenizer_fingerprint not in (None, tokenizer.fingerprint):
         warnings.warn(
             f"init_from={run.init_from.path} was trained with tokenizer {weights.tokenizer_fingerprint}, this run reads "
             f"{tokenizer.fingerprint} ({run.data.tokenizer}): its embeddings belong to other words",
             stacklevel=2,
         )
-    kinds: dict[str, Mapping[str, Tensor]] = {"model": weights.tensors}
-    adam_step = 0
+    kinds = {"model": weights.tensors, **weights.optimizer}
+    state = engine.state()
+    counters = dict.fromkeys(state.counters, 0)
     if run.init_from.optimizer:
-        if weights.manifest is None or not weights.manifest["adam_step"]:
+        if weights.manifest is None or not weights.optimizer:
             raise ValueError(
                 f"init_from.optimizer=true, but {run.init_from.path} holds no optimizer state; drop it, or name a run"
             )
-        kinds |= {kind: SavedTensors(weights.path, prefix=f"{kind}.") for kind in ("exp_avg", "exp_avg_sq")}
-        adam_step = weights.manifest["adam_step"]
-    pieces = {key: piece for key, piece in engine.state().items() if key.split(".", 1)[0] in kinds}
+        counters |= weights.manifest["counters"]
+    pieces = {key: piece for key, piece in state.tensors.items() if key.split(".", 1)[0] in kinds}
     wanted = {key.split(".", 1)[1] for key in pieces}
-    different = sorted(wanted ^ set(weights.tensors))
+    different = sorted(wanted ^ set(weights.tensors.names()))
     if different:
         raise ValueError(
             f"init_from={run.init_from.path} holds another model; tensors on one side only: {', '.join(different[:5])}"
         )
     for key, piece in pieces.items():
         kind, name = key.split(".", 1)
-        tensor = kinds[kind][name]
-        if tuple(tensor.shape) != piece.global_shape:
+        source = kinds[kind]
+        if source.shape(name) != piece.global_shape:
             raise ValueError(
-                f"init_from={run.init_from.path}: {name} has shape {tuple(tensor.shape)} there and {piece.global_shape} here; "
+                f"init_from={run.init_from.path}: {name} has shape {source.shape(name)} there and {piece.global_shape} here; "
                 "drop the model keys to take the source's model"
             )
-        box = tuple(slice(start, start + size) for start, size in zip(piece.offsets, piece.local.shape))
-        piece.local.copy_(tensor[box])
-    engine.load_state(pieces, adam_step=adam_step)
+        piece.tensor().copy_(source.read(name, piece.offsets, piece.sizes))
+    engine.load_state(State(pieces, counters))
 
 
 def check_same_run(manifest: dict[str, Any], run: RunConfig, tokenizer: TokenizerIdentity) -> None:
