@@ -49,7 +49,7 @@ class WholeTensors(Mapping[str, Tensor]):
         self.source, self._dtype = source, dtype
 
     def __getitem__(self, name: str) -> Tensor:
-        return read_whole(self.source, name).to(self._dtype)
+        return read_whole(self.source, name).to(self._dtype or self.source.dtype(name))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.source.names())
