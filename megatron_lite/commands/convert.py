@@ -6,7 +6,6 @@ python -m megatron_lite convert source=exported target=runs/imported to=native
 
 from __future__ import annotations
 
-import os
 import shutil
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from megatron_lite.atomic import whole_folder
 from megatron_lite.checkpoint.store import CheckpointConfig, CheckpointStore
 from megatron_lite.commands.command import run_command
 from megatron_lite.config.compose import to_dict
@@ -98,17 +98,11 @@ def _to_native(config: ConvertConfig, weights: Weights) -> None:
         "rng": {},
         HUGGING_FACE: weights.extra,
     }
-    target.parent.mkdir(parents=True, exist_ok=True)
-    work = target.parent / f".tmp-{target.name}-{os.getpid()}"  # whole or not there, as an exported folder is
-    try:
+    with whole_folder(target) as work:
         if weights.tokenizer is not None:
             copy_tokenizer(weights.tokenizer, work / TOKENIZER)
         store = CheckpointStore(work / "checkpoints", CheckpointConfig())
         store.save(0, _pieces(weights.tensors, DTYPES.get(config.dtype)), state)
-        os.replace(work, target)
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
 
 
 def _pieces(source: TensorSource, dtype: torch.dtype | None) -> dict[str, Piece]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_lite.checkpoint.manifest import encode, read_manifest
-from megatron_lite.training.run_lock import RunLock
+from megatron_lite.file_lock import FileLock
 from tests import runs
 from tests.bad_input.test_data import cut, edit_json, overwrite
 from tests.bad_input.tour import snapshot
@@ -121,7 +121,7 @@ def test_a_finished_run_of_another_directory_is_nothing_to_resume(tour, straight
 
 
 def test_a_second_process_is_refused(tour, run_dir):
-    with RunLock(run_dir):
+    with FileLock(run_dir / "run.lock", key="run.dir", value=run_dir):
         typed = runs.arguments(tour.data, run_dir, "train.max_steps=30")
         tour.refused("train", *typed, says=r"/r is in use by process \d+ on host .*set another run\.dir")
 
