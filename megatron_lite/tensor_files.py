@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -40,6 +40,22 @@ def read_whole(source: TensorSource, name: str) -> Tensor:
     """The whole global tensor."""
     shape = source.shape(name)
     return source.read(name, (0,) * len(shape), shape)
+
+
+class WholeTensors(Mapping[str, Tensor]):
+    """The whole tensors of a source by name, read anew each time they are asked for; in another dtype if one is given."""
+
+    def __init__(self, source: TensorSource, dtype: torch.dtype | None = None) -> None:
+        self.source, self._dtype = source, dtype
+
+    def __getitem__(self, name: str) -> Tensor:
+        return read_whole(self.source, name).to(self._dtype or self.source.dtype(name))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.source.names())
+
+    def __len__(self) -> int:
+        return len(self.source.names())
 
 
 class TensorFiles:

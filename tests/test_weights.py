@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
 import megatron_lite
-from megatron_lite.checkpoint.reader import find_checkpoint, load_tensors
+from megatron_lite.checkpoint.opening import find_checkpoint, load_tensors
 from megatron_lite.data.blend import open_blend
 from megatron_lite.parallel.mesh import Mesh
 from megatron_lite.training.build import build_engine, build_schedule, open_tokenizer
@@ -79,16 +79,16 @@ def test_a_folder_is_imported_trained_and_exported(kind, dtype, tiny_data, tmp_p
 
 def test_weights_only_takes_the_weights_and_nothing_else(tiny_data, straight):
     engine, source = engine_started_from(tiny_data, straight), saved(straight)
-    assert engine.adam_step == 0
-    for key, piece in engine.state().items():
+    assert engine.state().counters == {"adam_step": 0}
+    for key, piece in engine.state().tensors.items():
         kind = key.split(".", 1)[0]
         assert torch.equal(piece.local, source[key] if kind == "model" else torch.zeros_like(source[key])), key
 
 
 def test_optimizer_true_keeps_the_moments(tiny_data, straight):
     engine, source = engine_started_from(tiny_data, straight, "init_from.optimizer=true"), saved(straight)
-    assert engine.adam_step == manifest(straight)["adam_step"] == 20
-    for key, piece in engine.state().items():
+    assert engine.state().counters == manifest(straight)["counters"] == {"adam_step": 20}
+    for key, piece in engine.state().tensors.items():
         assert torch.equal(piece.local, source[key]), key
 
 
@@ -193,7 +193,7 @@ def test_only_the_tokenizer_is_copied_into_a_run(tiny_data, tmp_path):
 
 @pytest.mark.parametrize(
     ("make", "message"),
-    [(lambda path: None, "does not exist"), (lambda path: path.mkdir(), "is no checkpoint and no run directory")],
+    [(lambda path: None, "does not exist"), (lambda path: path.mkdir(), "is not a checkpoint")],
 )
 def test_what_holds_no_weights_is_refused(make, message, tmp_path):
     make(tmp_path / "x")

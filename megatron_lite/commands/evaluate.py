@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_lite.commands.command import run_command
-from megatron_lite.commands.ranks import agreed, all_ranks
+from megatron_lite.commands.ranks import all_ranks
 from megatron_lite.data.config import DataConfig
 from megatron_lite.data.loader import validation_batches
 from megatron_lite.data.source import Source, open_validation
@@ -77,17 +77,18 @@ def evaluate(config: EvaluateConfig) -> int:
 
 def measure(config: EvaluateConfig, runtime: Runtime, ranks: Ranks) -> tuple[Path, dict[str, float]]:
     """(what was read, loss of each held-out source in nats a counted token), the same on every rank. Collective."""
-    weights, held_out = agreed(ranks, "open", lambda: _open(config, runtime))
+    ranks.attempt("check the config", lambda: config.validate(runtime.world_size))
+    weights = open_weights(config.checkpoint, ranks)
+    held_out = ranks.attempt("open the data", lambda: _held_out(config, weights, runtime))
     mesh = build_grid(config.parallel, config.engine, world_size=runtime.world_size, device=runtime.device)
     dtype = config.precision.dtype
-    objective, _ = agreed(
-        ranks,
+    objective, _ = ranks.attempt(
         "read the weights",
         lambda: assemble(
             weights.config,
             mesh=mesh,
             parallel=config.parallel,
-            fill=from_tensors(weights.source),
+            fill=from_tensors(weights.tensors),
             wrap=NextToken,
             distribute=config.engine.distribute(mesh, dtype),
         ),
@@ -96,10 +97,8 @@ def measure(config: EvaluateConfig, runtime: Runtime, ranks: Ranks) -> tuple[Pat
     return weights.path, {name: _loss(objective, source, config, mesh) for name, source in held_out.items()}
 
 
-def _open(config: EvaluateConfig, runtime: Runtime) -> tuple[Weights, dict[str, Source]]:
-    """Weights and held-out data that fit together."""
-    config.validate(runtime.world_size)
-    weights = open_weights(config.checkpoint)
+def _held_out(config: EvaluateConfig, weights: Weights, runtime: Runtime) -> dict[str, Source]:
+    """The held-out sources. Raises ValueError when there are none, or they do not belong to the model."""
     if config.data.sample_corpus and not Path(config.data.tokenizer).exists():
         if weights.manifest is None:
             raise ValueError(
@@ -118,7 +117,7 @@ def _open(config: EvaluateConfig, runtime: Runtime) -> tuple[Weights, dict[str, 
     held_out = open_validation(config.data, tokenizer)
     if not held_out:
         raise ValueError("data: no source has a `validation` file; name one for at least one source")
-    return weights, held_out
+    return held_out
 
 
 @torch.no_grad()

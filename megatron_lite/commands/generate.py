@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lite.commands.command import run_command
-from megatron_lite.commands.ranks import agreed, all_ranks
+from megatron_lite.commands.ranks import all_ranks
 from megatron_lite.data.tokenizer import load_tokenizer
 from megatron_lite.models.sampling import SamplingConfig, generate_tokens
 from megatron_lite.parallel.assemble import assemble, bare, from_tensors
@@ -71,11 +71,12 @@ def generate(config: GenerateConfig) -> int:
 
 def texts(config: GenerateConfig, runtime: Runtime, ranks: Ranks) -> Iterator[str]:
     """What is to be printed, part by part as it is made, the same on every rank. Collective."""
-    prompts, weights, tokenizer = agreed(ranks, "open", lambda: _open(config, runtime))
+    prompts = ranks.attempt("read the prompts", lambda: _prompts(config, runtime.world_size))
+    weights = open_weights(config.checkpoint, ranks)
+    tokenizer = ranks.attempt("open the tokenizer", lambda: _tokenizer(config, weights))
     mesh = build_mesh(config.parallel.degrees(runtime.world_size), device=runtime.device)
-    fill = from_tensors(weights.source)
-    model, _ = agreed(
-        ranks,
+    fill = from_tensors(weights.tensors)
+    model, _ = ranks.attempt(
         "read the weights",
         lambda: assemble(weights.config, mesh=mesh, parallel=config.parallel, fill=fill, wrap=bare),
     )
@@ -94,16 +95,12 @@ def texts(config: GenerateConfig, runtime: Runtime, ranks: Ranks) -> Iterator[st
         yield "\n"
 
 
-def _open(config: GenerateConfig, runtime: Runtime) -> tuple[list[str], Weights, Any]:
-    """Prompts, weights and tokenizer."""
-    config.validate(runtime.world_size)
-    prompts = _prompts(config)
-    weights = open_weights(config.checkpoint)
+def _tokenizer(config: GenerateConfig, weights: Weights) -> Any:
     if weights.tokenizer is None:
         raise ValueError(
             f"no tokenizer lies beside checkpoint={config.checkpoint}; put it into a folder `tokenizer` there"
         )
-    return prompts, weights, load_tokenizer(weights.tokenizer)
+    return load_tokenizer(weights.tokenizer)
 
 
 def stream_text(tokenizer: Any, tokens: Iterable[int], *, before: Sequence[int] = ()) -> Iterator[str]:
@@ -134,7 +131,8 @@ def _decode(tokenizer: Any, tokens: Sequence[int]) -> str:
     return tokenizer.decode(tokens, clean_up_tokenization_spaces=False) if tokens else ""
 
 
-def _prompts(config: GenerateConfig) -> list[str]:
+def _prompts(config: GenerateConfig, world_size: int) -> list[str]:
+    config.validate(world_size)
     if (config.prompt is None) == (config.prompt_file is None):
         raise ValueError("give either prompt='...' or prompt_file=<a text file with one prompt a line>")
     if config.prompt is not None:

@@ -5,9 +5,8 @@ torchrun --nproc-per-node 4 -m megatron_lite evaluate checkpoint=runs/large para
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TypeVar
 
 import torch.distributed as dist
 
@@ -15,29 +14,23 @@ from megatron_lite.errors import CheckpointError
 from megatron_lite.ranks import Ranks
 from megatron_lite.runtime import Runtime, start, stop
 
-T = TypeVar("T")
 _TIMEOUT_SECONDS = 1800.0
 
 
 @contextmanager
 def all_ranks() -> Iterator[tuple[Runtime, Ranks]]:
-    """This process and the ranks that a launcher started beside it. What all of them fail with, rank 0 tells alone."""
+    """This process and the ranks that a launcher started beside it.
+
+    Inside, an error of the user's is one that all ranks raise (`Ranks.attempt` sees to that): rank 0 tells it, the others
+    just end.
+    """
     runtime = start(timeout_seconds=_TIMEOUT_SECONDS)
     try:
         group = dist.new_group(backend="gloo") if runtime.world_size > 1 else None
         yield runtime, Ranks(group, timeout_seconds=_TIMEOUT_SECONDS)
-    except CheckpointError as error:
+    except (CheckpointError, ValueError, OSError) as error:
         if runtime.is_main:
             raise
         raise SystemExit(2) from error
     finally:
         stop()
-
-
-def agreed(ranks: Ranks, phase: str, work: Callable[[], T]) -> T:
-    """`work()` on every rank, with no collective inside. Where it fails on one rank, all raise the same CheckpointError."""
-    if ranks.size == 1:
-        return work()
-    done: list[T] = []
-    ranks.agree(phase, lambda: done.append(work()))
-    return done[0]

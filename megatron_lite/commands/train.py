@@ -11,13 +11,13 @@ from pathlib import Path
 from megatron_lite.checkpoint.store import CheckpointStore
 from megatron_lite.commands.command import run_command
 from megatron_lite.errors import error_text
+from megatron_lite.file_lock import FileLock
 from megatron_lite.runtime import Runtime, set_deterministic, set_threads, start, stop
 from megatron_lite.tracking import write_loss_plot, write_report
 from megatron_lite.training.build import build_schedule, build_trainer, prepare_data, run_info
 from megatron_lite.training.config import RunConfig, validate, validate_model
 from megatron_lite.training.resume import choose_checkpoint, choose_model
 from megatron_lite.training.run_directory import keep_tokenizer, write_config
-from megatron_lite.training.run_lock import RunLock
 from megatron_lite.training.trainer import Trainer
 from megatron_lite.training.watchdog import Watchdog
 
@@ -46,7 +46,7 @@ def _checked(run: RunConfig, runtime: Runtime, watchdog: Watchdog) -> int:
     set_threads(run.train.threads)
     set_deterministic(run.train.deterministic)
     store = CheckpointStore.with_own_group(Path(run.run.dir) / "checkpoints", run.checkpoint)
-    lock = RunLock(run.run.dir)
+    lock = FileLock(Path(run.run.dir) / "run.lock", key="run.dir", value=run.run.dir)
     store.ranks.first("lock run.dir", lambda: _acquire(lock))
     try:
         watchdog.enter("check run.dir", 0)
@@ -119,7 +119,7 @@ def _report(run: RunConfig, trainer: Trainer, outcome: str) -> None:
     )
 
 
-def _acquire(lock: RunLock) -> None:
+def _acquire(lock: FileLock) -> None:
     lock.acquire()
 
 

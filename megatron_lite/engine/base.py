@@ -18,7 +18,7 @@ from megatron_lite.data.packing import Batch
 from megatron_lite.objectives.base import Loss, Objective
 from megatron_lite.optim.optimizer import OptimConfig
 from megatron_lite.parallel.assemble import Distribute
-from megatron_lite.parallel.global_view import Piece
+from megatron_lite.parallel.global_view import State
 from megatron_lite.parallel.layers import ShardInfo
 from megatron_lite.parallel.mesh import Mesh, sum_over
 
@@ -48,15 +48,12 @@ class Engine(Protocol):
     def evaluate(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """(summed cross-entropy, counted tokens) of this rank's batch, without gradient."""
 
-    def state(self) -> dict[str, Piece]:
-        """`model.*`, `exp_avg.*`, `exp_avg_sq.*`: this rank's pieces of the global tensors, to be saved, or filled and loaded."""
+    def state(self) -> State:
+        """This rank's pieces of the global tensors `<kind>.<name>` (`model`, `exp_avg`, `exp_avg_sq`, ..., buffers too), to be saved,
+        or filled and loaded; and the counters (`adam_step`: optimizer updates done)."""
 
-    def load_state(self, pieces: dict[str, Piece], *, adam_step: int) -> None:
-        """Take over pieces that `state` gave and that were filled since (all, or only some), and Adam's step counter."""
-
-    @property
-    def adam_step(self) -> int:
-        """Optimizer updates done (Adam's step counter)."""
+    def load_state(self, state: State) -> None:
+        """Take over pieces that `state` gave and that were filled since (all, or only some), and the counters."""
 
 
 class EngineConfig(Protocol):

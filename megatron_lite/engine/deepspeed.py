@@ -34,7 +34,7 @@ from megatron_lite.models.initialization import Distribution
 from megatron_lite.objectives.base import Objective
 from megatron_lite.optim.optimizer import OptimConfig, torch_adamw
 from megatron_lite.parallel.assemble import Distribute, Fill, Materialize
-from megatron_lite.parallel.global_view import Piece, chunk_bounds
+from megatron_lite.parallel.global_view import Piece, State, chunk_bounds
 from megatron_lite.parallel.layers import ShardInfo
 from megatron_lite.parallel.mesh import Mesh
 from megatron_lite.runtime import ensure_process_group
@@ -167,7 +167,7 @@ class DeepSpeedEngine:
         loss = self.engine(batch)
         return loss.total, loss.tokens
 
-    def state(self) -> dict[str, Piece]:
+    def state(self) -> State:
         """See `Engine`: copies on the CPU, a data-parallel rank's share of the rows of each tensor."""
         pieces = {}
         for kind in ("model", "exp_avg", "exp_avg_sq"):
@@ -179,19 +179,15 @@ class DeepSpeedEngine:
                 rows = _rows(whole, self.unit).to("cpu", copy=True)
                 info = self.shards[name]
                 pieces[f"{kind}.{name}"] = self.mesh.layout.piece(rows, info.global_shape, tp_dim=info.tp_dim)
-        return pieces
+        steps = next(iter(self.adamw.state.values()))["step"]
+        return State(pieces, {"adam_step": int(steps.item())})
 
-    def load_state(self, pieces: dict[str, Piece], *, adam_step: int) -> None:
+    def load_state(self, state: State) -> None:
         """See `Engine`."""
-        for key, piece in pieces.items():
-            self._write(key, piece.local)
-        for state in self.adamw.state.values():
-            state["step"].fill_(float(adam_step))
-
-    @property
-    def adam_step(self) -> int:
-        """See `Engine`."""
-        return int(next(iter(self.adamw.state.values()))["step"].item())
+        for key, piece in state.tensors.items():
+            self._write(key, piece.tensor())
+        for of_flat in self.adamw.state.values():
+            of_flat["step"].fill_(float(state.counters["adam_step"]))
 
     def _start_adam(self) -> None:
         """Adam's state, which DeepSpeed leaves to the first step, so that there is something to save and to load into."""

@@ -32,7 +32,7 @@ from megatron_lite.engine.base import BatchSums, StepResult
 from megatron_lite.objectives.base import Objective
 from megatron_lite.optim.optimizer import AdamW, OptimConfig
 from megatron_lite.parallel.assemble import Distribute, Materialize, undivided
-from megatron_lite.parallel.global_view import Piece
+from megatron_lite.parallel.global_view import State
 from megatron_lite.parallel.layers import ShardInfo
 from megatron_lite.parallel.mesh import CPU, Mesh, sum_over
 from megatron_lite.precision.dtypes import computing_in
@@ -144,25 +144,21 @@ class FsdpEngine:
             loss = self.objective(batch)
         return loss.total, loss.tokens
 
-    def state(self) -> dict[str, Piece]:
+    def state(self) -> State:
         """See `Engine`."""
         local = {f"model.{name}": tensor for name, tensor in self.optimizer.parameters.items()}
         local |= self.optimizer.moments()
         layout = self.mesh.layout
-        return {
+        pieces = {
             key: layout.piece(tensor, info.global_shape, tp_dim=info.tp_dim)
             for key, tensor in local.items()
             for info in [self.shards[key.split(".", 1)[1]]]
         }
+        return State(pieces, {"adam_step": self.optimizer.adam_step})
 
-    def load_state(self, pieces: dict[str, Piece], *, adam_step: int) -> None:
+    def load_state(self, state: State) -> None:
         """See `Engine`. The pieces are the live tensors: filled, they are loaded."""
-        self.optimizer.adam_step = adam_step
-
-    @property
-    def adam_step(self) -> int:
-        """See `Engine`."""
-        return self.optimizer.adam_step
+        self.optimizer.adam_step = state.counters["adam_step"]
 
     def _synchronize_gradients(self, enabled: bool) -> None:
         if isinstance(self.objective, FSDPModule):

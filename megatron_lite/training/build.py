@@ -36,10 +36,11 @@ from megatron_lite.tracking import RunInfo, build_tracker
 from megatron_lite.tracking.profile import Profiler
 from megatron_lite.training.config import RunConfig
 from megatron_lite.training.metrics import Metrics, Work
-from megatron_lite.training.resume import StartSource, check_same_run, load_moments, open_source
+from megatron_lite.training.resume import check_same_run, load_optimizer, open_source
 from megatron_lite.training.status import Status
 from megatron_lite.training.trainer import Trainer
 from megatron_lite.training.watchdog import Watchdog
+from megatron_lite.weights import Weights
 
 
 def open_tokenizer(config: DataConfig) -> TokenizerIdentity:
@@ -88,21 +89,21 @@ def build_grid(parallel: ParallelConfig, engine: EngineConfig, *, world_size: in
     return build_mesh(degrees, device=device)
 
 
-def build_engine(run: RunConfig, mesh: Mesh, *, source: StartSource | None = None) -> Engine:
-    """The engine over the assembled objective, with initial weights or those (and with them the moments) of `source`."""
+def build_engine(run: RunConfig, mesh: Mesh, *, source: Weights | None = None) -> Engine:
+    """The engine over the assembled objective, with initial weights or those (and with them the optimizer's state) of `source`."""
     config: EngineConfig = run.engine
     dtype = run.precision.dtype
     objective, shards = assemble(
         run.model,
         mesh=mesh,
         parallel=run.parallel,
-        fill=seeded(run.seed) if source is None else from_tensors(source.weights),
+        fill=seeded(run.seed) if source is None else from_tensors(source.tensors),
         wrap=run.objective.build,
         distribute=config.distribute(mesh, dtype),
     )
     engine = config.build(objective, optim=run.optim, dtype=dtype, mesh=mesh, shards=shards)
-    if source is not None and source.moments is not None:
-        load_moments(engine, source)
+    if source is not None:
+        load_optimizer(engine, source)
     return engine
 
 
@@ -130,7 +131,7 @@ def build_trainer(
     check_batch_sizes(run, schedule, consumed=consumed, world_size=runtime.world_size)
     mesh = build_grid(run.parallel, run.engine, world_size=runtime.world_size, device=runtime.device)
     starts_from_source = checkpoint is None and run.init_from.path is not None
-    engine = build_engine(run, mesh, source=open_source(run, tokenizer) if starts_from_source else None)
+    engine = build_engine(run, mesh, source=open_source(run, tokenizer, store.ranks) if starts_from_source else None)
     trainer = Trainer(
         config=run.train,
         runtime=runtime,

@@ -26,6 +26,7 @@ from megatron_lite.data.packing import Batch
 from megatron_lite.engine.base import Engine
 from megatron_lite.errors import CheckpointError, TrainingDivergedError, TrainingFailedError, error_text
 from megatron_lite.optim.schedule import BatchSize, RampStage, Schedule
+from megatron_lite.parallel.global_view import State
 from megatron_lite.runtime import Runtime, Signals
 from megatron_lite.tracking.base import Tracker
 from megatron_lite.tracking.profile import Profiler
@@ -158,9 +159,9 @@ class Trainer:
     def restore(self, path: Path) -> None:
         """Take over tensors, counters and random generators of a checkpoint. Raises CheckpointError or ValueError."""
         self.watchdog.enter(f"restore {path.name}", 0)
-        pieces = self.engine.state()
-        manifest = self.store.load(path, pieces)
-        self.engine.load_state(pieces, adam_step=manifest["adam_step"])
+        state = self.engine.state()
+        manifest = self.store.load(path, state.tensors)
+        self.engine.load_state(State(state.tensors, manifest["counters"]))
         self.position = Position(manifest["step"], manifest["consumed_samples"])
         set_rng_state(manifest["rng"])
 
@@ -186,15 +187,16 @@ class Trainer:
         if skips.item() > 0:
             warnings.warn(f"step {self.position.step} had no finite loss or gradient: not saved", stacklevel=2)
             return False
-        manifest = {
-            **self.base_manifest,
-            "consumed_samples": self.position.consumed_samples,
-            "adam_step": self.engine.adam_step,
-            "rng": rng_state(),
-        }
         self.watchdog.enter("save", self.position.step)
         with self.metrics.paused():
-            self.store.save(self.position.step, self.engine.state(), manifest)
+            state = self.engine.state()
+            manifest = {
+                **self.base_manifest,
+                "consumed_samples": self.position.consumed_samples,
+                "counters": state.counters,
+                "rng": rng_state(),
+            }
+            self.store.save(self.position.step, state.tensors, manifest)
         return True
 
     def _outcome(self, signals: Signals, consumed: int, end: int) -> str:
