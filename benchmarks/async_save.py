@@ -22,7 +22,7 @@ from megatron_lite.training.config import compose_run
 
 SAVE_SECONDS, STEPS, EVERY = 5.0, 24, 8
 STATE: dict[str, Any] = {
-    "consumed_samples": 0, "adam_step": 0, "config": {}, "tokenizer": "", "schedule": {}, "data": {}, "rng": {},
+    "consumed_samples": 0, "counters": {"adam_step": 0}, "config": {}, "tokenizer": "", "schedule": {}, "data": {}, "rng": {},
 }  # fmt: skip
 
 
@@ -51,7 +51,7 @@ def step_times(*, background: bool) -> list[float]:
     """Seconds of each step, its save included."""
     run = compose_run(["experiment=smoke"])
     engine = build_engine(run, None, torch.device("cpu"))
-    size = sum(piece.local.nbytes for piece in engine.state().values())
+    size = sum(piece.local.nbytes for piece in engine.state().tensors.values())
     tokens = torch.randint(0, run.model.vocab_size, (1, 257))
     batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "loss_mask": torch.ones(1, 256, dtype=torch.bool)}
     times = []
@@ -65,7 +65,7 @@ def step_times(*, background: bool) -> list[float]:
             began = time.perf_counter()
             engine.train_step([batch] * 12, lr=1e-4)
             if step % EVERY == 0:
-                store.save(step, engine.state(), STATE)
+                store.save(step, engine.state().tensors, STATE)
             times.append(time.perf_counter() - began)
         store.wait()
     return times[1:]  # the first step warms up

@@ -166,7 +166,7 @@ def total(sizes: dict[int, int]) -> int:
 
 def held(engine: Any) -> tuple[dict[int, int], dict[int, int]]:
     """The storages of weights, and of master weights and moments."""
-    weights = of([getattr(p, "ds_tensor", p) for p in engine.named.values()])
+    weights = of([getattr(p, "ds_tensor", p) for p in engine.parameters.values()])
     adam = engine.adamw if hasattr(engine, "adamw") else engine.optimizer._torch
     state = [tensor for entry in adam.state.values() for tensor in entry.values()]
     return weights, of([*state, *adam.state.keys()])

@@ -71,7 +71,7 @@ def main(documents: int = 100_000_000, folder: str | None = None) -> None:
         tokenizer = TokenizerIdentity(fingerprint="", name="none", eod=EOD, vocab_size=50_000)
         before = memory()
         start = time.perf_counter()
-        blend = open_blend(config, tokenizer=tokenizer, seed=0, horizon_samples=10**9)
+        blend = open_blend(config, tokenizer=tokenizer, seed=0, total_samples=10**9)
         opened = time.perf_counter() - start
         blend[123_456_789 % blend.sources["web/crawl"].num_windows]
         drawn = time.perf_counter() - start

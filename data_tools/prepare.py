@@ -28,8 +28,9 @@ from data_tools.report import collect, timing, to_markdown
 from data_tools.stages.read import ReadStep
 from data_tools.starter_blend import data_yaml
 from data_tools.steps import Step
-from megatron_lite.atomic import OutputLock, atomic_path, write_json, write_text
+from megatron_lite.atomic import atomic_path, write_json, write_text
 from megatron_lite.commands.command import run_command
+from megatron_lite.file_lock import FileLock
 
 
 @dataclass
@@ -60,7 +61,7 @@ def prepare(config: PrepareConfig, console: Console | None = None) -> Path:
     if unknown := [stage for stage in config.stages if stage not in STAGES]:
         raise ValueError(f"stages={unknown} are none; the stages are {', '.join(STAGES)}")
     output = Path(recipe.output).absolute()
-    with OutputLock(output):
+    with FileLock(output / ".lock", key="data_recipe.output", value=output):
         # Read before any step runs: a source or tokenizer that is not there is told at once.
         pipeline = Pipeline(recipe, output)
         for stage in STAGES:

@@ -3,71 +3,73 @@
 Notable features:
 - `atomic_path` gives a temporary name in the same folder; the final name appears by one rename after an fsync
 - an OSError of a full disk becomes a message that names the folder and says that finished tasks are kept
-- `OutputLock` refuses a second run on one output (an advisory lock that the kernel drops when the holder dies)
+- `whole_folder` does the same for a folder
 """
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
+import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
 
-class OutputLock:
-    """Holds `<folder>/.lock` while a run writes to `folder`; the lock dies with the process, however it ends."""
-
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / ".lock"
-        self._file: IO[str] | None = None
-
-    def __enter__(self) -> OutputLock:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self.path.open("a+")
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._file.seek(0)
-            holder = self._file.read().strip() or "another process"
-            self._file.close()
-            raise ValueError(
-                f"data_recipe.output={self.path.parent} is being written by {holder}; wait for it, stop it, or give "
-                "this run another data_recipe.output"
-            ) from None
-        self._file.truncate(0)
-        self._file.write(f"process {os.getpid()} on {os.uname().nodename}")
-        self._file.flush()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        assert self._file is not None
-        self._file.close()
-
-
 @contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`; renamed to it when the block ends well, removed when it does not.
-
-    Raises:
-        ValueError: the disk is full.
-    """
+def whole_file(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path`; renamed to it when the block ends well and the bytes are on the disk, removed when it does not."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
         yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
+        fsync(temporary)
         temporary.replace(path)
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """The same for a folder, which is made. `path` must be missing or an empty folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)  # left by a process of this number that was killed
+    try:
+        temporary.mkdir()
+        yield temporary
+        os.replace(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """`whole_file` for the data tools.
+
+    Raises:
+        ValueError: the disk is full.
+    """
+    try:
+        with whole_file(path) as temporary:
+            yield temporary
     except OSError as error:
         raise explain_os_error(error, path) from error
+
+
+def fsync(path: Path) -> None:
+    """Make a file's bytes, or a directory's entries, durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
     finally:
-        temporary.unlink(missing_ok=True)
+        os.close(descriptor)
 
 
 def explain_os_error(error: OSError, path: Path) -> Exception:

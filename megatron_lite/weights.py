@@ -1,8 +1,8 @@
 """Where weights come from: a run directory, one of its checkpoints, or a Hugging Face folder.
 
 Notable features:
-- `open_weights` reads headers only; tensors come one by one when asked for, so that a converted or evaluated model never stands in
-  memory twice.
+- `open_weights` reads headers and verifies, once, the ranks sharing the files; values are read slice by slice when asked for, so
+  that a rank reads what it holds, and a converted or evaluated model never stands in memory twice.
 - Evaluate, generate, convert, weights-only starts and `megatron_lite.load` all go through it and so take the same paths.
 """
 
@@ -11,39 +11,50 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from megatron_lite.checkpoint.manifest import read_manifest
-from megatron_lite.checkpoint.reader import SavedTensors, find_checkpoint
+from megatron_lite.checkpoint.opening import Verifier, newest_manifest, not_found
+from megatron_lite.checkpoint.reader import Prefixed
 from megatron_lite.config.compose import from_dict
 from megatron_lite.data.tokenizer import fingerprint, load_tokenizer, tokenizer_files
 from megatron_lite.errors import CheckpointError
 from megatron_lite.models.config import ModelConfig
 from megatron_lite.models.decoder import Decoder
-from megatron_lite.models.huggingface import expected_shapes, is_folder, open_folder
+from megatron_lite.models.huggingface import expected_shapes, is_folder, open_folder, read_config
+from megatron_lite.parallel.assemble import assemble, bare, from_tensors
+from megatron_lite.parallel.mesh import Mesh, ParallelConfig
+from megatron_lite.ranks import Ranks
+from megatron_lite.tensor_files import TensorSource
 
 TOKENIZER = "tokenizer"  # the folder of a run directory that holds a copy of its tokenizer
+OPTIMIZER = (
+    "exp_avg",
+    "exp_avg_sq",
+)  # kinds of tensors of a checkpoint that a start with the optimizer's state takes over
 HUGGING_FACE = "huggingface"  # the manifest's key for the rest of the folder that a checkpoint was converted from
 
 
 @dataclass(frozen=True)
 class Weights:
-    """A model on disk. `tokenizer` is None where none lies beside it.
+    """A model on disk. `tokenizer` is None where there is none beside it.
 
+    tensors: the weights by the names of the decoder's parameters. optimizer: kind -> the optimizer's tensors by the same names,
+    when they were asked for and are there.
     extra: what a Hugging Face folder says beside the model (padding token, several end tokens, generation config), also of a
     checkpoint that was converted from one; `export_folder` writes it back.
     """
 
     path: Path
     config: ModelConfig
-    tensors: Mapping[str, Tensor]
+    tensors: TensorSource
     tokenizer: Path | None = None
     manifest: dict[str, Any] | None = None
     extra: dict[str, Any] = field(default_factory=dict)
+    optimizer: Mapping[str, TensorSource] = field(default_factory=dict)
 
     @property
     def tokenizer_fingerprint(self) -> str | None:
@@ -53,34 +64,57 @@ class Weights:
         return fingerprint(self.tokenizer) if self.tokenizer else None
 
 
-def open_weights(path: str | Path) -> Weights:
-    """What lies at `path`: a run directory (its newest valid checkpoint), a checkpoint, or a Hugging Face folder.
+def open_weights(path: str | Path, ranks: Ranks | None = None, *, optimizer: bool = False) -> Weights:
+    """What is at `path`: a run directory (its newest valid checkpoint), a checkpoint, or a Hugging Face folder.
 
+    ranks: the ranks that all open it and share the verifying; None: this process alone.
+    optimizer: open (and verify) the optimizer's tensors too.
     Raises ValueError when it is none of them, CheckpointError when the named checkpoint is damaged.
     """
-    if not str(path).strip():
-        raise ValueError(
-            "the path of the weights is empty; give a run directory, a checkpoint of it or a Hugging Face folder"
-        )
-    path = Path(path)
-    if not path.exists():
-        raise ValueError(f"{path} does not exist; give a run directory, a checkpoint of it or a Hugging Face folder")
+    ranks = ranks or Ranks()
+    path = ranks.attempt("look for the weights", partial(_existing, path))
     if is_folder(path):
-        opened = open_folder(path)
+        opened = ranks.attempt("open the folder", partial(open_folder, path))
+        problems = ranks.problems("verify", lambda: opened.tensors.problem(ranks.rank, ranks.size))
+        if problems:
+            raise ValueError(f"{path}: {next(iter(problems.values()))}")
         tokenizer = path if tokenizer_files(path) else None
         return Weights(path, opened.config, opened.tensors, tokenizer, extra=opened.extra)
-    checkpoint = find_checkpoint(path)
-    manifest = read_manifest(checkpoint)
+    kinds = ("model", *OPTIMIZER) if optimizer else ("model",)
+    tensors = Verifier(ranks).find(path, prefixes=tuple(f"{kind}." for kind in kinds))
+    manifest = tensors.manifest
     config = from_dict(ModelConfig, manifest["config"].get("model", {}))
-    _check_shapes(checkpoint, config, manifest["tensors"])
+    _check_shapes(tensors.path, config, manifest["tensors"])
+    sources = {kind: Prefixed(tensors, f"{kind}.") for kind in kinds}
     return Weights(
-        checkpoint,
+        tensors.path,
         config,
-        SavedTensors(checkpoint, prefix="model."),
-        _tokenizer_of(checkpoint, manifest),
+        sources["model"],
+        _tokenizer_of(tensors.path, manifest),
         manifest,
         extra=manifest.get(HUGGING_FACE, {}),
+        optimizer={kind: source for kind, source in sources.items() if kind in OPTIMIZER and source.names()},
     )
+
+
+def model_config(path: str | Path, ranks: Ranks) -> ModelConfig:
+    """The config of the model at `path`, of which no weight is read. Errors as in `open_weights`."""
+    path = _existing(path)
+    if is_folder(path):
+        return read_config(path)
+    manifest = ranks.first("model config", lambda: newest_manifest(path))
+    if manifest is None:
+        raise ValueError(not_found(path))
+    return from_dict(ModelConfig, manifest["config"].get("model", {}))
+
+
+def _existing(path: str | Path) -> Path:
+    what = "give a run directory, a checkpoint of it or a Hugging Face folder"
+    if not str(path).strip():
+        raise ValueError(f"the path of the weights is empty; {what}")
+    if not Path(path).exists():
+        raise ValueError(f"{path} does not exist; {what}")
+    return Path(path)
 
 
 def _check_shapes(checkpoint: Path, config: ModelConfig, entries: Mapping[str, Any]) -> None:
@@ -89,12 +123,12 @@ def _check_shapes(checkpoint: Path, config: ModelConfig, entries: Mapping[str, A
         config.validate()
         shapes = expected_shapes(config)
     except (ValueError, RuntimeError) as error:  # RuntimeError: sizes beyond all measure
-        raise CheckpointError(f"{checkpoint} describes no model that can be built: {error}") from error
+        raise CheckpointError(f"{checkpoint} does not describe a model that can be built: {error}") from error
     found = {name.removeprefix("model."): e["shape"] for name, e in entries.items() if name.startswith("model.")}
     wrong = sorted(name for name in shapes.keys() | found.keys() if list(shapes.get(name, ())) != found.get(name))
     if wrong:
         raise CheckpointError(
-            f"{checkpoint} is no checkpoint of the model that its manifest describes: {wrong[0]} has shape {found.get(wrong[0])} "
+            f"{checkpoint} is not a checkpoint of the model that its manifest describes: {wrong[0]} has shape {found.get(wrong[0])} "
             f"there and {list(shapes.get(wrong[0], ()))} by the config; take another checkpoint"
         )
 
@@ -106,18 +140,9 @@ def load(path: str | Path, *, device: str | torch.device = "cpu") -> tuple[Decod
     """
     weights = open_weights(path)
     tokenizer = load_tokenizer(weights.tokenizer) if weights.tokenizer else None
-    return load_decoder(weights, device=device), tokenizer
-
-
-def load_decoder(weights: Weights, *, device: str | torch.device = "cpu") -> Decoder:
-    """A decoder with these weights, filled tensor by tensor."""
-    with torch.device("meta"):
-        decoder = Decoder(weights.config)
-    decoder.to_empty(device=device)
-    with torch.no_grad():
-        for name, parameter in decoder.named_parameters():
-            parameter.copy_(weights.tensors[name])
-    return decoder.eval()
+    mesh, fill = Mesh(device=torch.device(device)), from_tensors(weights.tensors)
+    decoder, _ = assemble(weights.config, mesh=mesh, parallel=ParallelConfig(), fill=fill, wrap=bare)
+    return decoder.eval(), tokenizer
 
 
 def _tokenizer_of(checkpoint: Path, manifest: dict[str, Any]) -> Path | None:

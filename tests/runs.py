@@ -103,7 +103,7 @@ def status(run_dir: Path) -> dict:
 
 def digest(checkpoint: Path) -> str:
     """sha256 over the names and bytes of every tensor of a checkpoint."""
-    from megatron_lite.checkpoint.reader import load_tensors
+    from megatron_lite.checkpoint.opening import load_tensors
 
     found = hashlib.sha256()
     for name, tensor in load_tensors(checkpoint):

@@ -218,7 +218,7 @@ class Soak:
 def newest_whole(run_dir: Path) -> int:
     """The step to which a resume would go back, 0 when to the start."""
     from megatron_lite.checkpoint.manifest import step_of
-    from megatron_lite.checkpoint.reader import find_checkpoint
+    from megatron_lite.checkpoint.opening import find_checkpoint
 
     try:
         return step_of(find_checkpoint(run_dir).name) or 0

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-import megatron_lite.checkpoint.store as store_module
+import megatron_lite.checkpoint.opening as opening
 from megatron_lite.checkpoint import CheckpointConfig, CheckpointStore, Layout
 from megatron_lite.checkpoint.storage import open_for_writing
 from megatron_lite.errors import CheckpointError
@@ -118,15 +118,15 @@ def test_all_fall_back_to_the_same_older_one(tmp_path):
 
 
 def load_when_one_rank_cannot_read(rank: int, size: int, folder: str) -> tuple[str, bool]:
-    honest = store_module.file_problem
+    honest = opening.file_problem
     if rank == 2:
-        store_module.file_problem = lambda file, entry: (
+        opening.file_problem = lambda file, entry: (
             f"{file} cannot be read" if "step_00000003" in str(file) else honest(file, entry)
         )
     try:
         return load_newest(rank, size, folder)
     finally:
-        store_module.file_problem = honest
+        opening.file_problem = honest
 
 
 def test_what_one_rank_sees_counts_for_all(tmp_path):

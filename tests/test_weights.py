@@ -11,11 +11,12 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
 import megatron_lite
-from megatron_lite.checkpoint.reader import find_checkpoint, load_tensors
+from megatron_lite.checkpoint.opening import find_checkpoint, load_tensors
 from megatron_lite.data.blend import open_blend
+from megatron_lite.parallel.mesh import Mesh
 from megatron_lite.training.build import build_engine, build_schedule, open_tokenizer
 from megatron_lite.training.config import compose_run, validate
-from megatron_lite.training.resume import start_from
+from megatron_lite.training.resume import open_source
 from megatron_lite.weights import open_weights
 from tests import runs
 from tests.hf_folders import command, make_folder, metaspace_tokenizer
@@ -44,9 +45,7 @@ def manifest(run_dir) -> dict:
 def engine_started_from(data, source, *overrides):
     run = config(data, "unused", f"init_from={source}", *overrides)
     run.model = open_weights(source).config
-    engine = build_engine(run, None, torch.device("cpu"))
-    start_from(engine, run, open_tokenizer(run.data))
-    return engine
+    return build_engine(run, Mesh(), source=open_source(run, open_tokenizer(run.data)))
 
 
 @pytest.mark.parametrize("kind", ["nemotron", "llama", "mistral"])
@@ -62,8 +61,8 @@ def test_a_folder_is_imported_trained_and_exported(kind, dtype, tiny_data, tmp_p
     assert first["lr"] == pytest.approx(1e-2 / 2)  # the first of two warm-up steps
 
     run = config(tiny_data, run_dir, *keys)
-    horizon = build_schedule(run).horizon_samples
-    blend = open_blend(run.data, tokenizer=open_tokenizer(run.data), seed=run.seed, horizon_samples=horizon)
+    horizon = build_schedule(run).total_samples
+    blend = open_blend(run.data, tokenizer=open_tokenizer(run.data), seed=run.seed, total_samples=horizon)
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     examples = [blend[i] for i in range(8)]
     tokens, targets = (torch.stack([torch.from_numpy(e[key]) for e in examples]) for key in ("tokens", "targets"))
@@ -80,16 +79,16 @@ def test_a_folder_is_imported_trained_and_exported(kind, dtype, tiny_data, tmp_p
 
 def test_weights_only_takes_the_weights_and_nothing_else(tiny_data, straight):
     engine, source = engine_started_from(tiny_data, straight), saved(straight)
-    assert engine.adam_step == 0
-    for key, piece in engine.state().items():
+    assert engine.state().counters == {"adam_step": 0}
+    for key, piece in engine.state().tensors.items():
         kind = key.split(".", 1)[0]
         assert torch.equal(piece.local, source[key] if kind == "model" else torch.zeros_like(source[key])), key
 
 
 def test_optimizer_true_keeps_the_moments(tiny_data, straight):
     engine, source = engine_started_from(tiny_data, straight, "init_from.optimizer=true"), saved(straight)
-    assert engine.adam_step == manifest(straight)["adam_step"] == 20
-    for key, piece in engine.state().items():
+    assert engine.state().counters == manifest(straight)["counters"] == {"adam_step": 20}
+    for key, piece in engine.state().tensors.items():
         assert torch.equal(piece.local, source[key]), key
 
 
@@ -194,7 +193,7 @@ def test_only_the_tokenizer_is_copied_into_a_run(tiny_data, tmp_path):
 
 @pytest.mark.parametrize(
     ("make", "message"),
-    [(lambda path: None, "does not exist"), (lambda path: path.mkdir(), "is no checkpoint and no run directory")],
+    [(lambda path: None, "does not exist"), (lambda path: path.mkdir(), "is not a checkpoint")],
 )
 def test_what_holds_no_weights_is_refused(make, message, tmp_path):
     make(tmp_path / "x")

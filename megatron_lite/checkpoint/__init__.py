@@ -1,6 +1,6 @@
 """Checkpoints in global names and shapes: safetensors and JSON, whole or not there, for any layout."""
 
-from megatron_lite.checkpoint.reader import SavedTensors, describe, find_checkpoint, load_tensors
+from megatron_lite.checkpoint.opening import Verifier, describe, find_checkpoint, load_tensors
 from megatron_lite.checkpoint.store import CheckpointConfig, CheckpointStore
 from megatron_lite.errors import CheckpointError
 from megatron_lite.parallel.global_view import Layout, Piece
@@ -11,7 +11,7 @@ __all__ = [
     "CheckpointStore",
     "Layout",
     "Piece",
-    "SavedTensors",
+    "Verifier",
     "describe",
     "find_checkpoint",
     "load_tensors",

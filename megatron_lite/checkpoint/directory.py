@@ -3,12 +3,11 @@ once.
 
 Names: `step_XXXXXXXX` is a whole checkpoint. Everything that begins with `.tmp-` is on its way in or out:
     `.tmp-step_X` is being written, `.tmp-delete-step_X` being deleted, `.tmp-replaced-step_X` was replaced
-    by a newer save of the same step, `.tmp-abandoned-step_X` lay after the step a run went back to.
+    by a newer save of the same step, `.tmp-abandoned-step_X` is after the step a run went back to.
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import shutil
@@ -16,8 +15,10 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from megatron_lite.atomic import fsync
 from megatron_lite.checkpoint.manifest import MANIFEST, read_manifest, step_name, step_of
 from megatron_lite.errors import CheckpointError
+from megatron_lite.tensor_files import file_sha256
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +82,7 @@ def publish(temporary: Path, final: Path) -> None:
         # a crash between the two renames leaves the old one under this name; `recover` puts it back
         replaced = _move(directory, final.name, _REPLACED + final.name)
     os.rename(temporary, final)
-    fsync_directory(directory)
+    fsync(directory)
     if replaced is not None:
         shutil.rmtree(replaced, ignore_errors=True)
 
@@ -121,11 +122,8 @@ def file_problem(file: Path, entry: dict[str, Any], *, hashed: bool = True) -> s
         size = file.stat().st_size
         if size != entry["size"]:
             return f"{file} has {size} bytes, not {entry['size']}"
-        if hashed:
-            with open(file, "rb") as stream:
-                digest = hashlib.file_digest(stream, "sha256").hexdigest()
-            if digest != entry["sha256"]:
-                return f"{file} is damaged: its SHA-256 is not the manifest's"
+        if hashed and file_sha256(file) != entry["sha256"]:
+            return f"{file} is damaged: its SHA-256 is not the manifest's"
     except OSError as error:
         return f"{file} cannot be read: {error.strerror or error}"
     return None
@@ -149,21 +147,20 @@ def directory_problem(path: Path, manifest: dict[str, Any]) -> str | None:
     return None
 
 
+def problem_without_hashing(path: Path, manifest: dict[str, Any]) -> str | None:
+    """What names and sizes alone say is wrong with a checkpoint."""
+    problems = (file_problem(path / name, entry, hashed=False) for name, entry in manifest["files"].items())
+    return directory_problem(path, manifest) or next(filter(None, problems), None)
+
+
 def checkpoint_problem(path: Path, *, hashed: bool = True) -> str | None:
     """What is wrong with a checkpoint, by one process; `hashed=False` looks at names and sizes only."""
     try:
         manifest = read_manifest(path)
     except CheckpointError as error:
         return str(error)
-    problems = [directory_problem(path, manifest)]
-    problems += [file_problem(path / name, entry, hashed=hashed) for name, entry in manifest["files"].items()]
-    return next((problem for problem in problems if problem), None)
-
-
-def fsync_directory(path: Path) -> None:
-    """Make the directory's entries durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    problem = problem_without_hashing(path, manifest)
+    if problem is None and hashed:
+        problems = (file_problem(path / name, entry) for name, entry in manifest["files"].items())
+        problem = next(filter(None, problems), None)
+    return problem

@@ -1,11 +1,19 @@
-"""`manifest.json`: everything of a checkpoint that is no tensor, and the names, sizes and hashes of the
-files that are.
+"""`manifest.json`: everything of a checkpoint that is not a tensor, and which files hold the tensors.
 
 A manifest is a JSON object. The caller's part is `STATE_KEYS`; the store adds the format and its version,
-the versions of the software, the thread count, the world size, every tensor's global shape and dtype,
-`files: {name: {size, sha256}}`, and `checksum`, the SHA-256 of the rest, so that a flipped digit in
-`consumed_samples` is found like one in a weight. Nothing here is ever unpickled; file names that would lead
-out of the directory are refused.
+the versions of the software, the thread count, the world size, and
+
+    tensors: {name: {shape, dtype, group}}   global shape
+    groups:  {group: [[dim, parts], ...]}    the tensors of a group are all cut in the same way, in this order
+    files:   {file: {size, sha256}}          `<group>-<number>.safetensors` holds shard `number` of each of them
+
+so that a reader computes where a slice is (`global_view.shards_within`) and the manifest grows with the
+number of tensors and files, not with their product. `checksum` is the SHA-256 of the rest, so that a flipped
+digit in `consumed_samples` is found like one in a weight. Nothing here is ever unpickled; file names that
+would lead out of the directory are refused.
+
+Format 1 had no groups (the files' headers say where each shard begins) and `adam_step` instead of
+`counters`; it is read as if it had been written today, but for `format_version`.
 """
 
 from __future__ import annotations
@@ -27,12 +35,12 @@ from megatron_lite.parallel.global_view import Piece
 
 MANIFEST = "manifest.json"
 FORMAT = "megatron_lite"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 # what the caller says, and the JSON type it must have
 STATE_KEYS: dict[str, type] = {
     "consumed_samples": int,  # the whole data state of a position
-    "adam_step": int,  # Adam's bias-correction counter
+    "counters": dict,  # the engine's: name -> count
     "config": dict,
     "tokenizer": str,  # fingerprint
     "schedule": dict,
@@ -47,11 +55,17 @@ STORE_KEYS: dict[str, type] = {
     "threads": int,
     "world_size": int,
     "tensors": dict,
+    "groups": dict,
     "files": dict,
+}
+# what format 1 had instead
+_KEYS_1 = ({key: kind for key, kind in (STORE_KEYS | STATE_KEYS).items() if key not in ("groups", "counters")}) | {
+    "adam_step": int
 }
 
 _STEP_NAME = re.compile(r"step_(\d{8,})")
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*\.safetensors")
+_GROUP_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_\-]*")
 
 
 def step_name(step: int) -> str:
@@ -60,9 +74,19 @@ def step_name(step: int) -> str:
 
 
 def step_of(name: str) -> int | None:
-    """The step of a directory name, None when it is no checkpoint's."""
+    """The step of a directory name, None when it is not a checkpoint's."""
     found = _STEP_NAME.fullmatch(name)
     return int(found[1]) if found else None
+
+
+def file_name(group: str, index: int) -> str:
+    """The file with shard `index` of the tensors of a group."""
+    return f"{group}-{index:05d}.safetensors"
+
+
+def group_of(file: str) -> str:
+    """The group whose shards a file holds."""
+    return file.rsplit("-", 1)[0]
 
 
 def software_versions() -> dict[str, str]:
@@ -78,7 +102,7 @@ def software_versions() -> dict[str, str]:
 
 def check_state(state: dict[str, Any]) -> None:
     """The caller's part has every key with the right type and is JSON. Raises ValueError naming the keys."""
-    wrong = _wrong_keys(state, STATE_KEYS)
+    wrong = _wrong_keys(state, STATE_KEYS) or _wrong_counters(state["counters"])
     if wrong:
         raise ValueError(f"this state cannot be saved: {'; '.join(wrong)}")
     taken = sorted(set(state) & {*STORE_KEYS, "checksum"})
@@ -90,8 +114,8 @@ def check_state(state: dict[str, Any]) -> None:
         raise ValueError(f"the state of a checkpoint must be JSON: {error}") from error
 
 
-def build(step: int, state: dict[str, Any], *, world_size: int, tensors: dict, files: dict) -> dict[str, Any]:
-    """The whole manifest without its checksum."""
+def build(step: int, state: dict[str, Any], *, world_size: int, held: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The whole manifest without its checksum. held: `tensors`, `groups` and `files`."""
     return {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -100,8 +124,7 @@ def build(step: int, state: dict[str, Any], *, world_size: int, tensors: dict, f
         "versions": software_versions(),
         "threads": torch.get_num_threads(),
         "world_size": world_size,
-        "tensors": tensors,
-        "files": files,
+        **held,
     }
 
 
@@ -122,55 +145,75 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file} is no JSON: {error}") from error
+        raise CheckpointError(f"{file} is not JSON: {error}") from error
     if not isinstance(manifest, dict):
-        raise CheckpointError(f"{file} is no JSON object")
+        raise CheckpointError(f"{file} is not a JSON object")
     _check_manifest(file, manifest)
     return manifest | {"config": upgraded(manifest["config"])}
 
 
 def _check_manifest(file: Path, manifest: dict[str, Any]) -> None:
+    """Raise CheckpointError for what no version of this software wrote; bring format 1 into today's form."""
     if manifest.get("format", FORMAT) != FORMAT:
         raise CheckpointError(f"{file} has format {manifest['format']!r}, not {FORMAT!r}")
-    if manifest.get("format_version", FORMAT_VERSION) != FORMAT_VERSION:
+    version = manifest.get("format_version", FORMAT_VERSION)
+    if version not in (1, FORMAT_VERSION) or isinstance(version, bool):
         raise CheckpointError(
-            f"{file} has format_version {manifest['format_version']!r}; this version reads {FORMAT_VERSION}: "
+            f"{file} has format_version {version!r}; this version reads 1 and {FORMAT_VERSION}: "
             "load it with the version that wrote it"
         )
-    wrong = _wrong_keys(manifest, STORE_KEYS | STATE_KEYS)
+    wrong = _wrong_keys(manifest, _KEYS_1 if version == 1 else STORE_KEYS | STATE_KEYS)
     if wrong:
         raise CheckpointError(f"{file} is incomplete: {'; '.join(wrong)}")
     expected = manifest.pop("checksum", None)
     if expected != _checksum(manifest):
         raise CheckpointError(f"{file} does not match its own checksum: it was damaged or edited")
+    if version == 1:
+        manifest["counters"] = {"adam_step": manifest.pop("adam_step")}
+    if wrong := _wrong_counters(manifest["counters"]):
+        raise CheckpointError(f"{file} is incomplete: {'; '.join(wrong)}")
     for name, entry in manifest["files"].items():
         if not _FILE_NAME.fullmatch(name) or not isinstance(entry, dict) or set(entry) != {"size", "sha256"}:
             raise CheckpointError(f"{file} names an impossible file {name!r}")
         if not _is_count(entry["size"]) or not isinstance(entry["sha256"], str):
             raise CheckpointError(f"{file} gives the file {name!r} an impossible size or hash")
+    groups = manifest.get("groups", {})
+    for name, cuts in groups.items():
+        if not _GROUP_NAME.fullmatch(name) or not isinstance(cuts, list) or not all(map(_is_cut, cuts)):
+            raise CheckpointError(f"{file} describes an impossible group {name!r}: {str(cuts)[:80]}")
     for name, entry in manifest["tensors"].items():
-        if not isinstance(entry, dict) or set(entry) != {"shape", "dtype"}:
-            raise CheckpointError(f"{file} describes the tensor {name!r} without shape and dtype")
-        if not isinstance(entry["shape"], list) or not all(_is_count(size) for size in entry["shape"]):
-            raise CheckpointError(f"{file} gives the tensor {name!r} an impossible shape {str(entry['shape'])[:80]}")
-        try:
-            dtype_from(entry["dtype"])
-        except ValueError as error:
-            raise CheckpointError(f"{file}: the tensor {name!r} has an unknown dtype: {error}") from error
+        _check_tensor(file, name, entry, None if version == 1 else groups)
 
 
-def tensor_differences(saved: dict[str, Any], wanted: dict[str, Any], *, partial: bool) -> str:
-    """Names, shapes and dtypes of a checkpoint against those asked for; both `{name: {shape, dtype}}`.
+def _check_tensor(file: Path, name: str, entry: Any, groups: dict[str, Any] | None) -> None:
+    keys = {"shape", "dtype"} if groups is None else {"shape", "dtype", "group"}
+    if not isinstance(entry, dict) or set(entry) != keys:
+        raise CheckpointError(f"{file} describes the tensor {name!r} without {', '.join(sorted(keys))}")
+    if not isinstance(entry["shape"], list) or not all(_is_count(size) for size in entry["shape"]):
+        raise CheckpointError(f"{file} gives the tensor {name!r} an impossible shape {str(entry['shape'])[:80]}")
+    try:
+        dtype_from(entry["dtype"])
+    except ValueError as error:
+        raise CheckpointError(f"{file}: the tensor {name!r} has an unknown dtype: {error}") from error
+    if groups is not None:
+        cuts = groups.get(entry["group"]) if isinstance(entry["group"], str) else None
+        if cuts is None or any(dim >= len(entry["shape"]) for dim, _ in cuts):
+            raise CheckpointError(f"{file} gives the tensor {name!r} an impossible group {str(entry['group'])[:80]!r}")
 
-    partial: tensors of the checkpoint that nobody asks for are left out without complaint.
+
+def tensor_differences(saved: dict[str, Any], pieces: Mapping[str, Piece], *, extra: Iterable[str]) -> str:
+    """Names, shapes and dtypes of a checkpoint (its `tensors`) against those of `pieces`.
+
+    extra: names in the checkpoint that no rank asks for.
     Returns a text with up to five of each kind, empty when there is none.
     """
-    missing = [f"{name} {_entry(wanted[name])}" for name in wanted if name not in saved]
-    extra = [] if partial else [f"{name} {_entry(saved[name])}" for name in saved if name not in wanted]
+    wanted = {name: _entry(tensor_entry(piece)) for name, piece in pieces.items()}
+    missing = [f"{name} {entry}" for name, entry in wanted.items() if name not in saved]
+    extra = [f"{name} {_entry(saved[name])}" for name in extra]
     other = [
-        f"{name} is {_entry(saved[name])} there, {_entry(wanted[name])} here"
-        for name in wanted
-        if name in saved and saved[name] != wanted[name]
+        f"{name} is {_entry(saved[name])} there, {entry} here"
+        for name, entry in wanted.items()
+        if name in saved and _entry(saved[name]) != entry
     ]
     parts = [
         f"{len(found)} {what}: {', '.join(found[:5])}{', ...' if len(found) > 5 else ''}"
@@ -184,21 +227,16 @@ def tensor_differences(saved: dict[str, Any], wanted: dict[str, Any], *, partial
     return "; ".join(parts)
 
 
-def tensor_entry(shape: Iterable[int], dtype: torch.dtype) -> dict[str, Any]:
-    """A tensor's line in the manifest."""
-    return {"shape": list(shape), "dtype": str(dtype).removeprefix("torch.")}
-
-
-def tensor_entries(pieces: Mapping[str, Piece]) -> dict[str, Any]:
-    """The manifest's `tensors` for these pieces."""
-    return {name: tensor_entry(piece.global_shape, piece.local.dtype) for name, piece in pieces.items()}
+def tensor_entry(piece: Piece) -> dict[str, Any]:
+    """What a manifest says of a tensor itself."""
+    return {"shape": list(piece.global_shape), "dtype": str(piece.dtype).removeprefix("torch.")}
 
 
 def dtype_from(name: Any) -> torch.dtype:
     """The torch dtype of a manifest's name. Raises ValueError."""
     dtype = getattr(torch, name, None) if isinstance(name, str) else None
     if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"{name!r} is no dtype of torch {torch.__version__}")
+        raise ValueError(f"{name!r} is not a dtype of torch {torch.__version__}")
     return dtype
 
 
@@ -215,6 +253,18 @@ def _wrong_keys(given: dict[str, Any], keys: dict[str, type]) -> list[str]:
         elif kind is int and key in given and not _is_count(value):
             wrong.append(f"{key!r} is {str(value)[:40]}, not between 0 and 2**63")
     return wrong
+
+
+def _wrong_counters(counters: dict[str, Any]) -> list[str]:
+    return [
+        f"{name!r} is {str(value)[:40]}, not between 0 and 2**63"
+        for name, value in counters.items()
+        if not _is_count(value)
+    ]
+
+
+def _is_cut(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(map(_is_count, value)) and value[1] > 0
 
 
 def _is_count(value: Any) -> bool:

@@ -1,135 +1,151 @@
-"""Reading a checkpoint in one process without a process group: for evaluating, converting, starting from
-weights.
+"""The tensors of one checkpoint as a `TensorSource`: any slice of any tensor, from whatever shards the files hold.
 
-Tensors come one by one, whole, assembled from the boxes that the ranks of the run that saved them had
-written; no more than one of them stands in memory.
+Notable features
+- One reader for resumes, evaluation, conversion and starts from given weights, of both formats.
+- Only files that the manifest names are opened, and of them only those that hold a part of the slice.
+- Format 2's manifest says where each shard is. For format 1 (`DCP_SHARDING_INFO` in the files' headers, as
+  `torch.distributed.checkpoint` wrote it) the headers are read once, by `header_shards`.
 """
 
 from __future__ import annotations
 
 import json
-import logging
-from collections.abc import Iterable, Iterator, Mapping
+import math
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from torch import Tensor
 
-from megatron_lite.checkpoint.directory import checkpoint_problem, file_problem, list_steps
-from megatron_lite.checkpoint.manifest import MANIFEST, dtype_from, read_manifest, step_name
+from megatron_lite.checkpoint.manifest import dtype_from, file_name, group_of
 from megatron_lite.errors import CheckpointError
+from megatron_lite.parallel.global_view import Region, shards_within
+from megatron_lite.tensor_files import TensorFiles, TensorSource, open_tensor_file, read_slice
 
-logger = logging.getLogger(__name__)
-
-
-def find_checkpoint(path: str | Path) -> Path:
-    """The checkpoint that a person means: the directory of one, or a run directory's newest valid one.
-
-    Damaged ones of a run are skipped with a warning. Raises ValueError when there is none.
-    """
-    path = Path(path)
-    if (path / MANIFEST).exists():
-        return path
-    for directory in (path / "checkpoints", path):
-        for step in reversed(list_steps(directory)):
-            problem = checkpoint_problem(directory / step_name(step))
-            if problem is None:
-                return directory / step_name(step)
-            logger.warning("checkpoint of step %d is skipped: %s", step, problem)
-    raise ValueError(f"{path} is no checkpoint and no run directory with a valid one in checkpoints/")
+Shards = dict[str, list[tuple[str, Region]]]  # tensor name -> [(file, region of the shard)]
 
 
-def describe(path: str | Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Global name -> (shape, dtype) of every tensor of a checkpoint, from its manifest alone."""
-    tensors = read_manifest(path)["tensors"]
-    return {name: (tuple(entry["shape"]), dtype_from(entry["dtype"])) for name, entry in tensors.items()}
+class CheckpointTensors:
+    """See `tensor_files.TensorSource`; also says which files hold which tensors. `read` raises CheckpointError.
 
-
-class SavedTensors(Mapping[str, torch.Tensor]):
-    """Global name -> whole global CPU tensor of a checkpoint, read anew each time it is asked for.
-
-    prefix: only names that begin with it, and without it (`model.` for the weights).
-    verify: hash the files that hold them first.
-    Raises CheckpointError for damage when made, KeyError for unknown names.
+    shards: of format 1, what `header_shards` found.
     """
 
-    def __init__(self, path: str | Path, *, prefix: str = "", verify: bool = True) -> None:
-        self.path = Path(path)
-        self.prefix = prefix
-        self.entries = {name: entry for name, entry in describe(path).items() if name.startswith(prefix)}
-        self._files = read_manifest(self.path)["files"]
-        self._boxes = _boxes(self.path, set(self.entries), self._files)
-        self._open: dict[str, Any] = {}
-        if verify:
-            self.verify(self)
+    def __init__(self, path: Path, manifest: dict[str, Any], shards: Shards | None = None) -> None:
+        self.path, self.manifest = path, manifest
+        self._shards = shards
+        self._files = TensorFiles(path)
 
-    def verify(self, names: Iterable[str]) -> None:
-        """Hash the files that hold `names`. Raises CheckpointError."""
-        for file in sorted({file for name in names for file, _ in self._boxes[self.prefix + name]}):
-            problem = file_problem(self.path / file, self._files[file])
-            if problem:
-                raise CheckpointError(problem)
+    def names(self) -> Collection[str]:
+        """See `TensorSource`."""
+        return self.manifest["tensors"].keys()
 
-    def __getitem__(self, name: str) -> torch.Tensor:
-        name = self.prefix + name
-        shape, dtype = self.entries[name]
-        boxes = self._boxes[name]
-        # mapped files count as this process's memory: only those of the tensor at hand stay open
-        self._open = {file: self._open.get(file) or _opened(self.path / file) for file, _ in boxes}
-        whole = torch.empty(shape, dtype=dtype)
-        filled = 0
-        for file, offsets in boxes:
-            box = self._open[file].get_tensor(name)
-            target = whole
-            for dim, (start, size) in enumerate(zip(offsets, box.shape)):
-                target = target.narrow(dim, start, size)
-            target.copy_(box)
-            filled += box.numel()
-        if filled != whole.numel():
-            raise CheckpointError(f"{self.path} holds {filled} of the {whole.numel()} numbers of {name!r}")
-        return whole
+    def shape(self, name: str) -> tuple[int, ...]:
+        """See `TensorSource`."""
+        return tuple(self.manifest["tensors"][name]["shape"])
 
-    def __iter__(self) -> Iterator[str]:
-        return (name.removeprefix(self.prefix) for name in self.entries)
+    def dtype(self, name: str) -> torch.dtype:
+        """See `TensorSource`."""
+        return dtype_from(self.manifest["tensors"][name]["dtype"])
 
-    def __len__(self) -> int:
-        return len(self.entries)
+    def read(self, name: str, offsets: Sequence[int], sizes: Sequence[int]) -> Tensor:
+        """See `TensorSource`. Raises CheckpointError for damage, and for numbers that no file holds."""
+        region = tuple(offsets), tuple(sizes)
+        whole, filled = None, 0
+        for file, shard in self._find(name, region):
+            low = tuple(map(max, shard[0], region[0]))
+            high = map(min, _ends(shard), _ends(region))
+            part_sizes = tuple(end - start for start, end in zip(low, high))
+            part = self._slice(file, name, shard, (low, part_sizes))
+            if part_sizes == region[1]:
+                return part
+            whole = torch.empty(region[1], dtype=part.dtype) if whole is None else whole
+            place = tuple(slice(a - o, a - o + n) for a, o, n in zip(low, offsets, part_sizes))
+            whole[place].copy_(part)
+            filled += part.numel()
+        if filled != math.prod(sizes):
+            raise CheckpointError(
+                f"no file of the checkpoint {self.path} holds {math.prod(sizes) - filled} of the {math.prod(sizes)} "
+                f"numbers of {name!r} at {region[0]}"
+            )
+        return torch.empty(region[1], dtype=self.dtype(name)) if whole is None else whole
 
+    def files_of(self, names: Iterable[str]) -> set[str]:
+        """The files of the manifest that hold any part of the named tensors."""
+        if self._shards is not None:
+            return {file for name in names for file, _ in self._shards[name]}
+        groups = {self.manifest["tensors"][name]["group"] for name in names}
+        return {file for file in self.manifest["files"] if group_of(file) in groups}
 
-def load_tensors(
-    path: str | Path, names: Iterable[str] | None = None, *, verify: bool = True
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield (name, whole global CPU tensor) for `names`, all when None, in the order given; lazily.
+    def _find(self, name: str, region: Region) -> Iterator[tuple[str, Region]]:
+        """(file, region of its shard) of all shards that hold a part of the region."""
+        if self._shards is not None:
+            for file, shard in self._shards[name]:
+                if all(max(a, b) < min(c, d) for a, b, c, d in zip(shard[0], region[0], _ends(shard), _ends(region))):
+                    yield file, shard
+            return
+        group = self.manifest["tensors"][name]["group"]
+        for index, shard in shards_within(self.shape(name), self.manifest["groups"][group], region):
+            if (file := file_name(group, index)) in self.manifest["files"]:
+                yield file, shard
 
-    Raises ValueError for unknown names and CheckpointError for damage, both before the first tensor.
-    """
-    tensors = SavedTensors(path, verify=False)
-    wanted = list(tensors) if names is None else list(names)
-    unknown = [name for name in wanted if name not in tensors]
-    if unknown:
-        raise ValueError(f"{path} holds no tensors {', '.join(unknown[:5])}{', ...' if len(unknown) > 5 else ''}")
-    if verify:
-        tensors.verify(wanted)
-    return ((name, tensors[name]) for name in wanted)
-
-
-def _boxes(path: Path, wanted: set[str], files: Iterable[str]) -> dict[str, list[tuple[str, list[int]]]]:
-    """Name -> [(file, offsets of its box)], from the headers."""
-    boxes: dict[str, list[tuple[str, list[int]]]] = {name: [] for name in wanted}
-    for file in sorted(files):
-        stream = _opened(path / file)
+    def _slice(self, file: str, name: str, shard: Region, region: Region) -> Tensor:
+        """A part of a shard; both regions in the global tensor."""
         try:
-            places = json.loads((stream.metadata() or {}).get("DCP_SHARDING_INFO", "{}"))
-            for name in wanted.intersection(stream.keys()):
-                boxes[name].append((file, places[name]["saved_offsets"]))
+            opened = self._files[file]
+            shape = tuple(opened.get_slice(name).get_shape())
+            if shape != shard[1]:
+                raise ValueError(f"{self.path / file} holds {name!r} with shape {shape}, not {shard[1]}")
+            part = read_slice(opened, name, [a - b for a, b in zip(region[0], shard[0])], region[1])
+        except (ValueError, OSError, SafetensorError) as error:
+            raise CheckpointError(f"{self.path / file} cannot be read: {error}") from error
+        if part.dtype != self.dtype(name):
+            raise CheckpointError(f"{self.path / file} holds {name!r} as {part.dtype}, not {self.dtype(name)}")
+        return part
+
+
+class Prefixed:
+    """The tensors of a source whose names begin with `prefix`, named without it (`model.` for the weights)."""
+
+    def __init__(self, source: TensorSource, prefix: str) -> None:
+        self.source, self.prefix = source, prefix
+        self._names = [name.removeprefix(prefix) for name in source.names() if name.startswith(prefix)]
+
+    def names(self) -> Collection[str]:
+        """See `TensorSource`."""
+        return self._names
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """See `TensorSource`."""
+        return self.source.shape(self.prefix + name)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """See `TensorSource`."""
+        return self.source.dtype(self.prefix + name)
+
+    def read(self, name: str, offsets: Sequence[int], sizes: Sequence[int]) -> Tensor:
+        """See `TensorSource`."""
+        return self.source.read(self.prefix + name, offsets, sizes)
+
+
+def header_shards(path: Path, manifest: dict[str, Any]) -> Shards | None:
+    """Where format 1 holds each shard, from the headers of all its files; None for later formats. Raises CheckpointError."""
+    if manifest["format_version"] != 1:
+        return None
+    shards: Shards = {name: [] for name in manifest["tensors"]}
+    for file in sorted(manifest["files"]):
+        try:
+            opened = open_tensor_file(path / file)
+            places = json.loads((opened.metadata() or {}).get("DCP_SHARDING_INFO", "{}"))
+            for name in shards.keys() & set(opened.keys()):
+                offsets = tuple(places[name]["saved_offsets"])
+                shards[name].append((file, (offsets, tuple(opened.get_slice(name).get_shape()))))
         except (ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{path / file} does not say where its boxes lie: {error!r}") from error
-    return boxes
+            raise CheckpointError(f"{path / file} does not say where its shards begin: {error!r}") from error
+    return shards
 
 
-def _opened(file: Path) -> Any:
-    try:
-        return safe_open(file, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file} cannot be opened: {error!r}") from error
+def _ends(region: Region) -> tuple[int, ...]:
+    return tuple(map(sum, zip(*region)))

@@ -4,18 +4,21 @@
 
 The `safetensors` package builds the whole file in memory first, holding Python's lock: half a second for 256 MiB, in
 which a training loop beside a background save would stand still. Here nothing is copied, and hashing and writing
-release the lock. Its reader, and DCP's, read the result; the tests hold it against both.
+release the lock. The package reads the result, which the tests check.
 Format: https://huggingface.co/docs/safetensors
 """
 
 from __future__ import annotations
 
 import json
+import math
 import struct
 from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
+
+from megatron_lite.parallel.global_view import Piece
 
 _DTYPES = {
     torch.float64: "F64",
@@ -37,33 +40,30 @@ class Sink(Protocol):
     def write(self, data: Any) -> int: ...
 
 
-def write_safetensors(
-    sink: Sink, tensors: Mapping[str, tuple[torch.Tensor, tuple[int, ...]]], *, metadata: Mapping[str, str]
-) -> None:
-    """Write `tensors`: name -> (CPU or GPU tensor, offsets of its box in the global tensor).
+def write_safetensors(sink: Sink, pieces: Mapping[str, Piece], *, metadata: Mapping[str, str]) -> None:
+    """Write the local tensors of `pieces` (on the CPU or a GPU), one after the other.
 
-    The offsets go where DCP's reader looks for them. Raises ValueError for a dtype the format or DCP has not.
+    Raises ValueError for a dtype that the format does not have.
     """
     # widest numbers first, as the package does: every tensor then begins at a multiple of its own width
-    names = sorted(tensors, key=lambda name: (-tensors[name][0].element_size(), name))
-    places = {name: {"saved_offsets": list(tensors[name][1])} for name in names}
-    header: dict[str, Any] = {"__metadata__": {**metadata, "DCP_SHARDING_INFO": json.dumps(places)}}
+    names = sorted(pieces, key=lambda name: (-_dtype(name, pieces[name]).itemsize, name))
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
     for name in names:
-        tensor = tensors[name][0]
-        if tensor.dtype not in _DTYPES:
-            raise ValueError(f"{name!r} has dtype {tensor.dtype}, which a checkpoint cannot hold")
-        start, end = end, end + tensor.numel() * tensor.element_size()
-        header[name] = {
-            "dtype": _DTYPES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [start, end],
-        }
+        piece, dtype = pieces[name], _dtype(name, pieces[name])
+        start, end = end, end + math.prod(piece.sizes) * dtype.itemsize
+        header[name] = {"dtype": _DTYPES[dtype], "shape": list(piece.sizes), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     sink.write(struct.pack("<Q", len(text)) + text)
     for name in names:
-        sink.write(tensor_bytes(tensors[name][0]))
+        sink.write(tensor_bytes(pieces[name].tensor()))
+
+
+def _dtype(name: str, piece: Piece) -> torch.dtype:
+    if piece.dtype not in _DTYPES:
+        raise ValueError(f"{name!r} has dtype {piece.dtype}, which a checkpoint cannot hold")
+    return piece.dtype
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:

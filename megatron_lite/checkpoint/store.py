@@ -1,7 +1,7 @@
 """The checkpoints of a run: saving in the foreground or behind, finding the newest valid one, loading.
 
-How a checkpoint becomes whole is in `saving.py`. Loading divides the files to verify over the ranks and
-decides once for all of them: all load the same step, or all fall back to the same older one.
+How a checkpoint becomes whole is in `saving.py`, how it is found and verified in `opening.py`: all ranks
+load the same step, or all fall back to the same older one.
 
 Notable features
 - A process group of its own (gloo), so that a background save never stands between two collectives of the
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import threading
 import uuid
 from collections.abc import Mapping
@@ -28,10 +29,11 @@ import torch.distributed as dist
 
 from megatron_lite.checkpoint import directory as folder
 from megatron_lite.checkpoint import manifest as manifests
-from megatron_lite.checkpoint.directory import directory_problem, file_problem
+from megatron_lite.checkpoint.opening import Verifier
+from megatron_lite.checkpoint.reader import CheckpointTensors
 from megatron_lite.checkpoint.saving import Saver, Staging
-from megatron_lite.checkpoint.storage import OpenStream, open_for_writing, read_pieces
-from megatron_lite.errors import CheckpointError, error_text
+from megatron_lite.checkpoint.storage import OpenStream, open_for_writing
+from megatron_lite.errors import CheckpointError
 from megatron_lite.parallel.global_view import Piece
 from megatron_lite.ranks import Ranks
 
@@ -61,10 +63,6 @@ class CheckpointConfig:
                 f"checkpoint.keep_every={self.keep_every} must be at least 1, or null to keep none for good"
             )
 
-    def due(self, step: int) -> bool:
-        """Is a checkpoint to be written after `step`?"""
-        return self.every > 0 and step % self.every == 0
-
 
 class CheckpointStore:
     """The directory of a run's checkpoints. Collective: every rank makes one and calls the same methods."""
@@ -83,10 +81,9 @@ class CheckpointStore:
         self.ranks = Ranks(group, timeout_seconds=config.timeout_seconds)
         self._saver = Saver(self.directory, self.ranks, file_bytes=config.file_mib * 2**20, open_stream=open_stream)
         self._staging = Staging()
+        self._verifier = Verifier(self.ranks)
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
-        self._verified: dict[Path, str] = {}
-        self._damaged: set[int] = set()
 
     @classmethod
     def with_own_group(cls, directory: str | Path, config: CheckpointConfig) -> CheckpointStore:
@@ -105,12 +102,11 @@ class CheckpointStore:
             return
         name, made = self.ranks.first("mark", lambda: _leave_mark(self.directory))
         mark = self.directory / name
-        seen = self.ranks.agree("look for the mark", mark.exists)
+        blind = self.ranks.problems("look for the mark", lambda: None if mark.exists() else "blind")
         self.ranks.first("unmark", lambda: _take_mark(mark, made))
-        blind = [rank for rank, sees in enumerate(seen) if not sees]
         if blind:
             raise CheckpointError(
-                f"ranks {blind} do not see {self.directory} as rank 0 does: run.dir must lie on a shared file system"
+                f"ranks {sorted(blind)} do not see {self.directory} as rank 0 does: run.dir must be on a shared file system"
             )
 
     # ---- saving
@@ -151,8 +147,7 @@ class CheckpointStore:
 
     def _write(self, step: int, pieces: dict[str, Piece], state: dict[str, Any]) -> None:
         self._saver.write(step, pieces, state)
-        self._damaged.discard(step)
-        self._verified.clear()
+        self._verifier.forget(self.path(step))
         if self.ranks.rank == 0:
             self._tidy(step)
 
@@ -170,8 +165,9 @@ class CheckpointStore:
         self.ranks.first("prune", lambda: self._prune(max(self.steps(), default=0)))
 
     def _prune(self, last: int) -> list[int]:
+        damaged = {step for step in self.steps() if self.path(step) in self._verifier.damaged}
         keep, keep_every = self.config.keep, self.config.keep_every
-        return folder.prune(self.directory, last=last, keep=keep, keep_every=keep_every, damaged=self._damaged)
+        return folder.prune(self.directory, last=last, keep=keep, keep_every=keep_every, damaged=damaged)
 
     def abandon_after(self, step: int) -> list[int]:
         """Hide the checkpoints after `step`, the step a run went back to; the next good save deletes them."""
@@ -194,19 +190,20 @@ class CheckpointStore:
         Damaged ones are skipped with a warning that names the file and the reason.
         """
         self.wait()
-        for step in reversed(self.ranks.first("list", self._listed)):
-            path = self.path(step)
-            problem = self._verify(path)
-            if problem is None:
-                return path
-            self._damaged.add(step)
-            if self.ranks.rank == 0:
-                logger.warning("checkpoint of step %d is skipped: %s", step, problem)
-        return None
+        found = self._verifier.newest(self.directory, self.ranks.first("list", self._listed))
+        return found and found.path
 
     def _listed(self) -> list[int]:
         folder.recover(self.directory)
         return self.steps()
+
+    def find(self, path: str | Path) -> Path:
+        """The checkpoint that a person means by `path`: itself, or a run directory's newest one that is not damaged.
+
+        Raises ValueError when there is none, CheckpointError when the named one is damaged; on every rank.
+        """
+        self.wait()
+        return self._verifier.find(path).path
 
     def read_manifest(self, step_or_path: int | str | Path) -> dict[str, Any]:
         """The manifest of a checkpoint; not collective, opens no tensor file. Raises CheckpointError."""
@@ -221,41 +218,23 @@ class CheckpointStore:
         self.wait()
         path = self._where(step_or_path)
         pieces = as_pieces(tensors, ranks=self.ranks.size)
-        problem = self._verify(path)
-        if problem is not None:
-            raise CheckpointError(f"the checkpoint {path} cannot be loaded: {problem}")
-        manifest = self.ranks.first("manifest", lambda: manifests.read_manifest(path))
-        wanted = manifests.tensor_entries(pieces)
-        differences = self.ranks.agree(
-            "compare", lambda: manifests.tensor_differences(manifest["tensors"], wanted, partial=partial)
-        )
-        if any(differences):
-            raise ValueError(f"{path} holds another model: {next(filter(None, differences))}")
-        read_pieces(path, pieces, files=manifest["files"], group=self.ranks.group)
-        return manifest
+        found = self._verifier.open(path)
+        self._compare(found, pieces, partial=partial)
+        self.ranks.agree("read", lambda: _fill(pieces, found))
+        return found.manifest
+
+    def _compare(self, found: CheckpointTensors, pieces: dict[str, Piece], *, partial: bool) -> None:
+        """Raise ValueError on every rank when the checkpoint is of another model."""
+        names = sorted(found.names())
+        asked = self.ranks.sum("compare", torch.tensor([name in pieces for name in names], dtype=torch.int32))
+        extra = [] if partial else [name for name, ranks in zip(names, asked.tolist()) if not ranks]
+        saved = found.manifest["tensors"]
+        differences = self.ranks.problems("compare", lambda: manifests.tensor_differences(saved, pieces, extra=extra))
+        if differences:
+            raise ValueError(f"{found.path} holds another model: {next(iter(differences.values()))}")
 
     def _where(self, step_or_path: int | str | Path) -> Path:
         return self.path(step_or_path) if isinstance(step_or_path, int) else Path(step_or_path)
-
-    def _verify(self, path: Path) -> str | None:
-        """One verdict for all ranks; each hashes its share of the files that were not verified before."""
-
-        def first_look() -> tuple[str | None, dict[str, Any], str]:
-            try:
-                manifest = manifests.read_manifest(path)
-                return directory_problem(path, manifest), manifest["files"], _signature(path, manifest)
-            except Exception as error:
-                return error_text(error), {}, ""
-
-        problem, files, signature = self.ranks.first("look", first_look)
-        if problem is None and self._verified.get(path) != signature:
-            by_size = sorted(files, key=lambda name: (-files[name]["size"], name))
-            mine = by_size[self.ranks.rank :: self.ranks.size]
-            found = self.ranks.agree("verify", lambda: [file_problem(path / name, files[name]) for name in mine])
-            problem = next((text for texts in found for text in texts if text), None)
-        if problem is None:
-            self._verified[path] = signature
-        return problem
 
 
 def as_pieces(tensors: Tensors, *, ranks: int) -> dict[str, Piece]:
@@ -280,14 +259,7 @@ def _take_mark(mark: Path, made: bool) -> None:
         mark.parent.rmdir()
 
 
-def _signature(path: Path, manifest: dict[str, Any]) -> str:
-    """Changes when a file of the checkpoint is replaced or written."""
-    parts = [manifests.MANIFEST, *manifest["files"]]
-    stats = []
-    for name in parts:
-        try:
-            stat = (path / name).stat()
-            stats.append((name, stat.st_ino, stat.st_size, stat.st_mtime_ns))
-        except OSError:
-            stats.append((name, 0, 0, 0))
-    return repr(stats)
+def _fill(pieces: dict[str, Piece], source: CheckpointTensors) -> None:
+    for name, piece in pieces.items():
+        if math.prod(piece.sizes):
+            piece.tensor().detach().copy_(source.read(name, piece.offsets, piece.sizes))

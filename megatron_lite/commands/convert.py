@@ -6,39 +6,24 @@ python -m megatron_lite convert source=exported target=runs/imported to=native
 
 from __future__ import annotations
 
-import os
 import shutil
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
+from megatron_lite.atomic import whole_folder
 from megatron_lite.checkpoint.store import CheckpointConfig, CheckpointStore
 from megatron_lite.commands.command import run_command
 from megatron_lite.config.compose import to_dict
 from megatron_lite.data.tokenizer import load_tokenizer
 from megatron_lite.models.huggingface import export_folder
+from megatron_lite.parallel.global_view import Piece
+from megatron_lite.tensor_files import TensorSource, WholeTensors
 from megatron_lite.weights import HUGGING_FACE, TOKENIZER, Weights, copy_tokenizer, open_weights
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-class Cast(Mapping[str, Tensor]):
-    """The same tensors in another dtype, cast one by one when asked for."""
-
-    def __init__(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:
-        self.tensors, self.dtype = tensors, dtype
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.tensors[name].to(self.dtype)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.tensors)
-
-    def __len__(self) -> int:
-        return len(self.tensors)
 
 
 @dataclass
@@ -68,16 +53,15 @@ def convert(config: ConvertConfig) -> int:
     if not config.target.strip() or Path(config.target).resolve() == Path.cwd():
         raise ValueError(f"target={config.target} is the folder that you are in; name a new one")
     weights = open_weights(config.source)
-    tensors = weights.tensors if config.dtype == "source" else Cast(weights.tensors, DTYPES[config.dtype])
     if config.to == "hf":
-        _to_hugging_face(config, weights, tensors)
+        _to_hugging_face(config, weights)
     else:
-        _to_native(config, weights, tensors)
+        _to_native(config, weights)
     print(f"{weights.path} -> {config.target}")
     return 0
 
 
-def _to_hugging_face(config: ConvertConfig, weights: Weights, tensors: Mapping[str, Tensor]) -> None:
+def _to_hugging_face(config: ConvertConfig, weights: Weights) -> None:
     extra = weights.extra
     if weights.tokenizer is None:
         print("warning: no tokenizer lies beside the source; the exported folder has none")
@@ -87,7 +71,7 @@ def _to_hugging_face(config: ConvertConfig, weights: Weights, tensors: Mapping[s
     export_folder(
         config.target,
         config=weights.config,
-        tensors=tensors,
+        tensors=WholeTensors(weights.tensors, DTYPES.get(config.dtype)),
         extra=extra,
         max_shard_bytes=int(min(config.max_shard_gb * 2**30, 2**63)),
     )
@@ -99,14 +83,14 @@ def _to_hugging_face(config: ConvertConfig, weights: Weights, tensors: Mapping[s
             raise
 
 
-def _to_native(config: ConvertConfig, weights: Weights, tensors: Mapping[str, Tensor]) -> None:
+def _to_native(config: ConvertConfig, weights: Weights) -> None:
     """A run directory with one checkpoint of step 0 that holds weights only: for `init_from`, evaluate, generate, load."""
     target = Path(config.target)
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise ValueError(f"target={target} exists and is not an empty folder; choose another folder or remove it")
     state = {
         "consumed_samples": 0,
-        "adam_step": 0,
+        "counters": {"adam_step": 0},
         "config": {"model": to_dict(weights.config), "data": {"tokenizer": ""}},
         "tokenizer": weights.tokenizer_fingerprint or "",
         "schedule": {},
@@ -114,14 +98,19 @@ def _to_native(config: ConvertConfig, weights: Weights, tensors: Mapping[str, Te
         "rng": {},
         HUGGING_FACE: weights.extra,
     }
-    target.parent.mkdir(parents=True, exist_ok=True)
-    work = target.parent / f".tmp-{target.name}-{os.getpid()}"  # whole or not there, as an exported folder is
-    try:
+    with whole_folder(target) as work:
         if weights.tokenizer is not None:
             copy_tokenizer(weights.tokenizer, work / TOKENIZER)
         store = CheckpointStore(work / "checkpoints", CheckpointConfig())
-        store.save(0, {f"model.{name}": tensor for name, tensor in tensors.items()}, state)
-        os.replace(work, target)
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
+        store.save(0, _pieces(weights.tensors, DTYPES.get(config.dtype)), state)
+
+
+def _pieces(source: TensorSource, dtype: torch.dtype | None) -> dict[str, Piece]:
+    """The weights as they are saved: each is read when it is written."""
+    tensors = WholeTensors(source, dtype)
+    return {
+        f"model.{name}": Piece(
+            partial(tensors.__getitem__, name), source.shape(name), dtype=dtype or source.dtype(name)
+        )
+        for name in source.names()
+    }

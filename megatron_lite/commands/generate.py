@@ -2,6 +2,7 @@
 
 python -m megatron_lite generate checkpoint=runs/smoke prompt='def main(' max_new_tokens=40
 python -m megatron_lite generate checkpoint=runs/smoke prompt_file=prompts.txt sampling.temperature=0.8 sampling.top_p=0.9
+torchrun --nproc-per-node 2 -m megatron_lite generate checkpoint=runs/large prompt='def main(' parallel.tp=2
 """
 
 from __future__ import annotations
@@ -13,9 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lite.commands.command import run_command
+from megatron_lite.commands.ranks import all_ranks
+from megatron_lite.data.tokenizer import load_tokenizer
 from megatron_lite.models.sampling import SamplingConfig, generate_tokens
-from megatron_lite.runtime import default_device
-from megatron_lite.weights import load
+from megatron_lite.parallel.assemble import assemble, bare, from_tensors
+from megatron_lite.parallel.mesh import ParallelConfig, build_mesh
+from megatron_lite.ranks import Ranks
+from megatron_lite.runtime import Runtime
+from megatron_lite.weights import Weights, open_weights
 
 
 @dataclass
@@ -27,6 +33,22 @@ class GenerateConfig:
     prompt_file: str | None = None
     max_new_tokens: int = 64
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+
+    def validate(self, world_size: int = 1) -> None:
+        """Raise ValueError naming the key if a value is invalid."""
+        self.sampling.validate()
+        self.parallel.validate(world_size)
+        if self.parallel.tp != world_size:
+            raise ValueError(
+                f"parallel.tp={self.parallel.tp} with {world_size} processes: generate divides a model by tensor "
+                f"parallelism only; set parallel.tp={world_size}, or start {self.parallel.tp} processes"
+            )
+        if self.parallel.sequence_parallel:
+            raise ValueError(
+                "parallel.sequence_parallel=true: tokens are generated one by one, which leaves no sequence to cut; set it "
+                "to false"
+            )
 
 
 def main() -> None:
@@ -35,14 +57,30 @@ def main() -> None:
 
 
 def generate(config: GenerateConfig) -> int:
-    """Print every prompt and its continuation. Raises ValueError when there is no prompt or no tokenizer."""
-    config.sampling.validate()
-    prompts = _prompts(config)
-    model, tokenizer = load(config.checkpoint, device=default_device())
-    if tokenizer is None:
-        raise ValueError(
-            f"no tokenizer lies beside checkpoint={config.checkpoint}; put it into a folder `tokenizer` there"
-        )
+    """Print every prompt and its continuation.
+
+    Raises ValueError (on several ranks CheckpointError) when there is no prompt, no tokenizer, or the layout does not fit.
+    """
+    with all_ranks() as (runtime, ranks):
+        for text in texts(config, runtime, ranks):
+            if runtime.is_main:
+                sys.stdout.write(text)
+                sys.stdout.flush()
+    return 0
+
+
+def texts(config: GenerateConfig, runtime: Runtime, ranks: Ranks) -> Iterator[str]:
+    """What is to be printed, part by part as it is made, the same on every rank. Collective."""
+    prompts = ranks.attempt("read the prompts", lambda: _prompts(config, runtime.world_size))
+    weights = open_weights(config.checkpoint, ranks)
+    tokenizer = ranks.attempt("open the tokenizer", lambda: _tokenizer(config, weights))
+    mesh = build_mesh(config.parallel.degrees(runtime.world_size), device=runtime.device)
+    fill = from_tensors(weights.tensors)
+    model, _ = ranks.attempt(
+        "read the weights",
+        lambda: assemble(weights.config, mesh=mesh, parallel=config.parallel, fill=fill, wrap=bare),
+    )
+    model.eval()
     for prompt in prompts:
         tokens = tokenizer(prompt, add_special_tokens=False)["input_ids"] or [tokenizer.eos_token_id]
         new = generate_tokens(
@@ -52,12 +90,17 @@ def generate(config: GenerateConfig) -> int:
             eod=tokenizer.eos_token_id,
             sampling=config.sampling,
         )
-        sys.stdout.write(prompt)
-        for text in stream_text(tokenizer, new, before=tokens):
-            sys.stdout.write(text)
-            sys.stdout.flush()
-        sys.stdout.write("\n")
-    return 0
+        yield prompt
+        yield from stream_text(tokenizer, new, before=tokens)
+        yield "\n"
+
+
+def _tokenizer(config: GenerateConfig, weights: Weights) -> Any:
+    if weights.tokenizer is None:
+        raise ValueError(
+            f"no tokenizer lies beside checkpoint={config.checkpoint}; put it into a folder `tokenizer` there"
+        )
+    return load_tokenizer(weights.tokenizer)
 
 
 def stream_text(tokenizer: Any, tokens: Iterable[int], *, before: Sequence[int] = ()) -> Iterator[str]:
@@ -88,7 +131,8 @@ def _decode(tokenizer: Any, tokens: Sequence[int]) -> str:
     return tokenizer.decode(tokens, clean_up_tokenization_spaces=False) if tokens else ""
 
 
-def _prompts(config: GenerateConfig) -> list[str]:
+def _prompts(config: GenerateConfig, world_size: int) -> list[str]:
+    config.validate(world_size)
     if (config.prompt is None) == (config.prompt_file is None):
         raise ValueError("give either prompt='...' or prompt_file=<a text file with one prompt a line>")
     if config.prompt is not None:

@@ -13,13 +13,13 @@ from pathlib import Path
 from megatron_lite.checkpoint.store import CheckpointStore
 from megatron_lite.commands.command import run_command
 from megatron_lite.errors import error_text
+from megatron_lite.file_lock import FileLock
 from megatron_lite.runtime import launched_ranks, set_deterministic, set_threads, start, stop
 from megatron_lite.tracking import write_loss_plot, write_report
 from megatron_lite.training.build import build_schedule, build_trainer, check_batch_sizes, prepare_data, run_info
 from megatron_lite.training.config import RunConfig, validate, validate_model
 from megatron_lite.training.resume import choose_checkpoint, choose_model
 from megatron_lite.training.run_directory import keep_tokenizer, write_config
-from megatron_lite.training.run_lock import RunLock
 from megatron_lite.training.trainer import Trainer
 from megatron_lite.training.watchdog import Watchdog
 
@@ -45,7 +45,12 @@ def train(run: RunConfig) -> int:
         set_threads(run.train.threads)
         set_deterministic(run.train.deterministic)
         store = CheckpointStore.with_own_group(Path(run.run.dir) / "checkpoints", run.checkpoint)
-        store.ranks.first("lock run.dir", lambda: stack.enter_context(RunLock(run.run.dir)) and None)
+        store.ranks.first(
+            "lock run.dir",
+            lambda: (
+                stack.enter_context(FileLock(Path(run.run.dir) / "run.lock", key="run.dir", value=run.run.dir)) and None
+            ),
+        )
         stack.enter_context(_named(run.run.dir))
         watchdog.enter("check run.dir", 0)
         store.check_shared()
@@ -131,5 +136,5 @@ def _report(run: RunConfig, trainer: Trainer, outcome: str) -> None:
         f"  mlite evaluate checkpoint={directory}\n"
         f"  mlite generate checkpoint={directory} prompt='def main('\n"
         f"  mlite convert source={directory} target={directory}/hf to=hf\n"
-        f"  the same command with train.max_steps={2 * trainer.schedule.horizon_steps}: continues to twice the length"
+        f"  the same command with train.max_steps={2 * trainer.schedule.total_steps}: continues to twice the length"
     )

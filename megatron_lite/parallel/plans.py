@@ -28,15 +28,15 @@ from megatron_lite.models.config import ModelConfig
 from megatron_lite.models.decoder import Decoder
 from megatron_lite.models.mlp import MLP, GatedMLP
 from megatron_lite.parallel.layers import (
-    Column,
+    ColumnParallelLinear,
     CopyIn,
-    Row,
+    RowParallelLinear,
     TensorParallel,
+    TensorParallelModule,
     TiedLogits,
-    Twin,
-    VocabularyEmbedding,
-    VocabularyHead,
-    become,
+    VocabParallelEmbedding,
+    VocabParallelHead,
+    parallelize_module,
     shard_parameter,
 )
 from megatron_lite.parallel.norms import ReplicatedNorm, ShardedNorm
@@ -44,9 +44,9 @@ from megatron_lite.parallel.norms import ReplicatedNorm, ShardedNorm
 
 @dataclass(frozen=True)
 class Entry:
-    """The twin a module becomes (None: stays what it is) and the dimension along which each of its parameters is cut."""
+    """The class a module gets (None: keeps its own) and the dimension along which each of its parameters is cut."""
 
-    twin: type[Twin] | None
+    mixin: type[TensorParallelModule] | None
     tp_dims: Mapping[str, int]
 
 
@@ -55,10 +55,10 @@ def shard(dim: int) -> Entry:
     return Entry(None, {"": dim})
 
 
-column = Entry(Column, {"weight": 0, "bias": 0})
-row = Entry(Row, {"weight": 1})
-vocab_embedding = Entry(VocabularyEmbedding, {"weight": 0})
-vocab_head = Entry(VocabularyHead, {"weight": 0, "bias": 0})
+column = Entry(ColumnParallelLinear, {"weight": 0, "bias": 0})
+row = Entry(RowParallelLinear, {"weight": 1})
+vocab_embedding = Entry(VocabParallelEmbedding, {"weight": 0})
+vocab_head = Entry(VocabParallelHead, {"weight": 0, "bias": 0})
 replicated_norm = Entry(ReplicatedNorm, {})
 sharded_norm = Entry(ShardedNorm, {"weight": 0, "bias": 0})
 copy_in = Entry(CopyIn, {})
@@ -95,12 +95,12 @@ def apply_plan(model: nn.Module, plan: Plan, tp: TensorParallel) -> None:
     """Turn the modules and parameters that the plan names into tensor-parallel ones, in place."""
     for name, entries in plan.items():
         for entry in entries:
-            if entry.twin is None:
+            if entry.mixin is None:
                 parent, _, parameter = name.rpartition(".")
                 shard_parameter(model.get_submodule(parent), parameter, entry.tp_dims[""], tp)
                 continue
             module = model.get_submodule(name)
-            become(module, entry.twin, tp)
+            parallelize_module(module, entry.mixin, tp)
             for parameter, dim in entry.tp_dims.items():
                 if getattr(module, parameter, None) is not None:
                     shard_parameter(module, parameter, dim, tp)

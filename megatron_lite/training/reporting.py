@@ -69,7 +69,7 @@ def write_end(trainer: Trainer, outcome: str, *, saved: bool, save_seconds: floa
 def write_status(trainer: Trainer, state: str, reason: str, **more: float) -> None:
     """status.json at the trainer's position, with the share of every source seen so far."""
     position = trainer.position
-    seen = trainer.feed.seen(position.consumed_samples)
+    seen = trainer.loader.seen(position.consumed_samples)
     trainer.status.write(
         state, position.step, reason, blend_seen=seen, job=trainer.runtime.job, time=time.time(), **more
     )

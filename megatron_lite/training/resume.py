@@ -9,21 +9,20 @@ Notable features:
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from megatron_lite.checkpoint.reader import SavedTensors, find_checkpoint
 from megatron_lite.checkpoint.store import CheckpointStore
 from megatron_lite.config.compose import flatten, from_dict, to_dict
 from megatron_lite.data.sidecar import TokenizerIdentity
 from megatron_lite.engine.base import Engine
 from megatron_lite.models.config import ModelConfig
+from megatron_lite.models.huggingface import expected_shapes
+from megatron_lite.parallel.global_view import State
+from megatron_lite.ranks import Ranks
 from megatron_lite.training.config import RunConfig
-from megatron_lite.weights import open_weights
+from megatron_lite.weights import Weights, model_config, open_weights
 
 
 def choose_checkpoint(run: RunConfig, store: CheckpointStore) -> Path | None:
@@ -56,7 +55,7 @@ def choose_checkpoint(run: RunConfig, store: CheckpointStore) -> Path | None:
             f"resume={run.resume} does not exist; give a checkpoint or a run directory, auto for the newest one of run.dir, "
             "or never"
         )
-    found = find_checkpoint(run.resume)
+    found = store.find(run.resume)
     if store.steps() and found.resolve().parent != store.directory.resolve():
         raise ValueError(
             f"resume={run.resume} is a checkpoint of another run, and run.dir={run.run.dir} holds checkpoints of its own, which "
@@ -75,49 +74,53 @@ def choose_model(run: RunConfig, store: CheckpointStore, checkpoint: Path | None
     if checkpoint:
         model = from_dict(ModelConfig, store.read_manifest(checkpoint)["config"]["model"])
     else:
-        model = open_weights(run.init_from.path or "").config
+        model = model_config(run.init_from.path or "", store.ranks)
     return replace(run, model=model)
 
 
-def start_from(engine: Engine, run: RunConfig, tokenizer: TokenizerIdentity) -> None:
-    """Fill the engine with the weights (and with `init_from.optimizer` Adam's state) of `init_from`, tensor by tensor.
+def open_source(run: RunConfig, tokenizer: TokenizerIdentity, ranks: Ranks | None = None) -> Weights:
+    """What `init_from` names, verified once, shared over the ranks. Warns when it was trained with another tokenizer.
 
-    Warns when they were trained with another tokenizer. Raises ValueError naming tensors and shapes that do not fit.
+    Raises ValueError naming tensors and shapes that do not fit the run's model.
     """
-    weights = open_weights(run.init_from.path or "")
+    weights = open_weights(run.init_from.path or "", ranks, optimizer=run.init_from.optimizer)
     if weights.tokenizer_fingerprint not in (None, tokenizer.fingerprint):
         warnings.warn(
             f"init_from={run.init_from.path} was trained with tokenizer {weights.tokenizer_fingerprint}, this run reads "
             f"{tokenizer.fingerprint} ({run.data.tokenizer}): its embeddings belong to other words",
             stacklevel=2,
         )
-    kinds: dict[str, Mapping[str, Tensor]] = {"model": weights.tensors}
-    adam_step = 0
-    if run.init_from.optimizer:
-        if weights.manifest is None or not weights.manifest["adam_step"]:
-            raise ValueError(
-                f"init_from.optimizer=true, but {run.init_from.path} holds no optimizer state; drop it, or name a run"
-            )
-        kinds |= {kind: SavedTensors(weights.path, prefix=f"{kind}.") for kind in ("exp_avg", "exp_avg_sq")}
-        adam_step = weights.manifest["adam_step"]
-    pieces = {key: piece for key, piece in engine.state().items() if key.split(".", 1)[0] in kinds}
-    wanted = {key.split(".", 1)[1] for key in pieces}
-    different = sorted(wanted ^ set(weights.tensors))
+    shapes = expected_shapes(run.model)
+    different = sorted(shapes.keys() ^ set(weights.tensors.names()))
     if different:
         raise ValueError(
             f"init_from={run.init_from.path} holds another model; tensors on one side only: {', '.join(different[:5])}"
         )
-    for key, piece in pieces.items():
-        kind, name = key.split(".", 1)
-        tensor = kinds[kind][name]
-        if tuple(tensor.shape) != piece.global_shape:
+    for name, shape in shapes.items():
+        found = weights.tensors.shape(name)
+        if found != tuple(shape):
             raise ValueError(
-                f"init_from={run.init_from.path}: {name} has shape {tuple(tensor.shape)} there and {piece.global_shape} here; "
+                f"init_from={run.init_from.path}: {name} has shape {found} there and {tuple(shape)} here; "
                 "drop the model keys to take the source's model"
             )
-        box = tuple(slice(start, start + size) for start, size in zip(piece.offsets, piece.local.shape))
-        piece.local.copy_(tensor[box])
-    engine.load_state(pieces, adam_step=adam_step)
+    if run.init_from.optimizer and not weights.optimizer:
+        raise ValueError(
+            f"init_from.optimizer=true, but {run.init_from.path} holds no optimizer state; drop it, or name a run"
+        )
+    return weights
+
+
+def load_optimizer(engine: Engine, source: Weights) -> None:
+    """Give the engine this rank's shards of the source's optimizer state, and its counters. Nothing where it holds none."""
+    if not source.optimizer or source.manifest is None:
+        return
+    pieces = {}
+    for key, piece in engine.state().tensors.items():
+        kind, name = key.split(".", 1)
+        if kind in source.optimizer:
+            piece.tensor().copy_(source.optimizer[kind].read(name, piece.offsets, piece.sizes))
+            pieces[key] = piece
+    engine.load_state(State(pieces, source.manifest["counters"]))
 
 
 def check_same_run(manifest: dict[str, Any], run: RunConfig, tokenizer: TokenizerIdentity) -> None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from pathlib import Path
 
+from megatron_lite.atomic import whole_file, whole_folder
 from megatron_lite.config.compose import to_yaml
 from megatron_lite.training.config import RunConfig
 from megatron_lite.weights import TOKENIZER, copy_tokenizer
@@ -13,14 +12,8 @@ from megatron_lite.weights import TOKENIZER, copy_tokenizer
 
 def write_config(run: RunConfig) -> None:
     """`config.yaml` of the run directory: the config that this job runs with, whole or not there."""
-    target = Path(run.run.dir) / "config.yaml"
-    temporary = target.with_suffix(".yaml.tmp")
-    try:
+    with whole_file(Path(run.run.dir) / "config.yaml") as temporary:
         temporary.write_text(to_yaml(run), encoding="utf-8")
-        os.replace(temporary, target)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def keep_tokenizer(run: RunConfig) -> None:
@@ -28,7 +21,5 @@ def keep_tokenizer(run: RunConfig) -> None:
     target = Path(run.run.dir) / TOKENIZER
     if target.exists():
         return
-    copy = target.with_name(f".tmp-{TOKENIZER}")  # whole or not there: a job may be killed here
-    shutil.rmtree(copy, ignore_errors=True)
-    copy_tokenizer(Path(run.data.tokenizer), copy)
-    os.replace(copy, target)
+    with whole_folder(target) as copy:
+        copy_tokenizer(Path(run.data.tokenizer), copy)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
+
+from megatron_lite.atomic import whole_file
 
 STATES = ("running", "preempted", "finished", "failed")
 
@@ -23,10 +24,5 @@ class Status:
         self.state = state
         if not self.main_process:
             return
-        temporary = self.path.with_suffix(".json.tmp")
-        try:
+        with whole_file(self.path) as temporary:
             temporary.write_text(json.dumps({"state": state, "step": step, "reason": reason, **more}) + "\n")
-            os.replace(temporary, self.path)
-        except OSError:
-            temporary.unlink(missing_ok=True)
-            raise

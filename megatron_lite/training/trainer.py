@@ -13,18 +13,21 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from megatron_lite.checkpoint.store import CheckpointStore
-from megatron_lite.engine.base import Batch, Engine, StepResult
+from megatron_lite.data.loader import DataLoader
+from megatron_lite.data.packing import Batch
+from megatron_lite.engine.base import Engine, StepResult
 from megatron_lite.errors import TrainingDivergedError
 from megatron_lite.optim.schedule import BatchSize, RampStage, Schedule
+from megatron_lite.parallel.global_view import State
 from megatron_lite.runtime import Runtime, Signals
 from megatron_lite.tracking.base import Tracker
 from megatron_lite.tracking.profile import Profiler
@@ -38,11 +41,11 @@ from megatron_lite.training.watchdog import Watchdog
 
 @dataclass
 class TrainConfig:
-    """How long, how large, how often. `max_steps` or `max_tokens` is the horizon of schedule and phases."""
+    """How long, how large, how often. `max_steps` or `max_tokens` is the length that schedule and phases refer to."""
 
     max_steps: int | None = None
     max_tokens: int | None = None
-    stop_at: int | None = None  # this job saves and exits 0 after that step; the horizon stays
+    stop_at: int | None = None  # this job saves and exits 0 after that step; the length of the run stays
     validate_only: bool = False  # check the config for WORLD_SIZE ranks, exit with 0 or 2, touch nothing
     global_batch_size: int = 8
     micro_batch_size: int = 8
@@ -73,19 +76,6 @@ class TrainConfig:
         BatchSize(self.global_batch_size, self.batch_ramp)
 
 
-class Feed(Protocol):
-    """This rank's share of the data; a pure function of sample numbers."""
-
-    def steps(self, consumed: int, batch_size_at: Callable[[int], int], stop: int) -> Iterator[tuple[int, list[Batch]]]:
-        """(global batch size, this rank's micro-batches) of every step of samples `consumed` to `stop`."""
-
-    def validation(self) -> Iterable[tuple[str, Iterable[Batch]]]:
-        """(source, this rank's held-out batches), always the same ones."""
-
-    def seen(self, consumed: int) -> dict[str, dict[str, float]]:
-        """source -> samples, share, target share and epochs of the first `consumed` samples."""
-
-
 @dataclass
 class Position:
     """Where a run stands. validation_due: the validation after `step` was cut short and has to be done again."""
@@ -103,19 +93,19 @@ class Trainer:
     runtime: Runtime
     engine: Engine
     schedule: Schedule
-    feed: Feed
+    loader: DataLoader
     store: CheckpointStore
     tracker: Tracker
     metrics: Metrics
     status: Status
     profiler: Profiler
     watchdog: Watchdog
-    facts: dict[str, Any]  # the part of every manifest that a run never changes
+    base_manifest: dict[str, Any]  # the part of every manifest that a run never changes
     position: Position = field(default_factory=Position)
     preemption: Preemption = field(init=False)
 
     def fit(self) -> str:
-        """Train until the horizon, `stop_at` or a signal; returns finished, stopped or preempted. A failure raises."""
+        """Train to the end, `stop_at` or a signal; returns finished, stopped or preempted. A failure raises."""
         skips = torch.zeros((), device=self.runtime.device)  # non-finite steps in a row
         with reported(self), Signals() as signals, closing(self._batches()) as batches:
             self.preemption = Preemption(self.runtime, signals)
@@ -142,15 +132,15 @@ class Trainer:
     @property
     def is_finished(self) -> bool:
         """Whether nothing is left to do: every step is done, and the validation after the last one."""
-        return self.position.consumed_samples >= self.schedule.horizon_samples and not self.position.validation_due
+        return self.position.consumed_samples >= self.schedule.total_samples and not self.position.validation_due
 
     def _batches(self) -> Generator[tuple[int, list[Batch]], None, None]:
-        steps = self.feed.steps(self.position.consumed_samples, self.schedule.batch.at, self._end())
+        steps = self.loader.steps(self.position.consumed_samples, self.schedule.batch.at, self._end())
         yield from self.profiler.watch(steps)
 
     def _end(self) -> int:
         """The sample at which this job ends."""
-        end = self.schedule.horizon_samples
+        end = self.schedule.total_samples
         return end if self.config.stop_at is None else min(end, self.schedule.batch.samples(self.config.stop_at))
 
     def _step(self, batches: Iterator[tuple[int, list[Batch]]]) -> tuple[StepResult, float]:
@@ -165,7 +155,7 @@ class Trainer:
 
     def _outcome(self, *, ask: bool = False) -> str:
         """What follows from the position, and, if the ranks are to be asked, from a signal: running means one more step."""
-        if self.position.consumed_samples >= self.schedule.horizon_samples:
+        if self.position.consumed_samples >= self.schedule.total_samples:
             return "finished"
         if self.position.consumed_samples >= self._end():
             return "stopped"
@@ -194,7 +184,7 @@ class Trainer:
         self.position.validation_due = True
         losses = {}
         with self.metrics.paused():
-            for source, batches in self.feed.validation():
+            for source, batches in self.loader.validation():
                 sums = torch.zeros(2, dtype=torch.float64, device=self.runtime.device)
                 for item in batches:
                     if self.preemption.signal:
@@ -216,25 +206,26 @@ class Trainer:
         if skips.item() > 0:
             warnings.warn(f"step {self.position.step} had no finite loss or gradient: not saved", stacklevel=2)
             return False
-        manifest = {
-            **self.facts,
-            "consumed_samples": self.position.consumed_samples,
-            "validation_due": self.position.validation_due,
-            "adam_step": self.engine.adam_step,
-            "rng": rng_state(),
-        }
         self.watchdog.enter("save", self.position.step)
         with self.metrics.paused():
-            self.store.save(self.position.step, self.engine.state(), manifest)
+            state = self.engine.state()
+            manifest = {
+                **self.base_manifest,
+                "consumed_samples": self.position.consumed_samples,
+                "validation_due": self.position.validation_due,
+                "counters": state.counters,
+                "rng": rng_state(),
+            }
+            self.store.save(self.position.step, state.tensors, manifest)
         self.preemption.resume()
         return True
 
     def restore(self, path: Path) -> None:
         """Take over tensors, counters and random generators of a checkpoint. Raises CheckpointError or ValueError."""
         self.watchdog.enter(f"restore {path.name}", 0)
-        pieces = self.engine.state()
-        manifest = self.store.load(path, pieces)
-        self.engine.load_state(pieces, adam_step=manifest["adam_step"])
+        state = self.engine.state()
+        manifest = self.store.load(path, state.tensors)
+        self.engine.load_state(State(state.tensors, manifest["counters"]))
         due = bool(manifest.get("validation_due"))
         self.position = Position(manifest["step"], manifest["consumed_samples"], validation_due=due)
         set_rng_state(manifest["rng"])

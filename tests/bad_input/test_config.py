@@ -99,7 +99,7 @@ COMBINATIONS = [
     ("train.max_steps=null", r"train\.max_steps=None.*set exactly one"),
     ("train.micro_batch_size=3", r"global batch of 8 .*train\.micro_batch_size=3 .*6 or 9 would do"),
     ("train.batch_ramp=[{from_samples:8,global_batch_size:10}]", r"global batch of 10 .*train\.micro_batch_size=4"),
-    ("schedule.warmup_steps=100", r"schedule\.warmup_steps=100 .*horizon of 20 steps"),
+    ("schedule.warmup_steps=100", r"schedule\.warmup_steps=100 .*20 steps of the run"),
     ("schedule.warmup_tokens=100", r"schedule\.warmup_tokens .*schedule\.unit=steps"),
     (
         "schedule=wsd schedule.decay=5",

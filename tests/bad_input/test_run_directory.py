@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_lite.checkpoint.manifest import encode, read_manifest
-from megatron_lite.training.run_lock import RunLock
+from megatron_lite.file_lock import FileLock
 from tests import runs
 from tests.bad_input.test_data import cut, edit_json, overwrite
 from tests.bad_input.tour import snapshot
@@ -26,18 +26,18 @@ def rewrite(checkpoint: Path, **changes) -> None:
 
 
 DAMAGE = {
-    "no manifest": (lambda c: (c / "manifest.json").unlink(), r"step_00000016 is no checkpoint"),
-    "an empty manifest": (lambda c: cut(c / "manifest.json", 0), r"manifest\.json is no JSON"),
-    "half a manifest": (lambda c: cut(c / "manifest.json", 500), r"manifest\.json is no JSON"),
-    "a list": (lambda c: (c / "manifest.json").write_text("[]"), r"manifest\.json is no JSON object"),
+    "no manifest": (lambda c: (c / "manifest.json").unlink(), r"step_00000016 is not a checkpoint"),
+    "an empty manifest": (lambda c: cut(c / "manifest.json", 0), r"manifest\.json is not JSON"),
+    "half a manifest": (lambda c: cut(c / "manifest.json", 500), r"manifest\.json is not JSON"),
+    "a list": (lambda c: (c / "manifest.json").write_text("[]"), r"manifest\.json is not a JSON object"),
     "an edited number": (lambda c: edit_json(c / "manifest.json", consumed_samples=0), r"does not match its own checksum"),
     "a foreign format": (lambda c: edit_json(c / "manifest.json", format="orbax"), r"has format 'orbax', not 'megatron_lite'"),
     "a later version": (lambda c: edit_json(c / "manifest.json", format_version=9), r"format_version 9; .*load it with the version"),
     "a missing key": (lambda c: (c / "manifest.json").write_text('{"format": "megatron_lite"}'), r"is incomplete: no key"),
     "a way out of the directory": (lambda c: rewrite(c, files={"../x.safetensors": {}}), r"names an impossible file"),
     "a size in words": (lambda c: rewrite(c, files={"x.safetensors": {"size": "1", "sha256": ""}}), r"an impossible size or hash"),
-    "a shape in words": (lambda c: rewrite(c, tensors={"x": {"shape": ["1"], "dtype": "float32"}}), r"an impossible shape \['1'\]"),
-    "a number of forty digits": (lambda c: rewrite(c, adam_step=10**40), r"'adam_step' is 1000.*not between 0 and 2\*\*63"),
+    "a shape in words": (lambda c: rewrite(c, tensors={"x": {"shape": ["1"], "dtype": "", "group": ""}}), r"an impossible shape \['1'\]"),
+    "a number of forty digits": (lambda c: rewrite(c, counters={"adam_step": 10**40}), r"'adam_step' is 1000.*not between 0 and 2\*\*63"),
     "no generator state": (lambda c: rewrite(c, rng={}), r"no state of random generators"),
     "a missing file": (lambda c: shard(c).unlink(), r"safetensors cannot be read: No such file"),
     "an empty file": (lambda c: cut(shard(c), 0), r"safetensors has 0 bytes, not \d+"),
@@ -121,7 +121,7 @@ def test_a_finished_run_of_another_directory_is_nothing_to_resume(tour, straight
 
 
 def test_a_second_process_is_refused(tour, run_dir):
-    with RunLock(run_dir):
+    with FileLock(run_dir / "run.lock", key="run.dir", value=run_dir):
         typed = runs.arguments(tour.data, run_dir, "train.max_steps=30")
         tour.refused("train", *typed, says=r"/r is in use by process \d+ on host .*set another run\.dir")
 

@@ -21,7 +21,7 @@ _GROUPS: dict[int, dist.ProcessGroup | None] = {}
 
 STATE: dict[str, Any] = {
     "consumed_samples": 640,
-    "adam_step": 10,
+    "counters": {"adam_step": 10},
     "config": {"seed": 1234, "optim": {"lr": 3e-4}},
     "tokenizer": "sha256:0123",
     "schedule": {"name": "cosine"},

@@ -44,7 +44,7 @@ def truncate(path):
 
 
 def write_extra(path):
-    (path / "rank-00009-00001.safetensors").write_bytes(tensor_files(path)[0].read_bytes())
+    (path / "model-00009.safetensors").write_bytes(tensor_files(path)[0].read_bytes())
 
 
 def break_json(path):
@@ -82,24 +82,24 @@ DAMAGES = {
     "flipped byte": (lambda path: flip_byte(tensor_files(path)[0]), "SHA-256"),
     "flipped byte in the header": (lambda path: flip_byte(tensor_files(path)[0], 20), "SHA-256"),
     "missing file": (lambda path: tensor_files(path)[0].unlink(), "cannot be read: No such file"),
-    "extra file": (write_extra, "does not know: rank-00009"),
+    "extra file": (write_extra, "does not know: model-00009"),
     "exchanged files": (exchange, "bytes, not|SHA-256"),
     "garbage header": (garbage_header, "SHA-256"),
     "no manifest": (lambda path: (path / "manifest.json").unlink(), "manifest.json cannot be read"),
-    "broken JSON": (break_json, "is no JSON"),
-    "binary manifest": (lambda path: (path / "manifest.json").write_bytes(b"\x80\x02\xff"), "is no JSON"),
-    "deep JSON": (lambda path: (path / "manifest.json").write_text("[" * 10**5), "is no JSON"),
-    "a list": (lambda path: (path / "manifest.json").write_text("[]"), "is no JSON object"),
+    "broken JSON": (break_json, "is not JSON"),
+    "binary manifest": (lambda path: (path / "manifest.json").write_bytes(b"\x80\x02\xff"), "is not JSON"),
+    "deep JSON": (lambda path: (path / "manifest.json").write_text("[" * 10**5), "is not JSON"),
+    "a list": (lambda path: (path / "manifest.json").write_text("[]"), "is not a JSON object"),
     "another digit": (change_a_digit, "checksum"),
-    "missing key": (lambda path: edit(path, adam_step=None), "no key 'adam_step'"),
+    "missing key": (lambda path: edit(path, counters=None), "no key 'counters'"),
     "missing files": (lambda path: edit(path, files=None), "no key 'files'"),
     "wrong type": (lambda path: edit(path, consumed_samples="640"), "'consumed_samples' is str, not int"),
-    "foreign version": (lambda path: edit(path, format_version=2), "format_version 2; this version reads 1"),
+    "foreign version": (lambda path: edit(path, format_version=3), "format_version 3"),
     "foreign format": (lambda path: edit(path, format="other"), "format 'other'"),
     "path outside": (lambda path: edit(path, files={"../x.safetensors": {}}), "impossible file"),
     "bad dtype": (
-        lambda path: edit(path, tensors={"model.a": {"shape": [1], "dtype": "save"}}),
-        "'save' is no dtype",
+        lambda path: edit(path, tensors={"model.a": {"shape": [1], "dtype": "save", "group": "a"}}),
+        "model.a.*'save'",
     ),
     "another step": (other_step, "holds step 1, not what its name says"),
     "empty directory": (lambda path: [file.unlink() for file in path.iterdir()], "cannot be read"),
@@ -130,7 +130,7 @@ def test_all_damaged_is_none(store, caplog):
     for step in (1, 2):
         truncate(store.path(step))
     assert store.newest_valid() is None
-    with pytest.raises(ValueError, match="no run directory with a valid one"):
+    with pytest.raises(ValueError, match="checkpoints/"):
         find_checkpoint(store.directory.parent)
 
 
@@ -155,9 +155,9 @@ def test_rows_that_no_file_holds_are_noticed(store):
     files = json.loads((path / "manifest.json").read_text())["files"]
     gone.unlink()
     edit(path, files={name: entry for name, entry in files.items() if name != gone.name})
-    with pytest.raises(CheckpointError, match=r"no file of the checkpoint holds the tensor 'exp_avg_sq"):
+    with pytest.raises(CheckpointError, match=r"no file .* holds 66 of the 66 numbers of 'exp_avg_sq"):
         store.load(2, empty_like(tensors_of(2)))
-    with pytest.raises(CheckpointError, match="holds 0 of the 66 numbers of 'exp_avg_sq"):
+    with pytest.raises(CheckpointError, match=r"no file .* holds 66 of the 66 numbers of 'exp_avg_sq"):
         list(load_tensors(path))
 
 
@@ -191,7 +191,7 @@ def test_bytes_that_the_disk_changed_are_found(tmp_path):
         store.load(1, empty_like(tensors_of(1)))
 
 
-@pytest.mark.parametrize("failing", ["00001.safetensors", "00002.safetensors", "manifest.json"])
+@pytest.mark.parametrize("failing", ["model-", "exp_avg_sq-", "manifest.json"])
 @pytest.mark.parametrize("when", ["open", "write"])
 def test_a_full_disk(store, failing, when):
     class Full:
@@ -246,8 +246,6 @@ def test_no_file_is_unpickled(store, tmp_path):
         assert store.newest_valid() == store.path(1)
         with pytest.raises((CheckpointError, ValueError)):
             list(load_tensors(path))
-        with pytest.raises((CheckpointError, ValueError)):
-            list(load_tensors(path, verify=False))
 
     for payload in (bomb, (tmp_path / "torch.pt").read_bytes()):
         for name in originals:

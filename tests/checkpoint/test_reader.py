@@ -12,11 +12,12 @@ from megatron_lite.checkpoint import (
     CheckpointConfig,
     CheckpointStore,
     Layout,
-    SavedTensors,
+    Verifier,
     describe,
     find_checkpoint,
     load_tensors,
 )
+from megatron_lite.checkpoint.reader import Prefixed
 from megatron_lite.errors import CheckpointError
 from tests.checkpoint.processes import (
     STATE,
@@ -66,17 +67,18 @@ def test_unknown_names(path):
         load_tensors(path, ["model.x", "model.norm.weight", "model.y"])
 
 
-def test_a_mapping_of_the_weights(path):
-    weights = SavedTensors(path, prefix="model.")
-    assert set(weights) == {"embedding.weight", "norm.weight", "scalar"}
-    assert len(weights) == 3
-    assert weights["norm.weight"].equal(tensors_of(1)["model.norm.weight"])
+def test_only_the_weights(path):
+    weights = Prefixed(Verifier().open(path, prefixes=("model.",)), "model.")
+    assert set(weights.names()) == {"embedding.weight", "norm.weight", "scalar"}
+    whole = tensors_of(1)["model.embedding.weight"]
+    assert (weights.shape("embedding.weight"), weights.dtype("embedding.weight")) == ((11, 6), torch.float32)
+    assert weights.read("embedding.weight", (2, 1), (7, 3)).equal(whole[2:9, 1:4])
     with pytest.raises(KeyError):
-        weights["model.norm.weight"]
+        weights.read("model.norm.weight", (0,), (6,))
     flip_byte(next(file for file in path.glob("*.safetensors") if b"model." in file.read_bytes()))
     with pytest.raises(CheckpointError, match="SHA-256"):
-        SavedTensors(path, prefix="model.")
-    SavedTensors(path, prefix="exp_avg")
+        Verifier().open(path, prefixes=("model.",))
+    Verifier().open(path, prefixes=("exp_avg",))
 
 
 def test_damage_in_a_needed_file_is_refused_before_the_first_tensor(path):
@@ -93,13 +95,13 @@ def test_what_a_person_may_name(path, place):
 
 
 def test_nothing_there(tmp_path):
-    with pytest.raises(ValueError, match="is no checkpoint and no run directory"):
+    with pytest.raises(ValueError, match="absent is not a checkpoint"):
         find_checkpoint(tmp_path / "absent")
 
 
 def read_with_little_memory(path):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    count = sum(int(tensor.ne(0).all()) for _, tensor in load_tensors(path, verify=False))
+    count = sum(int(tensor.ne(0).all()) for _, tensor in load_tensors(path))
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024
     # 16 tensors of 8 MiB: the whole is 128; one tensor, its box and the pages of one file are 24
     sys.exit(0 if count == 16 and grown < 72 else 1)

@@ -49,8 +49,8 @@ def local_tensors(
     rank: int, cases: list[Any], place: tuple[int, int, int]
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """(local tensors cut by torch.chunk, the pieces that describe them)."""
-    _, dp, tp = place
-    at = Layout((rank // tp) % dp, dp, rank % tp, tp)
+    replicas, dp, tp = place
+    at = Layout((rank // tp) % dp, dp, rank % tp, tp, rank // tp // dp, replicas)
     local, pieces = {}, {}
     for (name, whole), (shape, tp_dim, dp_sharded, _) in zip(global_tensors(cases).items(), cases):
         part = whole if tp_dim is None else cut(whole, tp_dim, tp, at.tp_rank)

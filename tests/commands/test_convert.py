@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from megatron_lite.checkpoint.reader import load_tensors
+from megatron_lite.checkpoint.opening import load_tensors
 from megatron_lite.weights import load, open_weights
 from tests import runs
 from tests.hf_folders import command, make_folder

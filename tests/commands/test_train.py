@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from megatron_lite.checkpoint.reader import find_checkpoint, load_tensors
+from megatron_lite.checkpoint.opening import find_checkpoint, load_tensors
 from megatron_lite.errors import CheckpointError, TrainingDivergedError
 from tests import runs
 

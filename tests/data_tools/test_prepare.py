@@ -22,9 +22,9 @@ from data_tools.configuration import compose
 from data_tools.inspect import InspectConfig, inspect
 from data_tools.prepare import PrepareConfig, main, prepare
 from data_tools.recipe import DecontaminateConfig, ExecutorConfig
-from megatron_lite.atomic import OutputLock
 from megatron_lite.data.indexed import IndexedDataset
 from megatron_lite.data.tokenizer import fingerprint, load_tokenizer
+from megatron_lite.file_lock import FileLock
 from tests.data_tools.texts import article, write_jsonl
 
 
@@ -181,7 +181,9 @@ def test_times_are_those_of_all_steps_whenever_they_ran(make_recipe) -> None:
 
 def test_two_runs_on_one_output(make_recipe, tmp_path) -> None:
     recipe = make_recipe()
-    with OutputLock(tmp_path / "corpus"), pytest.raises(ValueError, match=r"is being written by process \d+ on"):
+    output = tmp_path / "corpus"
+    lock = FileLock(output / ".lock", key="data_recipe.output", value=output)
+    with lock, pytest.raises(ValueError, match=r"data_recipe.output=.*corpus is in use by process \d+ on"):
         run(recipe)
     run(recipe, stages=["read"])
 

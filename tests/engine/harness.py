@@ -16,7 +16,7 @@ from megatron_lite.checkpoint.store import CheckpointConfig, CheckpointStore
 from megatron_lite.engine.deepspeed import DeepSpeedConfig
 from megatron_lite.engine.fsdp import FsdpConfig
 from megatron_lite.optim.optimizer import OptimConfig
-from megatron_lite.parallel.global_view import Piece
+from megatron_lite.parallel.global_view import State
 from megatron_lite.parallel.mesh import ParallelConfig
 from megatron_lite.precision.dtypes import PrecisionConfig
 from megatron_lite.training.build import build_engine, build_grid
@@ -69,11 +69,11 @@ def run_config(case: Case) -> RunConfig:
         "attention.head_dim": 8, "mlp.ffn_size": 64, "vocab_size": WORDS, "max_seq_len": LENGTH, "mlp.activation": "squared_relu",
         "norm": "layernorm1p", "linear_bias": True,
     }  # fmt: skip
-    kinds = {"fsdp": FsdpConfig, "deepspeed": DeepSpeedConfig}
+    kinds, settings = {"fsdp": FsdpConfig, "deepspeed": DeepSpeedConfig}, dict(case.engine)
     return RunConfig(
         seed=7,
         model=model_config(model | case.model),
-        engine=kinds[case.engine.get("kind", "fsdp")](**case.engine),
+        engine=kinds[settings.pop("kind", "fsdp")](**settings),
         parallel=ParallelConfig(**case.parallel),
         precision=PrecisionConfig(case.precision),
         optim=OptimConfig(lr=PEAK, eps=EPS, weight_decay=0.5, clip_grad=CLIP),
@@ -110,9 +110,8 @@ def open_engine(case: Case, world_size: int) -> tuple[Any, int, int]:
     """(engine, this process's data-parallel rank, number of them)."""
     run = run_config(case)
     run.engine.validate()
-    mesh = build_grid(run, world_size=world_size, device_type="cpu")
-    engine = build_engine(run, mesh, DEVICE)
-    return engine, *((mesh.data_parallel_rank, mesh.data_parallel_size) if mesh else (0, 1))
+    mesh = build_grid(run.parallel, run.engine, world_size=world_size, device=DEVICE)
+    return build_engine(run, mesh), mesh.data_parallel_rank, mesh.data_parallel_size
 
 
 def train(rank: int, world_size: int, case: Case, *, steps: int = STEPS, bug: str | None = None) -> Trace:
@@ -144,20 +143,20 @@ def move_off_zero(engine: Any) -> None:
 
     A weight that was zero is nothing but lr g / (|g| + eps) after one step, the worst conditioned number there is (see EPS).
     """
-    pieces = {key: piece for key, piece in engine.state().items() if key.startswith("model.")}
+    pieces = {key: piece for key, piece in engine.state().tensors.items() if key.startswith("model.")}
     for key, piece in pieces.items():
         if len(piece.global_shape) == 1:
             draw = torch.Generator().manual_seed(len(key))
             whole = 0.1 * torch.randn(piece.global_shape, generator=draw)
             piece.local.copy_(whole[piece.offsets[0] : piece.offsets[0] + len(piece.local)])
-    engine.load_state(pieces, adam_step=0)
+    engine.load_state(State(pieces, {"adam_step": 0}))
 
 
 def boxes(engine: Any, prefix: str) -> Boxes:
     """The engine's pieces as plain values."""
     return {
         key: (piece.global_shape, piece.offsets, piece.local.detach().clone())
-        for key, piece in engine.state().items()
+        for key, piece in engine.state().tensors.items()
         if key.startswith(prefix)
     }
 
@@ -220,7 +219,8 @@ def save_after(rank: int, world_size: int, case: Case, directory: str, *, step: 
         trace.norms.append(result.grad_norm.item())
         if number == step:
             trace.boxes["saved"] = boxes(engine, "")
-            store.save(step, engine.state(), manifest_state(engine.adam_step))
+            state = engine.state()
+            store.save(step, state.tensors, manifest_state(state.counters))
     return trace
 
 
@@ -228,12 +228,12 @@ def resume_from(rank: int, world_size: int, case: Case, directory: str, *, step:
     """Load the checkpoint of `step` and go on to `stop`."""
     engine, place, places = open_engine(case, world_size)
     store = CheckpointStore.with_own_group(Path(directory), CheckpointConfig(every=0))
-    pieces: dict[str, Piece] = engine.state()
+    pieces = engine.state().tensors
     for piece in pieces.values():
         piece.local.fill_(torch.nan)
-    adam_step = store.load(step, pieces)["adam_step"]
-    engine.load_state(pieces, adam_step=adam_step)
-    assert engine.adam_step == adam_step == step
+    counters = store.load(step, pieces)["counters"]
+    engine.load_state(State(pieces, counters))
+    assert engine.state().counters == counters == {"adam_step": step}
     trace = Trace([], [], {"loaded": boxes(engine, "")})
     for number in range(step + 1, stop + 1):
         batches = micro_batches(number, rank=place, ranks=places, size=case.micro_batch)
@@ -243,7 +243,7 @@ def resume_from(rank: int, world_size: int, case: Case, directory: str, *, step:
     return trace
 
 
-def manifest_state(adam_step: int) -> dict[str, Any]:
+def manifest_state(counters: dict[str, int]) -> dict[str, Any]:
     """The rest of a manifest, which an engine knows nothing about."""
     return {
         "consumed_samples": 0,
@@ -252,5 +252,5 @@ def manifest_state(adam_step: int) -> dict[str, Any]:
         "schedule": {},
         "data": {},
         "rng": {},
-        "adam_step": adam_step,
+        "counters": counters,
     }

@@ -152,7 +152,7 @@ def test_embedding_and_head_are_gathered_once_a_micro_batch(shard: str, gathers:
 
 def local_elements(rank: int, world_size: int, case: Case) -> int:
     engine, _, _ = harness.open_engine(case, world_size)
-    return sum(piece.local.numel() for piece in engine.state().values())
+    return sum(piece.local.numel() for piece in engine.state().tensors.values())
 
 
 def test_what_a_rank_keeps() -> None:

@@ -12,7 +12,7 @@ from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from megatron_lite.parallel.global_view import Layout, Piece
+from megatron_lite.parallel.global_view import Layout, Piece, cut_region, shard_index, shards_within
 
 
 @given(
@@ -57,13 +57,37 @@ def test_boxes_cover_every_number_once(shape, dp, tp, tp_dim):
 
 
 def test_a_wrong_local_shape_is_refused():
-    with pytest.raises(ValueError, match=r"\(3, 2\) is not this rank's part \(4, 2\) of \(8, 2\)"):
+    with pytest.raises(ValueError, match=r"\(3, 2\) is not the shard \(4, 2\) of \(8, 2\)"):
         Layout(0, 2).piece(torch.zeros(3, 2), (8, 2))
 
 
-def test_a_box_outside_is_refused():
-    with pytest.raises(ValueError, match="does not lie inside"):
-        Piece(torch.zeros(3), (4,), (2,))
+def test_a_made_tensor_must_be_what_was_announced():
+    piece = Layout(0, 2).piece(lambda: torch.zeros(3, 2), (8, 2), dtype=torch.float32)
+    with pytest.raises(ValueError, match=r"\(3, 2\) is not the shard \(4, 2\)"):
+        piece.tensor()
+    with pytest.raises(ValueError, match="bfloat16"):
+        Piece(lambda: torch.zeros(3), (3,), dtype=torch.bfloat16).tensor()
+
+
+@given(
+    shape=st.lists(st.integers(0, 9), max_size=3).map(tuple),
+    parts=st.tuples(st.integers(1, 4), st.integers(1, 4), st.sampled_from([None, 0, 1])),
+    data=st.data(),
+)
+def test_shards_within_a_slice_are_those_of_all_ranks_that_meet_it(shape, parts, data):
+    dp, tp, tp_dim = parts
+    if tp_dim is not None and tp_dim >= len(shape):
+        tp_dim = None
+    offsets = [data.draw(st.integers(0, length)) for length in shape]
+    sizes = [data.draw(st.integers(0, length - start)) for length, start in zip(shape, offsets)]
+    wanted = {}
+    for dp_rank, tp_rank in itertools.product(range(dp), range(tp)):
+        cuts = Layout(dp_rank, dp, tp_rank, tp).cuts(shape, tp_dim=tp_dim)
+        begin, size = cut_region(shape, cuts)
+        if all(max(a, b) < min(a + n, b + m) for a, n, b, m in zip(begin, size, offsets, sizes)):
+            wanted[shard_index(cuts)] = begin, size
+    plan = [(cut.dim, cut.parts) for cut in cuts]
+    assert dict(shards_within(shape, plan, (tuple(offsets), tuple(sizes)))) == wanted
 
 
 def test_a_rank_outside_is_refused():

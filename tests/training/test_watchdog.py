@@ -90,7 +90,7 @@ def test_a_verdict_is_not_written_over_by_a_rank_that_it_ended(tmp_path, known, 
         position=Position(step=7, consumed_samples=56),
         watchdog=SimpleNamespace(has_reported=lambda: known, phase="train_step"),
         runtime=SimpleNamespace(rank=0, job=""),
-        feed=SimpleNamespace(seen=lambda consumed: {}),
+        loader=SimpleNamespace(seen=lambda consumed: {}),
         tracker=SimpleNamespace(close=lambda state: None),
         store=SimpleNamespace(steps=lambda: [4], directory=tmp_path / "checkpoints"),
     )

@@ -16,21 +16,20 @@ Notable features:
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_lite.atomic import fsync
 from megatron_lite.data.indexed import IndexedWriter, best_dtype
 from megatron_lite.data.sidecar import Sidecar, write_sidecar
 from megatron_lite.data.sample.documents import Part, collect
 from megatron_lite.data.sample.readers import versions
 from megatron_lite.data.tokenizer import encode_documents, fingerprint, load_tokenizer, train_tokenizer
+from megatron_lite.file_lock import FileLock
 
 FORMAT = 1
 # Bytes of training text that a group gives to train the tokenizer on. The multilingual part is all taken,
@@ -73,7 +72,13 @@ def prepare(folder: str | Path, *, vocab_size: int = 8192, scale: float = 1.0, r
             return folder
         found = versions()  # a missing package is named before anything is made
         target.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(target.with_name(f".{target.name}.lock"), say):
+        lock = target.with_name(f".{target.name}.lock")
+        with FileLock(
+            lock,
+            key="data.sample_corpus",
+            value=folder,
+            waiting=lambda owner: say(f"sample corpus: {owner} is building it; waiting"),
+        ):
             if not _is_finished(folder, settings):
                 _build(target, {**settings, "versions": found}, say)
     except OSError as error:
@@ -138,18 +143,6 @@ def _is_finished(folder: Path, settings: dict[str, Any]) -> bool:
     return True
 
 
-@contextlib.contextmanager
-def _locked(path: Path, say: Report) -> Iterator[None]:
-    """Hold an exclusive lock. It ends with the holder, however that dies; the empty file stays."""
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            say("sample corpus: another process is building it; waiting")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
 def _build(target: Path, header: dict[str, Any], say: Report) -> None:
     """Build beside `target` and rename. What an earlier, killed build left there is removed first."""
     building = target.with_name(f".{target.name}.building")
@@ -170,7 +163,7 @@ def _build(target: Path, header: dict[str, Any], say: Report) -> None:
         _write_json(building / "corpus.json", {**header, "tokenizer": tokenizer, "sources": summary, "files": sizes})
         _sync(building)
         building.rename(target)
-        _sync_one(target.parent)
+        fsync(target.parent)
     except BaseException:
         shutil.rmtree(building, ignore_errors=True)
         raise
@@ -249,12 +242,4 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 def _sync(folder: Path) -> None:
     """Flush all of `folder`: else a power cut after the rename leaves empty files that look whole."""
     for path in [*folder.rglob("*"), folder]:
-        _sync_one(path)
-
-
-def _sync_one(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        fsync(path)

@@ -4,7 +4,13 @@ Works on tensors and folders only; needs no engine and imports nothing of transf
 """
 
 from megatron_lite.models.huggingface.export import expected_shapes, export_folder, native_to_hf
-from megatron_lite.models.huggingface.folder import HuggingFaceFolder, NativeTensors, is_folder, open_folder
+from megatron_lite.models.huggingface.folder import (
+    HuggingFaceFolder,
+    NativeTensors,
+    is_folder,
+    open_folder,
+    read_config,
+)
 from megatron_lite.models.huggingface.registry import FAMILIES, family_named, family_of
 
 __all__ = [
@@ -18,4 +24,5 @@ __all__ = [
     "is_folder",
     "native_to_hf",
     "open_folder",
+    "read_config",
 ]

@@ -7,8 +7,6 @@ model. The folder appears whole or not at all (written beside its place, then re
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megatron_lite.atomic import whole_folder
 from megatron_lite.models.config import ModelConfig
 from megatron_lite.models.decoder import Decoder
 from megatron_lite.models.huggingface.registry import family_named
@@ -50,10 +49,7 @@ def export_folder(
     extra = extra or {}
     # Explicit nulls: where they are absent transformers would put the token numbers of the published model.
     others = dict.fromkeys(TOKEN_IDS) | dict(extra.get("config", {}))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    work = target.parent / f".tmp-{target.name}-{os.getpid()}"
-    work.mkdir()
-    try:
+    with whole_folder(target) as work:
         dtype = _write_shards(work, config=config, tensors=tensors, max_shard_bytes=max_shard_bytes)
         # torch_dtype is the name that every version of transformers reads.
         hf_config = others | hf_config | {"torch_dtype": str(dtype).removeprefix("torch.")}
@@ -63,10 +59,6 @@ def export_folder(
             work / "generation_config.json",
             extra.get("generation_config") or {"_from_model_config": True} | ids,
         )
-        os.replace(work, target)
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
 
 
 def native_to_hf(config: ModelConfig, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:

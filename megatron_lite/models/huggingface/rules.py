@@ -1,20 +1,19 @@
 """How native tensors and Hugging Face tensors become each other, as data: one `Rule` for each native
-parameter.
+parameter, which says where each run of its rows is in the Hugging Face tensors. Any slice can be read so.
 
 All families so far share the transformer block's names on the Hugging Face side; what differs (gate, norm
 biases, tied head) follows from the config. A family with other names brings its own list of rules. Linear
-biases are not among them: no family here has any, and a config.json that asks for them is refused.
+biases are not among them: none of the families here has any, and a config.json that asks for them is refused.
 
 The one permutation: our `qkv` rows go KV group by KV group [q.. k v], Hugging Face has q, k and v as three
 matrices, each with its heads in the same order.
-
-Shapes: G KV groups, N = heads a group + 2, K head dim, D hidden, V vocabulary (Vp: padded).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,49 +21,63 @@ from torch import Tensor
 from megatron_lite.models.config import ModelConfig
 
 
+class Run(NamedTuple):
+    """`count` consecutive native rows: rows `start` and on of Hugging Face tensor number `part`; zeros where that is None."""
+
+    part: int | None
+    start: int
+    count: int
+
+
 @dataclass(frozen=True)
 class Rule:
-    """One native parameter and the Hugging Face tensors that hold it; works on the meta device too."""
+    """One native parameter and the Hugging Face tensors that hold it; works on the meta device too.
+
+    runs: number of native rows -> the runs that they consist of, in order. Each Hugging Face tensor's runs are in order too.
+    """
 
     native: str
     hf: tuple[str, ...]
-    to_hf: Callable[[Tensor], tuple[Tensor, ...]]
-    to_native: Callable[[Sequence[Tensor]], Tensor]
+    runs: Callable[[int], Sequence[Run]]
+
+    def to_hf(self, native: Tensor) -> tuple[Tensor, ...]:
+        """The Hugging Face tensors of a whole native one."""
+        parts: list[list[Tensor]] = [[] for _ in self.hf]
+        row = 0
+        for part, _, count in self.runs(len(native)):
+            if part is not None:
+                parts[part].append(native[row : row + count])
+            row += count
+        return tuple(rows[0] if len(rows) == 1 else torch.cat(rows) for rows in parts)
+
+    def runs_of(self, rows: int, *, start: int, count: int) -> Iterator[Run]:
+        """The runs of native rows [start, start + count) of `rows`."""
+        row = 0
+        for part, first, length in self.runs(rows):
+            low, high = max(start, row), min(start + count, row + length)
+            if low < high:
+                yield Run(part, first + low - row, high - low)
+            row += length
 
 
 def renamed(native: str, hf: str) -> Rule:
     """The same tensor under another name."""
-    return Rule(native, (hf,), to_hf=lambda tensor: (tensor,), to_native=lambda tensors: tensors[0])
+    return Rule(native, (hf,), lambda rows: [Run(0, 0, rows)])
 
 
 def vocabulary(native: str, hf: str, *, config: ModelConfig) -> Rule:
     """Rows of a vocabulary: cut to vocab_size on the way out, padded with zero rows on the way in."""
-
-    def pad(tensors: Sequence[Tensor]) -> Tensor:
-        rows = tensors[0]
-        missing = config.padded_vocab - rows.shape[0]
-        return torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])]) if missing else rows
-
-    return Rule(native, (hf,), to_hf=lambda tensor: (tensor[: config.vocab_size],), to_native=pad)
+    words = config.vocab_size
+    return Rule(native, (hf,), lambda rows: [Run(0, 0, words), Run(None, 0, rows - words)])
 
 
 def fused_qkv(native: str, hf: Sequence[str], *, config: ModelConfig) -> Rule:
     """Group-major rows <-> three matrices (rows, D)."""
-    groups, head_dim = config.attention.kv_heads, config.head_dim
-    queries = config.attention.heads // groups
-
-    def split(tensor: Tensor) -> tuple[Tensor, ...]:
-        rest = tensor.shape[1:]
-        rows_GNK = tensor.reshape(groups, queries + 2, head_dim, *rest)
-        parts = rows_GNK[:, :-2], rows_GNK[:, -2:-1], rows_GNK[:, -1:]
-        return tuple(part.reshape(-1, *rest) for part in parts)
-
-    def join(tensors: Sequence[Tensor]) -> Tensor:
-        rest = tensors[0].shape[1:]
-        parts = [tensor.reshape(groups, -1, head_dim, *rest) for tensor in tensors]
-        return torch.cat(parts, dim=1).reshape(-1, *rest)
-
-    return Rule(native, tuple(hf), to_hf=split, to_native=join)
+    groups, head = config.attention.kv_heads, config.head_dim
+    queries = config.attention.heads // groups * head
+    sizes = (queries, head, head)  # rows of q, k and v in a group
+    runs = [Run(part, group * size, size) for group in range(groups) for part, size in enumerate(sizes)]
+    return Rule(native, tuple(hf), lambda rows: runs)
 
 
 def transformer_rules(config: ModelConfig) -> list[Rule]:

@@ -14,6 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from megatron_lite.models import ModelConfig
 from megatron_lite.models.huggingface import export_folder, is_folder, open_folder
+from megatron_lite.tensor_files import WholeTensors
+from megatron_lite.weights import open_weights
 
 
 def native(model) -> dict[str, torch.Tensor]:
@@ -44,8 +46,8 @@ def test_native_hf_native_hf_is_byte_stable(nemotron, loud, tmp_path, dtype, max
     tensors = native(loud(config).to(dtype))
     export_folder(tmp_path / "a", config=config, tensors=tensors, max_shard_bytes=max_shard_bytes)
     opened = open_folder(tmp_path / "a")
-    assert opened.tensors.keys() == tensors.keys()
-    for name, tensor in opened.tensors.items():
+    assert opened.tensors.names() == tensors.keys()
+    for name, tensor in WholeTensors(opened.tensors).items():
         width = tensor.shape[0] if name in ("embedding.weight", "head.weight") else None
         assert tensor.dtype == dtype
         # vocab_multiple is ours and not the file's: padded to the default 128 there
@@ -56,7 +58,7 @@ def test_native_hf_native_hf_is_byte_stable(nemotron, loud, tmp_path, dtype, max
     export_folder(
         tmp_path / "b",
         config=opened.config,
-        tensors=opened.tensors,
+        tensors=WholeTensors(opened.tensors),
         extra=opened.extra,
         max_shard_bytes=max_shard_bytes,
     )
@@ -96,7 +98,7 @@ def test_token_ids_and_other_fields_are_kept(exported, tmp_path):
     edit_config(exported, eos_token_id=[3, 5], bos_token_id=2, my_note={"a": 1}, use_cache=False)
     (exported / "generation_config.json").write_text('{"eos_token_id": [3, 5], "top_p": 0.9}')
     opened = open_folder(exported)
-    export_folder(tmp_path / "b", config=opened.config, tensors=opened.tensors, extra=opened.extra)
+    export_folder(tmp_path / "b", config=opened.config, tensors=WholeTensors(opened.tensors), extra=opened.extra)
     first, second = (json.loads((folder / "config.json").read_text()) for folder in (exported, tmp_path / "b"))
     assert first == second
     written = json.loads((tmp_path / "b" / "generation_config.json").read_text())
@@ -153,7 +155,6 @@ BAD_FIELDS = [
     ({"hidden_size": 56}, "has shape"),
     ({"num_hidden_layers": 3}, r"missing \['model.layers.2"),
     ({"num_hidden_layers": 1}, r"not known \['model.layers.1"),
-    ({"tie_word_embeddings": True}, "lm_head.weight differs"),
 ]
 
 
@@ -210,7 +211,21 @@ def test_equal_lm_head_beside_tied_embeddings_and_stored_tables_are_harmless(lla
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(6)
     save_file(tensors, path, metadata={"format": "pt"})
-    assert "head.weight" not in open_folder(tmp_path / "hf").tensors
+    assert "head.weight" not in open_folder(tmp_path / "hf").tensors.names()
+
+
+def test_a_tied_head_that_differs_is_found_by_the_process_that_compares_its_rows(exported):
+    edit_config(exported, tie_word_embeddings=True)
+    tensors = load_file(exported / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, exported / "model.safetensors")
+    assert open_folder(exported).tensors.problem() is None
+    tensors["lm_head.weight"][-1, -1] += 1
+    save_file(tensors, exported / "model.safetensors")
+    opened = open_folder(exported).tensors
+    assert [opened.problem(part, 3) is None for part in range(3)] == [True, True, False]
+    with pytest.raises(ValueError, match=r"tie_word_embeddings=True, but lm_head.weight differs"):
+        open_weights(exported)
 
 
 def test_pickles_are_refused_with_the_way_out(exported):
@@ -230,7 +245,7 @@ def test_damaged_and_missing_files_are_named(exported, nemotron, loud, tmp_path)
     with pytest.raises(ValueError, match=r"neither model.safetensors nor"):
         open_folder(exported)
     (exported / "config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"config.json is no JSON"):
+    with pytest.raises(ValueError, match=r"config.json is not JSON"):
         open_folder(exported)
     (exported / "config.json").unlink()
     assert not is_folder(exported)

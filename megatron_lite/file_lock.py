@@ -1,4 +1,4 @@
-"""One process on a run directory: `run.lock`, held with flock while the process lives.
+"""One process at a time on a folder: a lock file, held with flock while the process lives.
 
 The kernel frees the lock when the process ends, however it ends, so a lock file that was left behind never
 blocks. File systems without locks (some network and FUSE ones) give a warning and no protection.
@@ -13,6 +13,7 @@ import logging
 import os
 import socket
 import weakref
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -23,24 +24,27 @@ logger = logging.getLogger(__name__)
 _NO_LOCKS_HERE = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
 
 
-class RunLock:
-    """Exclusive use of a run directory; a context manager. Rank 0 alone takes it.
+class FileLock:
+    """Exclusive use of what the config names by `key`=`value`; a context manager.
 
-    `acquire` raises ValueError naming the host and process that hold it.
+    path: the lock file, which tells others who holds it.
+    waiting: called with the holder's name before this process waits for its end; None: it is refused instead.
+    `acquire` then raises ValueError naming key, value and the host and process that hold it.
     """
 
-    def __init__(self, run_dir: str | Path) -> None:
-        self.path = Path(run_dir) / "run.lock"
+    def __init__(self, path: Path, *, key: str, value: object, waiting: Callable[[str], None] | None = None) -> None:
+        self.path = path
+        self._key, self._value, self._waiting = key, value, waiting
         self._file: IO[str] | None = None
         self._made: list[Path] = []
-        # a forked worker shares the lock: unless it lets go, it would hold the run after our death
+        # a forked worker shares the lock: unless it lets go, it would hold it after our death
         me = weakref.ref(self)
         os.register_at_fork(after_in_child=lambda: _close_in_child(me))
 
-    def acquire(self) -> RunLock:
+    def acquire(self) -> FileLock:
         """Take the lock or raise. Directories that are missing are made."""
         file = self._locked()
-        while not _is_at(file, self.path):  # its holder took the file away with it, see `release`
+        while not _is_at(file, self.path):  # its holder removed it, see `release`
             file.close()
             file = self._locked()
         self._file = file
@@ -58,22 +62,36 @@ class RunLock:
         self._made = self._made or missing
         file = open(self.path, "a+", encoding="utf-8")  # noqa: SIM115  (stays open as long as the lock is held)
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._flock(file)
         except OSError as error:
             if error.errno not in _NO_LOCKS_HERE:
-                owner = _owner(file)
                 file.close()
-                if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                    raise
-                raise ValueError(
-                    f"run.dir={self.path.parent} is in use by {owner}; wait for it, end it, or set another run.dir"
-                ) from error
+                raise
             logger.warning(
-                "%s: this file system has no locks (%s); see to it that no second process writes this run",
+                "%s: this file system has no locks (%s); see to it that no second process uses %s=%s",
                 self.path,
                 error.strerror,
+                self._key,
+                self._value,
             )
+        except ValueError:
+            file.close()
+            raise
         return file
+
+    def _flock(self, file: IO[str]) -> None:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                raise
+            owner = _owner(file)
+            if self._waiting is None:
+                raise ValueError(
+                    f"{self._key}={self._value} is in use by {owner}; wait for it, end it, or set another {self._key}"
+                ) from error
+            self._waiting(owner)
+            fcntl.flock(file, fcntl.LOCK_EX)
 
     def release(self) -> None:
         """Let go. The file stays, unless the directory was made for it and nothing else was written there."""
@@ -88,7 +106,7 @@ class RunLock:
             self._file.close()
         self._file = None
 
-    def __enter__(self) -> RunLock:
+    def __enter__(self) -> FileLock:
         return self.acquire()
 
     def __exit__(
@@ -97,7 +115,7 @@ class RunLock:
         self.release()
 
 
-def _close_in_child(reference: weakref.ref[RunLock]) -> None:
+def _close_in_child(reference: weakref.ref[FileLock]) -> None:
     lock = reference()
     if lock is not None and lock._file is not None:
         lock._file.close()

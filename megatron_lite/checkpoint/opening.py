@@ -1,0 +1,187 @@
+"""Finding a checkpoint and verifying it, once, the work shared over the ranks.
+
+Notable features
+- Rank 0 reads the manifest, looks at the directory and the sizes, and tells the others; each rank hashes its
+  share of the files. One verdict for all.
+- What was verified stays verified as long as no file of it is replaced or written.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_lite.checkpoint.directory import file_problem, list_steps, problem_without_hashing
+from megatron_lite.checkpoint.manifest import MANIFEST, dtype_from, read_manifest, step_name
+from megatron_lite.checkpoint.reader import CheckpointTensors, Shards, header_shards
+from megatron_lite.errors import CheckpointError, error_text
+from megatron_lite.ranks import Ranks
+from megatron_lite.tensor_files import read_whole
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class _Look:
+    """What rank 0 sees of a checkpoint without hashing it."""
+
+    problem: str | None = None
+    manifest: dict[str, Any] = field(default_factory=dict)
+    shards: Shards | None = None
+    signature: str = ""
+
+
+class Verifier:
+    """Opens checkpoints, verified. Collective: every rank calls the same methods."""
+
+    def __init__(self, ranks: Ranks | None = None) -> None:
+        self.ranks = ranks or Ranks()
+        self.damaged: set[Path] = set()  # those looked at last and found damaged
+        self._verified: dict[Path, tuple[str, set[str]]] = {}  # path -> (signature, files that were hashed)
+
+    def open(self, path: Path, *, prefixes: tuple[str, ...] = ("",)) -> CheckpointTensors:
+        """The tensors of a checkpoint; the files of those whose names begin with one of `prefixes` are hashed.
+
+        Raises CheckpointError when it is damaged.
+        """
+        problem, tensors = self.look(path, prefixes=prefixes)
+        if tensors is None:
+            raise CheckpointError(f"the checkpoint {path} cannot be loaded: {problem}")
+        return tensors
+
+    def look(self, path: Path, *, prefixes: tuple[str, ...] = ("",)) -> tuple[str | None, CheckpointTensors | None]:
+        """As `open`, but what is wrong with it is returned: (problem, None) or (None, tensors)."""
+        seen = self.ranks.first("look", lambda: _look(path))
+        problem, tensors = seen.problem, None
+        if problem is None:
+            tensors = CheckpointTensors(path, seen.manifest, seen.shards)
+            signature, hashed = self._verified.get(path, ("", set()))
+            hashed = hashed if signature == seen.signature else set()
+            files = tensors.files_of(name for name in tensors.names() if name.startswith(prefixes))
+            problem = self._hash(path, seen.manifest["files"], files - hashed)
+        if problem is not None:
+            self.damaged.add(path)
+            return problem, None
+        self.damaged.discard(path)
+        self._verified[path] = seen.signature, hashed | files
+        return None, tensors
+
+    def newest(
+        self, directory: Path, steps: Iterable[int], *, prefixes: tuple[str, ...] = ("",)
+    ) -> CheckpointTensors | None:
+        """The newest of the checkpoints in `directory` that is not damaged. Warns of those that are."""
+        for step in sorted(steps, reverse=True):
+            problem, tensors = self.look(directory / step_name(step), prefixes=prefixes)
+            if tensors is not None:
+                return tensors
+            if self.ranks.rank == 0:
+                logger.warning("checkpoint of step %d is skipped: %s", step, problem)
+        return None
+
+    def find(self, path: str | Path, *, prefixes: tuple[str, ...] = ("",)) -> CheckpointTensors:
+        """The checkpoint that a person means: the directory of one, or a run directory's newest one that is not damaged.
+
+        Raises ValueError when there is none, CheckpointError when the named one is damaged.
+        """
+        path = Path(path)
+        named, found = self.ranks.first("find", lambda: _candidates(path))
+        if named:
+            return self.open(path, prefixes=prefixes)
+        for directory, steps in found:
+            tensors = self.newest(directory, steps, prefixes=prefixes)
+            if tensors is not None:
+                return tensors
+        raise ValueError(not_found(path))
+
+    def forget(self, path: Path) -> None:
+        """Verify it anew: it was written."""
+        self._verified.pop(path, None)
+        self.damaged.discard(path)
+
+    def _hash(self, path: Path, entries: dict[str, Any], files: Collection[str]) -> str | None:
+        if not files:
+            return None
+        by_size = sorted(files, key=lambda name: (-entries[name]["size"], name))
+        mine = by_size[self.ranks.rank :: self.ranks.size]
+
+        def first_problem() -> str | None:
+            return next(filter(None, (file_problem(path / name, entries[name]) for name in mine)), None)
+
+        return next(iter(self.ranks.problems("verify", first_problem).values()), None)
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """`Verifier.find` in one process, every file hashed: the directory."""
+    path = Path(path)
+    return path if (path / MANIFEST).exists() else Verifier().find(path).path
+
+
+def not_found(path: Path) -> str:
+    """What to say where `path` is none of the things that `Verifier.find` looks for."""
+    return f"{path} is not a checkpoint and not a run directory with a valid one in checkpoints/"
+
+
+def newest_manifest(path: str | Path) -> dict[str, Any] | None:
+    """The newest manifest of what a person means that can be read, or None; nothing is hashed."""
+    named, found = _candidates(Path(path))
+    if named:
+        return read_manifest(path)
+    for directory, steps in found:
+        for step in reversed(steps):
+            try:
+                return read_manifest(directory / step_name(step))
+            except CheckpointError as error:
+                logger.warning("checkpoint of step %d is skipped: %s", step, error)
+    return None
+
+
+def describe(path: str | Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Global name -> (shape, dtype) of every tensor of a checkpoint, from its manifest alone."""
+    tensors = read_manifest(path)["tensors"]
+    return {name: (tuple(entry["shape"]), dtype_from(entry["dtype"])) for name, entry in tensors.items()}
+
+
+def load_tensors(path: str | Path, names: Iterable[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield (name, whole global CPU tensor) for `names`, all when None, in the order given; lazily, in one process.
+
+    Raises ValueError for unknown names and CheckpointError for damage, both before the first tensor.
+    """
+    known = describe(path)
+    wanted = list(known) if names is None else list(names)
+    unknown = [name for name in wanted if name not in known]
+    if unknown:
+        raise ValueError(f"{path} holds no tensors {', '.join(unknown[:5])}{', ...' if len(unknown) > 5 else ''}")
+    tensors = Verifier().open(Path(path), prefixes=tuple(wanted))
+    return ((name, read_whole(tensors, name)) for name in wanted)
+
+
+def _candidates(path: Path) -> tuple[bool, list[tuple[Path, list[int]]]]:
+    """(is it a checkpoint itself, [(directory, steps)] where the checkpoints of a run may be)."""
+    if (path / MANIFEST).exists():
+        return True, []
+    return False, [(directory, list_steps(directory)) for directory in (path / "checkpoints", path)]
+
+
+def _look(path: Path) -> _Look:
+    try:
+        manifest = read_manifest(path)
+        problem = problem_without_hashing(path, manifest)
+        if problem is not None:
+            return _Look(problem)
+        return _Look(None, manifest, header_shards(path, manifest), _signature(path, manifest))
+    except Exception as error:
+        return _Look(error_text(error))
+
+
+def _signature(path: Path, manifest: dict[str, Any]) -> str:
+    """Changes when a file of the checkpoint is replaced or written."""
+    stats = []
+    for name in (MANIFEST, *manifest["files"]):
+        stat = (path / name).stat()
+        stats.append((name, stat.st_ino, stat.st_size, stat.st_mtime_ns))
+    return str(hash(tuple(stats)))

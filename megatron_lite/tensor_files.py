@@ -1,0 +1,111 @@
+"""Tensors on disk, read slice by slice: what every source of weights offers, and the two functions that read its bytes.
+
+Notable features
+- `read_slice` is the one way in which the values of a tensor reach memory, `file_sha256` the one that hashes a file.
+- `TensorFiles` keeps few files open: a mapped file counts as this process's memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+_OPEN_FILES = 4
+
+
+class TensorSource(Protocol):
+    """Tensors on disk by global name. Making one reads headers only; values come slice by slice, from `read`."""
+
+    def names(self) -> Collection[str]:
+        """All names."""
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The global shape. Raises KeyError for an unknown name."""
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype on disk, which `read` keeps."""
+
+    def read(self, name: str, offsets: Sequence[int], sizes: Sequence[int]) -> Tensor:
+        """The slice of shape `sizes` that begins at `offsets`, on the CPU. It may be a view into a mapped file: copy it."""
+
+
+def read_whole(source: TensorSource, name: str) -> Tensor:
+    """The whole global tensor."""
+    shape = source.shape(name)
+    return source.read(name, (0,) * len(shape), shape)
+
+
+class WholeTensors(Mapping[str, Tensor]):
+    """The whole tensors of a source by name, read anew each time they are asked for; in another dtype if one is given."""
+
+    def __init__(self, source: TensorSource, dtype: torch.dtype | None = None) -> None:
+        self.source, self._dtype = source, dtype
+
+    def __getitem__(self, name: str) -> Tensor:
+        return read_whole(self.source, name).to(self._dtype or self.source.dtype(name))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.source.names())
+
+    def __len__(self) -> int:
+        return len(self.source.names())
+
+
+class TensorFiles:
+    """The safetensors files of one folder, opened when first needed."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._open: dict[str, Any] = {}
+
+    def __getitem__(self, file_name: str) -> Any:
+        """The opened file (`keys()`, `metadata()`, `get_slice(name)`). Raises ValueError naming a file that is missing or damaged."""
+        opened = self._open.pop(file_name, None) or open_tensor_file(self.folder / file_name)
+        self._open[file_name] = opened  # the one used last is the last in the dict
+        if len(self._open) > _OPEN_FILES:
+            del self._open[next(iter(self._open))]
+        return opened
+
+
+def open_tensor_file(path: Path) -> Any:
+    """The opened safetensors file; only its header is read. Raises ValueError naming a file that is missing or damaged."""
+    try:
+        return safe_open(path, framework="pt", device="cpu")
+    except FileNotFoundError as error:
+        raise ValueError(f"{path} is missing; is the copy or the download complete?") from error
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is damaged or not a safetensors file ({error}); fetch it again") from error
+
+
+def read_slice(file: Any, name: str, offsets: Sequence[int], sizes: Sequence[int]) -> Tensor:
+    """The slice of shape `sizes` at `offsets` of the tensor `name` in an opened file: nothing else of it is read.
+
+    Every value of every tensor is read here. Raises ValueError when the slice does not lie inside the tensor.
+    """
+    if not sizes:
+        return file.get_tensor(name)
+    found = file.get_slice(name)
+    shape = found.get_shape()
+    inside = len(shape) == len(sizes) == len(offsets) and all(
+        start >= 0 and start + size <= length for start, size, length in zip(offsets, sizes, shape)
+    )
+    if not inside:
+        raise ValueError(
+            f"a slice of shape {tuple(sizes)} at {tuple(offsets)} does not lie inside {name!r}, {tuple(shape)}"
+        )
+    if not math.prod(shape):
+        return file.get_tensor(name)
+    return found[tuple(slice(start, start + size) for start, size in zip(offsets, sizes))]
+
+
+def file_sha256(path: Path) -> str:
+    """The hexadecimal SHA-256 of a whole file. Every file is hashed here."""
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
