@@ -94,7 +94,7 @@ def _tell(step: Step, seconds: float, console: Console) -> None:
 def _check_sources(pipeline: Pipeline, step: ReadStep, console: Console) -> None:
     """Tell of rows that cannot be used; a source without a single document is a mistake in the recipe, told before hours of work."""
     for path in sorted(step.folder.glob("*.quarantine.jsonl")):
-        if bad := path.read_text(encoding="utf-8").splitlines():
+        if bad := path.read_text(encoding="utf-8").split("\n")[:-1]:
             first = json.loads(bad[0])
             console.print(
                 f"{len(bad):,} rows cannot be used, first {first['place']}: {first['reason']}; all are in {path}",

@@ -25,6 +25,7 @@ from megatron_lite.errors import CheckpointError
 from megatron_lite.models.config import ModelConfig
 from megatron_lite.models.decoder import Decoder
 from megatron_lite.models.huggingface import expected_shapes, is_folder, open_folder
+from megatron_lite.models.narrowing import narrow
 
 TOKENIZER = "tokenizer"  # the folder of a run directory that holds a copy of its tokenizer
 HUGGING_FACE = "huggingface"  # the manifest's key for the rest of the folder that a checkpoint was converted from
@@ -116,7 +117,7 @@ def load_decoder(weights: Weights, *, device: str | torch.device = "cpu") -> Dec
     decoder.to_empty(device=device)
     with torch.no_grad():
         for name, parameter in decoder.named_parameters():
-            parameter.copy_(weights.tensors[name])
+            parameter.copy_(narrow(name, weights.tensors[name], parameter.dtype))
     return decoder.eval()
 
 

@@ -20,19 +20,20 @@ from megatron_lite.commands.command import run_command
 from megatron_lite.config.compose import to_dict
 from megatron_lite.data.tokenizer import load_tokenizer
 from megatron_lite.models.huggingface import export_folder
+from megatron_lite.models.narrowing import narrow
 from megatron_lite.weights import HUGGING_FACE, TOKENIZER, Weights, copy_tokenizer, open_weights
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Cast(Mapping[str, Tensor]):
-    """The same tensors in another dtype, cast one by one when asked for."""
+    """The same tensors in another dtype, cast one by one when asked for; a value that does not fit raises ValueError."""
 
     def __init__(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:
         self.tensors, self.dtype = tensors, dtype
 
     def __getitem__(self, name: str) -> Tensor:
-        return self.tensors[name].to(self.dtype)
+        return narrow(name, self.tensors[name], self.dtype)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.tensors)
