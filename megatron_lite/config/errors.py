@@ -37,7 +37,7 @@ def explain(error: BaseException, overrides: list[str], known_keys: Callable[[],
     unreadable = _unreadable(overrides)
     if unreadable:
         return unreadable
-    text, reason = str(error), str(chain[-1]).splitlines()[0]
+    text, reason = str(error), str(chain[-1]).split("\n")[0]
     renamed = _renamed(text, overrides)
     if renamed:
         return renamed
@@ -52,7 +52,7 @@ def explain(error: BaseException, overrides: list[str], known_keys: Callable[[],
         )
         reason = "a group's choice is a name"
     if override is None:
-        return " ".join(line.strip() for line in text.splitlines() if "object_type" not in line)
+        return " ".join(line.strip() for line in text.split("\n") if "object_type" not in line)
     key = key_of(override)
     if isinstance(chain[-1], ConfigAttributeError | ConfigKeyError) or "does not exist" in text:
         known = list(known_keys())
@@ -151,7 +151,7 @@ def _unreadable(overrides: list[str]) -> str | None:
         try:
             parser.parse_override(override)
         except HydraException as error:
-            reason = str(error).splitlines()[0]
+            reason = str(error).split("\n")[0]
             return f"{override} cannot be read as key=value ({reason}); quote what has spaces or signs in it: key='\"...\"'"
     return None
 
