@@ -156,5 +156,5 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
 def test_a_shard_never_needs_the_full_tensor(dim, rows):
     command = [sys.executable, "-c", PEAK, str(dim), str(rows)]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
-    # the shard has 8 MiB and a block 256 KiB; 32 MiB leave room for the allocator, a sixteenth of the tensor
+    # the shard has 8 MiB and a block 512 KiB; 32 MiB leave room for the allocator, a sixteenth of the tensor
     assert int(result.stdout) < 32, result.stdout
