@@ -17,6 +17,7 @@ from megatron_lite.data.loader import Loader, rank_samples, validation_batches
 from megatron_lite.data.sidecar import TokenizerIdentity
 from megatron_lite.data.packing import Example
 from megatron_lite.data.source import Source
+from tests.distributed import PATIENCE_SECONDS
 
 
 class Numbers:
@@ -101,7 +102,7 @@ def test_reading_ahead_is_bounded_and_closing_ends_the_thread() -> None:
     numbers = Numbers()
     steps = Loader(numbers, micro_batch_size=12, prefetch=2).steps(0, lambda consumed: 12)
     next(steps)
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + PATIENCE_SECONDS
     while numbers.read < 35 and time.monotonic() < deadline:  # two steps ahead of the one taken
         time.sleep(0.01)
     time.sleep(0.05)

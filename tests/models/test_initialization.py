@@ -39,7 +39,7 @@ def boxes(draw):
     return shape, starts, sizes
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(boxes(), st.sampled_from([torch.float32, torch.bfloat16]), st.sampled_from([None, 5, 20]))
 def test_any_box_equals_the_slice_of_the_full_tensor(box, dtype, valid_rows):
     shape, starts, sizes = box
