@@ -24,16 +24,9 @@ from tests.distributed import run_ranks
 from tests.engine import harness
 from tests.engine.harness import Case
 
-<<<<<<< HEAD
-SECONDS = 300
-
 # Samples of a step, their length, whether some tokens do not count in the loss.
 Work = tuple[int, int, bool]
 SHORT: Work = (4, 256, True)
-=======
-SAMPLES = 4
-STEPS = 3
->>>>>>> h-golden
 
 # What a rank reports: losses, gradient norms, and (dtype, hash) of every rotary table that a layer used in the first step.
 Report = tuple[list[float], list[float], list[tuple[str, str]]]
@@ -101,13 +94,8 @@ def sized(case: Case, work: Work) -> Case:
 
 def check_layout(name: str, work: Work, steps: int) -> None:
     world_size, case = LAYOUTS[name]
-<<<<<<< HEAD
     reports = run_ranks(world_size, train, sized(case, work), work, steps)
     losses, norms, tables = one_process(work, steps)
-=======
-    reports = run_ranks(world_size, train, case, length, steps)
-    losses, norms, tables = one_process(length, steps)
->>>>>>> h-golden
     for got in reports:
         assert got[0] == pytest.approx(losses, rel=1e-5)
         assert got[1] == pytest.approx(norms, rel=1e-5)
@@ -188,16 +176,8 @@ def test_tensor_parallel_at_4096_tokens() -> None:
 
 def check_tensor_parallel(parallel: dict[str, Any], work: Work) -> None:
     """Every token counts: their number is then a power of two, and dividing by it rounds nothing, whether before a sum or after."""
-<<<<<<< HEAD
     alone, rounded = one_process(work, 1), emulated(work)
-    for losses, norms, tables in run_ranks(
-        2, train, sized(Case(parallel, precision="bf16"), work), work, 1, timeout=SECONDS
-    ):
-=======
-    case = Case(parallel, precision="bf16")
-    for losses, norms, tables in run_ranks(2, train, case, length, 1, False):
-        alone = one_process(length, 1, False)
->>>>>>> h-golden
+    for losses, norms, tables in run_ranks(2, train, sized(Case(parallel, precision="bf16"), work), work, 1):
         assert losses == pytest.approx(alone[0], rel=5e-4)
         assert norms == pytest.approx(alone[1], rel=5e-4)
         assert tables == alone[2]
