@@ -30,6 +30,7 @@ from megatron_lite.precision.dtypes import PrecisionConfig
 from megatron_lite.ranks import Ranks
 from megatron_lite.runtime import Runtime
 from megatron_lite.training.build import build_grid, check_vocabulary, open_tokenizer, prepare_data
+from megatron_lite.training.support import refuse_unsupported
 from megatron_lite.weights import Weights, open_weights
 
 
@@ -52,10 +53,9 @@ class EvaluateConfig:
         for section in (self.data, self.precision, self.engine):
             section.validate()
         self.parallel.validate(world_size)
-        if self.engine.name != "fsdp":
-            raise ValueError(f"engine={self.engine.name} only trains; evaluate with engine=fsdp")
-        if world_size == 1 and self.engine.cpu_offload:
-            raise ValueError("engine.cpu_offload=true needs two processes or more; drop it")
+        refuse_unsupported(
+            "evaluate", parallel=self.parallel, engine=self.engine, precision=self.precision, world_size=world_size
+        )
 
 
 def main() -> None:
