@@ -27,9 +27,9 @@ def mount(path: Path, options: str) -> bool:
 
 @pytest.fixture
 def small(tour):
-    """A file system of 1.5 MB: room for two checkpoints of the tiny run and not for a third."""
+    """A file system of 1.25 MiB: room for two checkpoints of the tiny run and not for a third."""
     path = tour.home / "small"
-    if not mount(path, "size=1536k"):
+    if not mount(path, "size=1280k"):
         pytest.skip("no file system can be mounted here")
     yield path
     subprocess.run(["umount", "--lazy", str(path)], check=True)
