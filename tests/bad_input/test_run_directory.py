@@ -116,7 +116,7 @@ def test_a_file_where_the_checkpoints_would_lie_is_refused(tour):
 
 
 def test_a_finished_run_of_another_directory_is_nothing_to_resume(tour, straight):
-    says = r"is finished \(20 steps done\), so nothing would come to lie in run\.dir=.*raise train\.max_steps"
+    says = r"resume=.*20 steps.*run\.dir=.*train\.max_steps"
     tour.refused("train", *runs.arguments(tour.data, tour.home / "r", f"resume={straight}"), says=says)
 
 
