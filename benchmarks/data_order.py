@@ -17,7 +17,7 @@ import numpy as np
 from megatron_lite.data.blend import Blend, open_blend
 from megatron_lite.data.config import DataConfig, GroupConfig, PhaseConfig, SourceConfig
 from megatron_lite.data.indexed import IndexedWriter
-from megatron_lite.data.loader import Loader
+from megatron_lite.data.loader import DataLoader
 from megatron_lite.data.permutation import make_key, permute
 from megatron_lite.data.sidecar import TokenizerIdentity
 
@@ -46,7 +46,7 @@ def make_blend(folder: Path, *, sources: int, seq_len: int, reset_attention: boo
     config.phases = [PhaseConfig(until_fraction=0.3), PhaseConfig(until_fraction=0.6, weights={"group0": 1.0})]
     config.phases.append(PhaseConfig(weights={"group1": 1.0, "group2": 2.0}))
     tokenizer = TokenizerIdentity(fingerprint="", name="none", eod=EOD, vocab_size=50_000)
-    return open_blend(config, tokenizer=tokenizer, seed=0, horizon_samples=10**9)
+    return open_blend(config, tokenizer=tokenizer, seed=0, total_samples=10**9)
 
 
 def main(sources: int = 20, seq_len: int = 4096) -> None:
@@ -62,7 +62,7 @@ def main(sources: int = 20, seq_len: int = 4096) -> None:
                     print(f"{f'locate among {sources} sources, from sample {start:.0e}':44s}{cost:8.1f} us")
             label = f"example of {seq_len} tokens" + (", documents marked" if reset else "")
             print(f"{label:44s}{microseconds(blend.__getitem__, repeats=3_000):8.1f} us")
-            loader = Loader(blend, micro_batch_size=8)
+            loader = DataLoader(blend, micro_batch_size=8)
             with closing(loader.steps(0, lambda consumed: 64)) as steps:
                 cost = microseconds(lambda i: next(steps), repeats=30) / 64
             print(f"{label + ', in loader steps':44s}{cost:8.1f} us = {seq_len / cost:.1f} M tokens/s")

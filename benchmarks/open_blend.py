@@ -51,7 +51,7 @@ def write_sparse(prefix: Path, documents: int) -> None:
 
 def memory() -> dict[str, float]:
     """Resident memory of this process in MB, by kind (Linux)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text().split("\n")
     kinds = {"RssAnon": "anonymous", "RssFile": "mapped"}
     return {kinds[key]: int(rest.split()[0]) / 1000 for key, _, rest in map(split, lines) if key in kinds}
 
@@ -71,7 +71,7 @@ def main(documents: int = 100_000_000, folder: str | None = None) -> None:
         tokenizer = TokenizerIdentity(fingerprint="", name="none", eod=EOD, vocab_size=50_000)
         before = memory()
         start = time.perf_counter()
-        blend = open_blend(config, tokenizer=tokenizer, seed=0, horizon_samples=10**9)
+        blend = open_blend(config, tokenizer=tokenizer, seed=0, total_samples=10**9)
         opened = time.perf_counter() - start
         blend[123_456_789 % blend.sources["web/crawl"].num_windows]
         drawn = time.perf_counter() - start

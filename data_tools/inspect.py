@@ -58,10 +58,10 @@ def inspect(config: InspectConfig, console: Console | None = None) -> list[str]:
         )
     tokenizer = load_tokenizer(data.tokenizer)
     identity = TokenizerIdentity(fingerprint(tokenizer), data.tokenizer, tokenizer.eos_token_id, len(tokenizer))
-    blend = open_blend(data, tokenizer=identity, seed=config.seed, horizon_samples=1)
+    blend = open_blend(data, tokenizer=identity, seed=config.seed, total_samples=1)
     available = sum(source.num_tokens for source in blend.sources.values())
     horizon = max(1, int(config.tokens or available) // data.seq_len)
-    blend = open_blend(data, tokenizer=identity, seed=config.seed, horizon_samples=horizon)
+    blend = open_blend(data, tokenizer=identity, seed=config.seed, total_samples=horizon)
     rows = summarize(blend)
     console.print(_table(blend, rows))
     warnings = [
@@ -83,7 +83,7 @@ def inspect(config: InspectConfig, console: Console | None = None) -> list[str]:
 
 def summarize(blend: Blend) -> list[dict[str, Any]]:
     """For every source: tokens, share of each phase, share of the whole budget, samples and epochs at the budget."""
-    horizon = blend.horizon_samples
+    horizon = blend.total_samples
     counts = blend.counts(0, horizon)
     rows = []
     for name, source in blend.sources.items():
@@ -103,7 +103,7 @@ def summarize(blend: Blend) -> list[dict[str, Any]]:
 
 
 def _table(blend: Blend, rows: list[dict[str, Any]]) -> Table:
-    horizon, length = blend.horizon_samples, blend.config.seq_len
+    horizon, length = blend.total_samples, blend.config.seq_len
     table = Table(title=f"{horizon:,} samples of {length} tokens = {horizon * length:,} tokens")
     starts = [segment.start for segment in blend.phases.segments]
     headings = ["source", "documents", "tokens", *(f"from {start:,}" for start in starts), "all", "samples", "epochs"]
@@ -158,7 +158,7 @@ def draw(blend: Blend, rows: list[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    horizon = blend.horizon_samples
+    horizon = blend.total_samples
     starts = [segment.start for segment in blend.phases.segments]
     edges = [*starts, max(horizon, starts[-1] + 1)]
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, max(4.0, 0.25 * len(rows) + 2)), width_ratios=(3, 2))

@@ -47,6 +47,10 @@ class Ranks:
             raise CheckpointError(self._joined(texts))
         return result  # type: ignore[return-value]
 
+    def attempt(self, phase: str, work: Callable[[], T]) -> T:
+        """As `agree`, but one process alone raises what `work` raises, in its own type."""
+        return work() if self.size == 1 else self.agree(phase, work)
+
     def problems(self, phase: str, work: Callable[[], str | None]) -> dict[int, str]:
         """Run `work` on every rank; the texts that it returned, by rank, the same on every rank. It raises as `agree` does."""
         text, failure = _attempt(work)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,10 @@ from megatron_lite.errors import CheckpointError
 from megatron_lite.models.config import ModelConfig
 from megatron_lite.models.decoder import Decoder
 from megatron_lite.models.huggingface import expected_shapes, is_folder, open_folder, read_config
+from megatron_lite.parallel.assemble import assemble, bare, from_tensors
+from megatron_lite.parallel.mesh import Mesh, ParallelConfig
 from megatron_lite.ranks import Ranks
-from megatron_lite.tensor_files import TensorSource, read_whole
+from megatron_lite.tensor_files import TensorSource
 
 TOKENIZER = "tokenizer"  # the folder of a run directory that holds a copy of its tokenizer
 OPTIMIZER = (
@@ -68,10 +71,10 @@ def open_weights(path: str | Path, ranks: Ranks | None = None, *, optimizer: boo
     optimizer: open (and verify) the optimizer's tensors too.
     Raises ValueError when it is none of them, CheckpointError when the named checkpoint is damaged.
     """
-    path = _existing(path)
     ranks = ranks or Ranks()
+    path = ranks.attempt("look for the weights", partial(_existing, path))
     if is_folder(path):
-        opened = open_folder(path)
+        opened = ranks.attempt("open the folder", partial(open_folder, path))
         problems = ranks.problems("verify", lambda: opened.tensors.problem(ranks.rank, ranks.size))
         if problems:
             raise ValueError(f"{path}: {next(iter(problems.values()))}")
@@ -137,18 +140,9 @@ def load(path: str | Path, *, device: str | torch.device = "cpu") -> tuple[Decod
     """
     weights = open_weights(path)
     tokenizer = load_tokenizer(weights.tokenizer) if weights.tokenizer else None
-    return load_decoder(weights, device=device), tokenizer
-
-
-def load_decoder(weights: Weights, *, device: str | torch.device = "cpu") -> Decoder:
-    """A decoder with these weights, filled tensor by tensor."""
-    with torch.device("meta"):
-        decoder = Decoder(weights.config)
-    decoder.to_empty(device=device)
-    with torch.no_grad():
-        for name, parameter in decoder.named_parameters():
-            parameter.copy_(read_whole(weights.tensors, name))
-    return decoder.eval()
+    mesh, fill = Mesh(device=torch.device(device)), from_tensors(weights.tensors)
+    decoder, _ = assemble(weights.config, mesh=mesh, parallel=ParallelConfig(), fill=fill, wrap=bare)
+    return decoder.eval(), tokenizer
 
 
 def _tokenizer_of(checkpoint: Path, manifest: dict[str, Any]) -> Path | None:

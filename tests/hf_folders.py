@@ -71,5 +71,5 @@ def command(name: str, *overrides: str) -> int:
     import importlib
 
     module = importlib.import_module(f"megatron_lite.commands.{name}")
-    schema = getattr(module, f"{name.capitalize()}Config")
+    schema = module.RunConfig if name == "train" else getattr(module, f"{name.capitalize()}Config")
     return getattr(module, name)(compose_config(name, schema, list(overrides)))

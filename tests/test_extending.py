@@ -2,56 +2,60 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from omegaconf import MISSING
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import megatron_lite
+from megatron_lite.config.compose import register_schema
 from megatron_lite.data.tokenizer import load_tokenizer
 from megatron_lite.models.config import ModelConfig
+from megatron_lite.models.decoder import Decoder
 from megatron_lite.models.huggingface.family import Family, number, read_sizes, rope, written_sizes
 from megatron_lite.models.huggingface.registry import FAMILIES
 from megatron_lite.models.huggingface.rules import transformer_rules
-from megatron_lite.objectives.next_token import NextToken
-from megatron_lite.objectives.registry import OBJECTIVES
+from megatron_lite.objectives.base import Loss, Objective, ObjectiveConfig
 from tests import runs
+from tests.hf_folders import command
 
 # ------------------------------------------------------------------ a dense family: one config, one mapping
 
 STABLE_TINY = {
-    "family": "stablelm", "num_layers": 2, "hidden_size": 32, "num_heads": 4, "num_kv_heads": 2, "ffn_size": 64,
-    "vocab_size": 384, "max_seq_len": 128, "activation": "swiglu", "norm": "layernorm", "rotary_fraction": 0.25,
+    "family": "stablelm", "num_layers": 2, "hidden_size": 32, "attention": {"heads": 4, "kv_heads": 2},
+    "mlp": {"ffn_size": 64, "activation": "swiglu"}, "vocab_size": 384, "max_seq_len": 128, "norm": "layernorm",
+    "rope": {"fraction": 0.25},
 }  # fmt: skip
-REQUIRED: dict[str, Any] = {"norm": "layernorm", "activation": "swiglu"}
+REQUIRED: dict[str, Any] = {"norm": "layernorm", "mlp.activation": "swiglu", "linear_bias": False}
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
     sizes = written_sizes(config)
     del sizes["head_dim"]  # StableLM's is hidden_size / num_heads
-    sizes["rope_parameters"]["partial_rotary_factor"] = config.rotary_fraction
+    sizes["rope_parameters"]["partial_rotary_factor"] = config.rope.fraction
     own = {"hidden_act": "silu", "layer_norm_eps": config.norm_eps, "use_qkv_bias": False, "qk_layernorm": False}
-    return sizes | own | {"use_parallel_residual": False, "partial_rotary_factor": config.rotary_fraction}
+    return sizes | own | {"use_parallel_residual": False, "partial_rotary_factor": config.rope.fraction}
 
 
 def read_config(hf: Mapping[str, Any]) -> ModelConfig:
-    base, fraction = rope(hf, default_fraction=0.25)
+    sizes = read_sizes(hf, activation="swiglu")
     eps = number(hf, "layer_norm_eps")
-    return ModelConfig(
-        family="stablelm", norm_eps=eps, rope_base=base, rotary_fraction=fraction, **REQUIRED, **read_sizes(hf)
-    )
+    return ModelConfig(family="stablelm", norm="layernorm", norm_eps=eps, rope=rope(hf, default_fraction=0.25), **sizes)
 
 
 STABLELM = Family(
     name="stablelm",
     model_type="stablelm",
     architecture="StableLmForCausalLM",
-    required=REQUIRED | {"linear_bias": False},
+    required=REQUIRED,
     defaults={"layer_norm_eps": 1e-5, "initializer_range": 0.02, "tie_word_embeddings": False, "hidden_act": "silu"},
     only={
         "hidden_act": ("silu",),
@@ -71,9 +75,9 @@ def test_a_dense_family(tiny_data, tmp_path, monkeypatch):
     (tmp_path / "own" / "model").mkdir(parents=True)
     (tmp_path / "own" / "model" / "stable_tiny.yaml").write_text(yaml.safe_dump(STABLE_TINY))
     (tmp_path / "own" / "data").symlink_to(tiny_data / "data")
-    command = [word for word in runs.TINY if not word.startswith("model")]
+    tiny = [word for word in runs.TINY if not word.startswith("model")]
     command(
-        "train", "--config-dir", str(tmp_path / "own"), *command, "model=stable_tiny", "train.max_steps=6",
+        "train", "--config-dir", str(tmp_path / "own"), *tiny, "model=stable_tiny", "train.max_steps=6",
         f"run.dir={tmp_path / 'r'}",
     )  # fmt: skip
     assert runs.rows(tmp_path / "r")[-1]["loss"] < runs.rows(tmp_path / "r")[0]["loss"]
@@ -112,23 +116,43 @@ def test_a_data_source(tiny_data, tmp_path):
 # ------------------------------------------------------------------ an objective: one file
 
 
-class QuietHidden(NextToken):
+@dataclass
+class QuietHiddenConfig(ObjectiveConfig):
+    """weight: what the mean square of a hidden state counts beside a token's cross-entropy."""
+
+    weight: float = MISSING
+
+    def validate(self) -> None:
+        if self.weight < 0:
+            raise ValueError(f"objective.weight={self.weight} must not be negative")
+
+    def build(self, decoder: Decoder) -> Objective:
+        return QuietHidden(decoder, self.weight)
+
+
+class QuietHidden(Objective):
     """Next-token loss, and `weight` times the mean square of the final hidden states of every counted token."""
 
-    def __init__(self, decoder, *, weight: float, **keys) -> None:
-        super().__init__(decoder, **keys)
+    def __init__(self, decoder: Decoder, weight: float) -> None:
+        super().__init__(decoder)
         self.weight = weight
 
-    def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        loss, count = super().forward(batch)
-        x_BTD = self.decoder.hidden(batch["tokens"], batch.get("documents"))
-        squares_BT = x_BTD.float().square().mean(dim=-1)
-        return loss + self.weight * (squares_BT * batch["loss_mask"]).sum(), count
+    def loss(self, batch: dict[str, Tensor]) -> Loss:
+        x_BTD = self.hidden(batch)
+        cross_entropy = self.cross_entropy(x_BTD, batch)
+        loudness = (x_BTD.float().square().mean(dim=-1) * batch["loss_mask"]).sum()
+        parts = {"cross_entropy": cross_entropy.detach(), "loudness": loudness.detach()}
+        return Loss(cross_entropy + self.weight * loudness, torch.count_nonzero(batch["loss_mask"]), parts)
 
 
 @pytest.fixture
-def quiet(monkeypatch):
-    monkeypatch.setitem(OBJECTIVES, "quiet_hidden", QuietHidden)
+def own(tiny_data, tmp_path):
+    """A folder of one's own with the objective's file; `--config-dir` names it."""
+    register_schema("quiet_hidden", QuietHiddenConfig, group="objective")
+    (tmp_path / "own" / "objective").mkdir(parents=True)
+    (tmp_path / "own" / "data").symlink_to(tiny_data / "data")
+    (tmp_path / "own" / "objective" / "quiet.yaml").write_text("defaults: [quiet_hidden_schema, _self_]\n")
+    return tmp_path / "own"
 
 
 def loud(run_dir) -> float:
@@ -137,29 +161,39 @@ def loud(run_dir) -> float:
         return model.hidden(torch.tensor([tokenizer("the model reads every word")["input_ids"]])).square().mean().item()
 
 
-def test_an_objective(tiny_data, straight, tmp_path, quiet):
-    (tmp_path / "own" / "objective").mkdir(parents=True)
-    (tmp_path / "own" / "data").symlink_to(tiny_data / "data")
-    (tmp_path / "own" / "objective" / "quiet.yaml").write_text("kind: quiet_hidden\noptions: {weight: 0.0}\n")
+def test_an_objective(own, straight, tmp_path):
     for name, weight in (("same", 0.0), ("other", 1.0)):
-        keys = ("objective=quiet", f"objective.options.weight={weight}", "train.stop_at=10")
-        assert runs.run(tmp_path / "own", tmp_path / name, *keys) == 0
+        keys = ("objective=quiet", f"objective.weight={weight}", "train.stop_at=10", "train.eval_every=10")
+        assert runs.run(own, tmp_path / name, *keys) == 0
     assert runs.curve(tmp_path / "same") == runs.curve(straight)[:10]  # with weight 0 it is the other objective
     # LayerNorm makes the mean square of a fresh model 1, less what norm_eps=1e-5 is beside a variance of some 4e-4
-    first = [runs.rows(directory)[0]["loss"] for directory in (tmp_path / "other", straight)]
-    assert first[0] - first[1] == pytest.approx(1.0, abs=0.04)
+    row, plain = (runs.rows(directory)[0] for directory in (tmp_path / "other", straight))
+    assert row["loss"] - plain["loss"] == pytest.approx(1.0, abs=0.04)
+    assert row["loss"] == pytest.approx(row["cross_entropy"] + row["loudness"], rel=1e-6)  # fp32 sums of 256 tokens
+    assert row["cross_entropy"] == plain["loss"]
     assert loud(tmp_path / "other") < 0.9 * loud(tmp_path / "same")
+
+
+def test_validation_is_the_cross_entropy_whatever_is_minimized(own, tmp_path, capsys):
+    keys = ("objective=quiet", "objective.weight=1", "train.stop_at=4", "train.eval_every=4")
+    assert runs.run(own, tmp_path / "r", *keys) == 0
+    lines = [json.loads(line) for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()]
+    logged = next(line["val_loss"] for line in lines if "val_loss" in line)
+    arguments = ("data=tiny", "data.seq_len=32", f"checkpoint={tmp_path / 'r'}", "json=true")
+    assert command("evaluate", "--config-dir", str(own), *arguments) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["val_loss"] == pytest.approx(logged, rel=1e-6)
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["objective.kind=guess"], "objective.kind=guess is unknown; choose one of next_token"),
-        (["+objective.options.weight=1"], "objective.options.weight=1.0 is not among the options of next_token"),
-        (["objective.kind=quiet_hidden", "+objective.options.wieght=1"], r"wieght=1.0 is not .*quiet_hidden"),
-        (["objective.kind=quiet_hidden"], "objective.options.weight is not given; quiet_hidden needs it"),
+        (["objective=guess"], "objective.*guess"),
+        (["+objective.weight=1"], "objective.weight"),
+        (["objective=quiet", "objective.wieght=1"], "wieght"),
+        (["objective=quiet"], "objective.weight"),
+        (["objective=quiet", "objective.weight=-1"], "objective.weight=-1"),
     ],
 )
-def test_an_objective_that_is_not_there(overrides, message, tiny_data, tmp_path, quiet):
+def test_an_objective_that_is_not_there(overrides, message, own, tmp_path):
     with pytest.raises(ValueError, match=message):
-        runs.run(tiny_data, tmp_path / "r", *overrides)
+        runs.run(own, tmp_path / "r", *overrides)

@@ -13,9 +13,10 @@ from transformers import AutoModelForCausalLM
 import megatron_lite
 from megatron_lite.checkpoint.opening import find_checkpoint, load_tensors
 from megatron_lite.data.blend import open_blend
+from megatron_lite.parallel.mesh import Mesh
 from megatron_lite.training.build import build_engine, build_schedule, open_tokenizer
 from megatron_lite.training.config import compose_run, validate
-from megatron_lite.training.resume import start_from
+from megatron_lite.training.resume import open_source
 from megatron_lite.weights import open_weights
 from tests import runs
 from tests.hf_folders import command, make_folder, metaspace_tokenizer
@@ -44,9 +45,7 @@ def manifest(run_dir) -> dict:
 def engine_started_from(data, source, *overrides):
     run = config(data, "unused", f"init_from={source}", *overrides)
     run.model = open_weights(source).config
-    engine = build_engine(run, None, torch.device("cpu"))
-    start_from(engine, run, open_tokenizer(run.data))
-    return engine
+    return build_engine(run, Mesh(), source=open_source(run, open_tokenizer(run.data)))
 
 
 @pytest.mark.parametrize("kind", ["nemotron", "llama", "mistral"])
@@ -62,8 +61,8 @@ def test_a_folder_is_imported_trained_and_exported(kind, dtype, tiny_data, tmp_p
     assert first["lr"] == pytest.approx(1e-2 / 2)  # the first of two warm-up steps
 
     run = config(tiny_data, run_dir, *keys)
-    horizon = build_schedule(run).horizon_samples
-    blend = open_blend(run.data, tokenizer=open_tokenizer(run.data), seed=run.seed, horizon_samples=horizon)
+    horizon = build_schedule(run).total_samples
+    blend = open_blend(run.data, tokenizer=open_tokenizer(run.data), seed=run.seed, total_samples=horizon)
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     examples = [blend[i] for i in range(8)]
     tokens, targets = (torch.stack([torch.from_numpy(e[key]) for e in examples]) for key in ("tokens", "targets"))
@@ -123,10 +122,10 @@ def test_the_model_comes_from_the_source(tiny_data, straight, tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["model.ffn_size=128"], r"layers.1.mixer.up.weight has shape \(64, 32\) there and \(128, 32\) here"),
+        (["model.mlp.ffn_size=128"], r"layers.1.mixer.up.weight has shape \(64, 32\) there and \(128, 32\) here"),
         (["model.tie_embeddings=true"], "tensors on one side only: head.weight"),
         (
-            ["model.family=llama", "model.norm=rmsnorm", "model.activation=swiglu", "model.rotary_fraction=1"],
+            ["model.family=llama", "model.norm=rmsnorm", "model.mlp.activation=swiglu", "model.rope.fraction=1"],
             "final_norm.bias",
         ),
     ],

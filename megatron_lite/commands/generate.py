@@ -1,7 +1,9 @@
 """`mlite generate`: continue a prompt, streaming to the terminal.
 
 python -m megatron_lite generate checkpoint=runs/smoke prompt='def main(' max_new_tokens=40
+echo 'a prompt' | python -m megatron_lite generate checkpoint=runs/smoke prompt=-
 python -m megatron_lite generate checkpoint=runs/smoke prompt_file=prompts.txt sampling.temperature=0.8 sampling.top_p=0.9
+torchrun --nproc-per-node 2 -m megatron_lite generate checkpoint=runs/large prompt='def main(' parallel.tp=2
 """
 
 from __future__ import annotations
@@ -13,20 +15,42 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lite.commands.command import run_command
+from megatron_lite.commands.ranks import all_ranks
+from megatron_lite.data.tokenizer import load_tokenizer
+from megatron_lite.models.huggingface.generation import end_tokens, not_applied
 from megatron_lite.models.sampling import SamplingConfig, generate_tokens
-from megatron_lite.runtime import default_device
-from megatron_lite.weights import load
+from megatron_lite.parallel.assemble import assemble, bare, from_tensors
+from megatron_lite.parallel.mesh import ParallelConfig, build_mesh
+from megatron_lite.ranks import Ranks
+from megatron_lite.runtime import Runtime
+from megatron_lite.weights import Weights, open_weights
 
 
 @dataclass
 class GenerateConfig:
-    """`mlite generate`: one `prompt`, or a `prompt_file` with one a line."""
+    """`mlite generate`: one `prompt`, or a `prompt_file` with one a line; "-" reads standard input."""
 
     checkpoint: str = "???"
     prompt: str | None = None
     prompt_file: str | None = None
     max_new_tokens: int = 64
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+
+    def validate(self, world_size: int = 1) -> None:
+        """Raise ValueError naming the key if a value is invalid."""
+        self.sampling.validate()
+        self.parallel.validate(world_size)
+        if self.parallel.tp != world_size:
+            raise ValueError(
+                f"parallel.tp={self.parallel.tp} with {world_size} processes: generate divides a model by tensor "
+                f"parallelism only; set parallel.tp={world_size}, or start {self.parallel.tp} processes"
+            )
+        if self.parallel.sequence_parallel:
+            raise ValueError(
+                "parallel.sequence_parallel=true: tokens are generated one by one, which leaves no sequence to cut; set it "
+                "to false"
+            )
 
 
 def main() -> None:
@@ -35,29 +59,52 @@ def main() -> None:
 
 
 def generate(config: GenerateConfig) -> int:
-    """Print every prompt and its continuation. Raises ValueError when there is no prompt or no tokenizer."""
-    config.sampling.validate()
-    prompts = _prompts(config)
-    model, tokenizer = load(config.checkpoint, device=default_device())
-    if tokenizer is None:
+    """Print every prompt and its continuation.
+
+    Raises ValueError (on several ranks CheckpointError) when there is no prompt, no tokenizer, or the layout does not fit.
+    """
+    with all_ranks() as (runtime, ranks):
+        for text in texts(config, runtime, ranks):
+            if runtime.is_main:
+                sys.stdout.write(text)
+                sys.stdout.flush()
+    return 0
+
+
+def texts(config: GenerateConfig, runtime: Runtime, ranks: Ranks) -> Iterator[str]:
+    """What is to be printed, part by part as it is made, the same on every rank. Collective."""
+    ranks.attempt("check the config", lambda: config.validate(runtime.world_size))
+    prompts = ranks.first("read the prompts", lambda: _prompts(config))  # standard input is rank 0's
+    weights = open_weights(config.checkpoint, ranks)
+    tokenizer = ranks.attempt("open the tokenizer", lambda: _tokenizer(config, weights))
+    if runtime.is_main:
+        for key, value in not_applied(weights.extra).items():
+            print(f"warning: generation_config.json sets {key}={value}, which is not applied", file=sys.stderr)
+    ends = end_tokens(weights.extra, tokenizer.eos_token_id)
+    mesh = build_mesh(config.parallel.degrees(runtime.world_size), device=runtime.device)
+    fill = from_tensors(weights.tensors)
+    model, _ = ranks.attempt(
+        "read the weights",
+        lambda: assemble(weights.config, mesh=mesh, parallel=config.parallel, fill=fill, wrap=bare),
+    )
+    model.eval()
+    for prompt in prompts:
+        # A model of a Hugging Face folder gets the begin token that the folder's tokenizer adds; a run of ours was trained without.
+        tokens = tokenizer(prompt, add_special_tokens=bool(weights.extra))["input_ids"] or [tokenizer.eos_token_id]
+        new = generate_tokens(
+            model, tokens, max_new_tokens=config.max_new_tokens, end_tokens=ends, sampling=config.sampling
+        )
+        yield prompt
+        yield from stream_text(tokenizer, new, before=tokens)
+        yield "\n"
+
+
+def _tokenizer(config: GenerateConfig, weights: Weights) -> Any:
+    if weights.tokenizer is None:
         raise ValueError(
             f"no tokenizer lies beside checkpoint={config.checkpoint}; put it into a folder `tokenizer` there"
         )
-    for prompt in prompts:
-        tokens = tokenizer(prompt, add_special_tokens=False)["input_ids"] or [tokenizer.eos_token_id]
-        new = generate_tokens(
-            model,
-            tokens,
-            max_new_tokens=config.max_new_tokens,
-            eod=tokenizer.eos_token_id,
-            sampling=config.sampling,
-        )
-        sys.stdout.write(prompt)
-        for text in stream_text(tokenizer, new, before=tokens):
-            sys.stdout.write(text)
-            sys.stdout.flush()
-        sys.stdout.write("\n")
-    return 0
+    return load_tokenizer(weights.tokenizer)
 
 
 def stream_text(tokenizer: Any, tokens: Iterable[int], *, before: Sequence[int] = ()) -> Iterator[str]:
@@ -65,8 +112,12 @@ def stream_text(tokenizer: Any, tokens: Iterable[int], *, before: Sequence[int] 
 
     Some tokenizers drop the space that begins a text (SentencePiece), so a token is decoded behind those that came before it and
     only what it adds is given. The window decoded for this begins at the last piece but one, so that a long text costs what its
-    pieces cost. A character whose bytes are spread over tokens waits for its last one.
+    pieces cost. A character whose bytes are spread over tokens waits for its last one. A tokenizer that removes spaces before
+    punctuation (`clean_up_tokenization_spaces`) changes text that it has already given, so its text comes as one piece.
     """
+    if getattr(tokenizer, "clean_up_tokenization_spaces", False):
+        yield tokenizer.decode([*before, *tokens])[len(tokenizer.decode(before)) if before else 0 :]
+        return
     window = list(before)
     known = len(_decode(tokenizer, window))
     last_piece = len(window)  # where in the window the newest piece begins
@@ -89,17 +140,25 @@ def _decode(tokenizer: Any, tokens: Sequence[int]) -> str:
 
 
 def _prompts(config: GenerateConfig) -> list[str]:
+    """One prompt, or the lines of a file that are not empty. A line ends with a line feed and with nothing else."""
     if (config.prompt is None) == (config.prompt_file is None):
         raise ValueError("give either prompt='...' or prompt_file=<a text file with one prompt a line>")
     if config.prompt is not None:
-        return [config.prompt]
-    path = Path(config.prompt_file or "")
-    if not path.exists():
-        raise ValueError(f"prompt_file={config.prompt_file} does not exist")
-    try:
-        prompts = [line for line in path.read_text(encoding="utf-8").splitlines() if line]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"prompt_file={path} is no UTF-8 text ({error}); give one prompt a line") from None
+        # The line end that `echo` puts behind a prompt is not part of it.
+        return [config.prompt if config.prompt != "-" else _read("prompt", "-").removesuffix("\n").removesuffix("\r")]
+    lines = _read("prompt_file", config.prompt_file or "").split("\n")
+    prompts = [line for line in (line.removesuffix("\r") for line in lines) if line]
     if not prompts:
-        raise ValueError(f"prompt_file={path} holds no prompt; write one a line")
+        raise ValueError(f"prompt_file={config.prompt_file} holds no prompt; write one a line")
     return prompts
+
+
+def _read(key: str, name: str) -> str:
+    """The text of a file, or of standard input for "-", with its line ends as they are."""
+    if name != "-" and not Path(name).is_file():
+        raise ValueError(f"{key}={name} does not exist or is not a file; name a text file with one prompt a line")
+    data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{key}={name} is not UTF-8 text ({error}); convert it to UTF-8") from None

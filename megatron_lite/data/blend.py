@@ -122,7 +122,7 @@ class Blend:
         sources: by full name; each is read only where a phase gives it a share.
         config: groups, weights and phases.
         seed: of the shuffle.
-        horizon_samples: of the whole run; `until_fraction` is a fraction of it.
+        total_samples: of the whole run; `until_fraction` is a fraction of it.
         kept_boundaries: sample numbers that fractions became at the run's first start (see
         `resume.resume_blend`).
     """
@@ -133,15 +133,15 @@ class Blend:
         *,
         config: DataConfig,
         seed: int,
-        horizon_samples: int,
+        total_samples: int,
         kept_boundaries: Mapping[str, int] | None = None,
     ) -> None:
         self.sources = dict(sources)
         self.config = config
         self.seed = seed
-        self.horizon_samples = horizon_samples
+        self.total_samples = total_samples
         tokens = {name: source.num_tokens for name, source in self.sources.items()}
-        self.phases = resolve(config, tokens, horizon_samples=horizon_samples, kept=kept_boundaries)
+        self.phases = resolve(config, tokens, total_samples=total_samples, kept=kept_boundaries)
         self._starts = [segment.start for segment in self.phases.segments]
         self._trees = [ProportionTree(segment.shares) for segment in self.phases.segments]
         self._bases: list[Counter[str]] = [Counter()]  # what each source gave before each phase
@@ -213,7 +213,7 @@ class Blend:
         }
 
 
-def open_blend(config: DataConfig, *, tokenizer: TokenizerIdentity, seed: int, horizon_samples: int) -> Blend:
+def open_blend(config: DataConfig, *, tokenizer: TokenizerIdentity, seed: int, total_samples: int) -> Blend:
     """Check `config`, open its sources and blend them; no time or memory that grows with the data."""
     config.validate()
-    return Blend(open_sources(config, tokenizer), config=config, seed=seed, horizon_samples=horizon_samples)
+    return Blend(open_sources(config, tokenizer), config=config, seed=seed, total_samples=total_samples)

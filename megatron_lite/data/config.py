@@ -50,7 +50,7 @@ class PhaseConfig:
     """A stretch of training with its own weights. The last phase has no end; every other has exactly one.
 
     until_samples: first sample that is no longer in the phase. until_fraction: the same as a fraction of the
-    horizon. weights: `group` (split inside by the group's own rule) or `group/source` (that source's own
+    whole run. weights: `group` (split inside by the group's own rule) or `group/source` (that source's own
     share, outside of its group's split) -> proportion of the whole blend. What is not named is not read.
     Empty: the groups' own weights.
     """

@@ -1,4 +1,4 @@
-"""Micro-batches for one data-parallel rank, read ahead in the background.
+"""Micro-batches for one data-parallel rank, read ahead in the background and moved to its device.
 
 A step takes the samples [consumed, consumed + global batch size). Its micro-batch m takes the next
 micro_batch_size * data_parallel_size of them, of which rank r gets the r-th run of micro_batch_size. So what
@@ -10,22 +10,21 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Generator, Iterator
-from typing import Protocol
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
 
 import numpy as np
+import torch
 
+from megatron_lite.data.blend import Blend
 from megatron_lite.data.packing import Batch, Example, collate
 from megatron_lite.data.source import Source
 
 Step = tuple[int, list[Batch]]  # global batch size, this rank's micro-batches
 _POLL_SECONDS = 0.1  # how often a waiting thread looks whether the other side is still there
-
-
-class Samples(Protocol):
-    """What a loader reads from: sample number -> example (a `Blend`)."""
-
-    def __getitem__(self, i: int) -> Example: ...
+_PREFETCH = 2  # steps that are read ahead
+_CPU = torch.device("cpu")
 
 
 def rank_samples(consumed: int, *, batch: int, micro_batch: int, rank: int, ranks: int) -> list[range]:
@@ -46,41 +45,48 @@ def rank_samples(consumed: int, *, batch: int, micro_batch: int, rank: int, rank
     return [range(start, start + micro_batch) for start in starts]
 
 
-class Loader:
-    """Steps of one data-parallel rank.
+@dataclass(frozen=True)
+class HeldOut:
+    """What a run validates on: the first `windows` windows of each source."""
+
+    sources: dict[str, Source]
+    windows: int
+
+
+class DataLoader:
+    """The batches of one data-parallel rank, on its device.
 
     Args:
-        samples: a `Blend`.
         micro_batch_size: samples of a micro-batch on one rank.
-        pin_memory: put batches into page-locked memory, for asynchronous copies to a GPU.
-        prefetch: steps that are read ahead.
+        rank, ranks: this data-parallel rank, and how many there are.
+
+    Raises:
+        ValueError: a number is out of range.
     """
 
     def __init__(
         self,
-        samples: Samples,
+        blend: Blend,
+        held_out: HeldOut | None = None,
         *,
         micro_batch_size: int,
-        data_parallel_rank: int = 0,
-        data_parallel_size: int = 1,
-        pin_memory: bool = False,
-        prefetch: int = 2,
+        rank: int = 0,
+        ranks: int = 1,
+        device: torch.device = _CPU,
     ) -> None:
-        for key, value in (("train.micro_batch_size", micro_batch_size), ("prefetch", prefetch)):
-            if value < 1:
-                raise ValueError(f"{key}={value} must be at least 1")
-        if not 0 <= data_parallel_rank < data_parallel_size:
-            raise ValueError(f"data-parallel rank {data_parallel_rank} must lie in [0, {data_parallel_size})")
-        self.samples = samples
-        self._micro_batch = micro_batch_size
-        self._rank, self._ranks = data_parallel_rank, data_parallel_size
-        self._pin = pin_memory
-        self._prefetch = prefetch
+        if micro_batch_size < 1:
+            raise ValueError(f"train.micro_batch_size={micro_batch_size} must be at least 1")
+        if not 0 <= rank < ranks:
+            raise ValueError(f"data-parallel rank {rank} must lie in [0, {ranks})")
+        self.blend, self.held_out = blend, held_out or HeldOut({}, 0)
+        self.micro_batch_size, self.rank, self.ranks, self.device = micro_batch_size, rank, ranks, device
 
     def step(self, consumed: int, batch: int) -> list[Batch]:
-        """This rank's micro-batches of the step that takes samples [consumed, consumed + batch)."""
-        split = rank_samples(consumed, batch=batch, micro_batch=self._micro_batch, rank=self._rank, ranks=self._ranks)
-        return [_pinned(collate([self.samples[i] for i in numbers]), self._pin) for numbers in split]
+        """This rank's micro-batches, still on the CPU, of the step that takes samples [consumed, consumed + batch)."""
+        split = rank_samples(consumed, batch=batch, micro_batch=self.micro_batch_size, rank=self.rank, ranks=self.ranks)
+        batches = [collate([self.blend[i] for i in numbers]) for numbers in split]
+        # page-locked memory is what a GPU copies from while it computes
+        return [_pinned(batch) for batch in batches] if self.device.type == "cuda" else batches
 
     def steps(
         self, consumed: int, batch_size_at: Callable[[int], int], stop: int | None = None
@@ -101,7 +107,37 @@ class Loader:
                 yield batch, self.step(at, batch)
                 at += batch
 
-        return _ahead(produce(), depth=self._prefetch)
+        with closing(_ahead(produce(), depth=_PREFETCH)) as ahead:
+            for batch, micro_batches in ahead:
+                yield batch, [self._move(one) for one in micro_batches]
+
+    def validation(self) -> Iterable[tuple[str, Iterable[Batch]]]:
+        """(source, this rank's held-out batches), always the same ones."""
+        for name, source in self.held_out.sources.items():
+            batches = validation_batches(
+                source,
+                windows=self.held_out.windows,
+                micro_batch_size=self.micro_batch_size,
+                rank=self.rank,
+                ranks=self.ranks,
+            )
+            yield name, (self._move(batch) for batch in batches)
+
+    def seen(self, consumed: int) -> dict[str, dict[str, float]]:
+        """source -> samples, share, target share and epochs of the first `consumed` samples."""
+        counts, targets = self.blend.counts(0, consumed), self.blend.expected(consumed)
+        return {
+            name: {
+                "samples": count,
+                "share": count / max(consumed, 1),
+                "target": targets[name],
+                "epochs": count / self.blend.sources[name].num_windows,
+            }
+            for name, count in counts.items()
+        }
+
+    def _move(self, batch: Batch) -> Batch:
+        return {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
 
 
 def validation_batches(
@@ -109,8 +145,8 @@ def validation_batches(
     *,
     windows: int,
     micro_batch_size: int,
-    data_parallel_rank: int = 0,
-    data_parallel_size: int = 1,
+    rank: int = 0,
+    ranks: int = 1,
 ) -> Iterator[Batch]:
     """The first `windows` windows of a held-out file (or all, if it has fewer), in order: always the same.
 
@@ -119,8 +155,8 @@ def validation_batches(
     and of counted tokens over the ranks is therefore that of each window once.
     """
     count = min(windows, source.num_windows)
-    stride = micro_batch_size * data_parallel_size
-    for start in range(data_parallel_rank * micro_batch_size, -(-count // stride) * stride, stride):
+    stride = micro_batch_size * ranks
+    for start in range(rank * micro_batch_size, -(-count // stride) * stride, stride):
         yield collate([_or_blank(source, k, count) for k in range(start, start + micro_batch_size)])
 
 
@@ -131,8 +167,8 @@ def _or_blank(source: Source, k: int, count: int) -> Example:
     return example | {"loss_mask": np.zeros_like(example["loss_mask"])}
 
 
-def _pinned(batch: Batch, pin: bool) -> Batch:
-    return {key: tensor.pin_memory() for key, tensor in batch.items()} if pin else batch
+def _pinned(batch: Batch) -> Batch:
+    return {key: tensor.pin_memory() for key, tensor in batch.items()}
 
 
 def _ahead(items: Iterator[Step], *, depth: int) -> Generator[Step, None, None]:

@@ -37,14 +37,14 @@ def resolve(
     config: DataConfig,
     tokens: Mapping[str, int],
     *,
-    horizon_samples: int,
+    total_samples: int,
     kept: Mapping[str, int] | None = None,
 ) -> Phases:
     """The phases of a run in sample numbers.
 
     Args:
         tokens: source name -> its number of tokens.
-        horizon_samples: samples of the whole run, of which `until_fraction` is a fraction.
+        total_samples: samples of the whole run, of which `until_fraction` is a fraction.
         kept: `boundaries` of the run's first start. A fraction that stands there keeps its sample number,
         whatever
             the horizon is now.
@@ -59,7 +59,7 @@ def resolve(
         end = phase.until_samples
         if phase.until_fraction is not None:
             fraction = exact(phase.until_fraction)
-            end = (kept or {}).get(str(fraction), round(fraction * horizon_samples))
+            end = (kept or {}).get(str(fraction), round(fraction * total_samples))
             boundaries[str(fraction)] = end
         shares = phase_shares(config, phase, tokens)
         if end is not None and (end < start or (end == start and phase.until_fraction is None)):

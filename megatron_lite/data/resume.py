@@ -40,7 +40,7 @@ def resume_blend(
             blend.sources,
             config=blend.config,
             seed=blend.seed,
-            horizon_samples=blend.horizon_samples,
+            total_samples=blend.total_samples,
             kept_boundaries=saved["boundaries"],
         )
         check_resume(continued, saved=saved, consumed_samples=consumed_samples, allow=allow)

@@ -1,20 +1,26 @@
-"""What the trainer asks of an engine.
+"""What the trainer asks of an engine, and what every engine does alike.
 
-An engine owns the wrapped objective and the optimizer. Losses are sums; they are divided once, by the number of counted tokens in
-the whole global batch, before backward, so that neither accumulation nor layout changes the gradient's scale.
+An engine owns the wrapped objective and the optimizer; what it trains is `objective.decoder`. Losses are sums; they are
+divided once, by the number of counted tokens in the whole global batch, before backward, so that neither accumulation nor
+layout changes the gradient's scale.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import ClassVar, Protocol
 
+import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_lite.data.packing import Batch
+from megatron_lite.objectives.base import Loss, Objective
+from megatron_lite.optim.optimizer import OptimConfig
+from megatron_lite.parallel.assemble import Distribute
 from megatron_lite.parallel.global_view import State
-
-__all__ = ["Batch", "Engine", "StepResult"]
+from megatron_lite.parallel.layers import ShardInfo
+from megatron_lite.parallel.mesh import Mesh, sum_over
 
 
 @dataclass(frozen=True)
@@ -23,12 +29,14 @@ class StepResult:
 
     loss: mean over the `valid_tokens` counted tokens of the global batch (nats). grad_norm: global L2 norm before clipping.
     skipped: 1.0 where loss or gradient was not finite and the update was left out, else 0.0.
+    parts: means over the same tokens of what the objective reports beside the loss.
     """
 
     loss: Tensor
     grad_norm: Tensor
     valid_tokens: Tensor
     skipped: Tensor
+    parts: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Engine(Protocol):
@@ -38,7 +46,7 @@ class Engine(Protocol):
         """Forward, backward and update with this rank's micro-batches of one global batch."""
 
     def evaluate(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """(summed loss, counted tokens) of this rank's batch, without gradient."""
+        """(summed cross-entropy, counted tokens) of this rank's batch, without gradient."""
 
     def state(self) -> State:
         """This rank's pieces of the global tensors `<kind>.<name>` (`model`, `exp_avg`, `exp_avg_sq`, ..., buffers too), to be saved,
@@ -46,3 +54,57 @@ class Engine(Protocol):
 
     def load_state(self, state: State) -> None:
         """Take over pieces that `state` gave and that were filled since (all, or only some), and the counters."""
+
+
+class EngineConfig(Protocol):
+    """The `engine` section of a run: an engine's settings, and how one is made. A dataclass, registered as a schema."""
+
+    name: ClassVar[str]
+
+    @property
+    def replicates(self) -> bool:
+        """Whether every data-parallel rank holds everything: the mesh then counts them all as `dp_replicate`."""
+
+    def validate(self) -> None:
+        """Raise ValueError naming the key if a value is invalid."""
+
+    def distribute(self, mesh: Mesh, dtype: torch.dtype) -> Distribute:
+        """What divides the objective over the data-parallel ranks while it is assembled, to compute in `dtype`."""
+
+    def build(
+        self,
+        objective: Objective,
+        *,
+        optim: OptimConfig,
+        dtype: torch.dtype,
+        mesh: Mesh,
+        shards: dict[str, ShardInfo],
+    ) -> Engine:
+        """The engine over an assembled objective that `distribute` divided.
+
+        shards: for every parameter of the decoder its global shape and its tensor-parallel dimension.
+        """
+
+
+class BatchSums:
+    """The sums of one global batch: counts its tokens first, takes each micro-batch's loss, gives the means."""
+
+    def __init__(self, micro_batches: list[Batch], groups: list[dist.ProcessGroup]) -> None:
+        """groups: summing over each in turn sums over all tokens of the global batch (`Mesh.loss_groups`)."""
+        self.groups = groups
+        self.tokens = sum_over(groups, torch.stack([torch.count_nonzero(b["loss_mask"]) for b in micro_batches]).sum())
+        self.num_tokens = self.tokens.clamp(min=1)  # what losses are divided by
+        self._names: list[str] = []
+        self._sums: Tensor | None = None
+
+    def add(self, loss: Loss) -> None:
+        """Take one micro-batch's loss."""
+        self._names = list(loss.parts)
+        sums = torch.stack([value.detach() for value in (loss.total, *loss.parts.values())])
+        self._sums = sums if self._sums is None else self._sums + sums
+
+    def means(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """(loss, parts) as means over the counted tokens of the global batch. Collective over the groups."""
+        assert self._sums is not None, "a step has at least one micro-batch"
+        loss, *parts = (sum_over(self.groups, self._sums) / self.num_tokens).unbind()
+        return loss, dict(zip(self._names, parts))

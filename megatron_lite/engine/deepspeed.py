@@ -10,6 +10,7 @@ Notable features:
   decision, the same on every rank, leaves out a step whose loss or gradient is not finite.
 - DeepSpeed learns of tensor parallelism through an `mpu`; its norm counts what tensor parallelism did not cut once.
 - torch's AdamW runs on DeepSpeed's flat fp32 partitions: no C++ compiler is needed at run time.
+- DeepSpeed knows one dtype for all weights: a module that must compute in fp32 is shown its master weights.
 - DeepSpeed cuts flat buffers, not rows. `state` gathers parameter by parameter and keeps this rank's rows; `load_state`
   brings the rows back together, one parameter at a time.
 """
@@ -19,21 +20,26 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron_lite.engine.base import Batch, StepResult
+from megatron_lite.data.packing import Batch
+from megatron_lite.engine.base import BatchSums, StepResult
+from megatron_lite.engine.master_weights import compute_with_master_weights
 from megatron_lite.engine.mpu import ModelParallelUnit
+from megatron_lite.models.initialization import Distribution
+from megatron_lite.objectives.base import Objective
 from megatron_lite.optim.optimizer import OptimConfig, torch_adamw
-from megatron_lite.parallel.global_view import Layout, State, chunk_bounds
+from megatron_lite.parallel.assemble import Distribute, Fill, Materialize
+from megatron_lite.parallel.global_view import Piece, State, chunk_bounds
 from megatron_lite.parallel.layers import ShardInfo
 from megatron_lite.parallel.mesh import Mesh
+from megatron_lite.precision.dtypes import fp32_modules
 from megatron_lite.runtime import ensure_process_group
 
 # Elements that travel in one collective, at most. DeepSpeed reserves memory for them, 2 GB with its own 5e8.
@@ -44,80 +50,82 @@ _BUCKET = 50_000_000
 class DeepSpeedConfig:
     """zero_stage: 1 | 2 | 3, what is sharded. offload_optimizer: master weights and Adam on the CPU."""
 
-    kind: str = "deepspeed"
+    name: ClassVar[str] = "deepspeed"
+
     zero_stage: int = 1
     offload_optimizer: bool = False
 
     @property
     def replicates(self) -> bool:
-        """Whether every data-parallel rank holds everything."""
+        """See `EngineConfig`."""
         return False
 
     def validate(self) -> None:
-        """Raise ValueError naming the key whose value cannot be, or that deepspeed is not installed."""
-        if self.kind != "deepspeed":
-            raise ValueError(f"engine.kind={self.kind} is not to be set: choose engine=fsdp or engine=deepspeed")
+        """Raise ValueError if `zero_stage` is unknown or deepspeed is not installed."""
         if self.zero_stage not in (1, 2, 3):
             way_out = "; engine=fsdp engine.shard=none shards nothing" if self.zero_stage == 0 else ""
             raise ValueError(f"engine.zero_stage={self.zero_stage} is unknown; choose 1, 2 or 3{way_out}")
         _deepspeed()
 
+    def distribute(self, mesh: Mesh, dtype: torch.dtype) -> Distribute:
+        """See `EngineConfig`: part by part, a data-parallel rank fills its rows and receives the others'; stage 3 then keeps
+        what it shards of them, the others keep all weights.
 
-def sharder(config: DeepSpeedConfig, mesh: Mesh | None, dtype: torch.dtype) -> Callable[[nn.Module], None]:
-    """A function that prepares one materialized module: stage 3 shards it, the others shard no weights.
+        Computing in bf16, DeepSpeed rounds the weights it is given. Each parameter keeps this rank's fp32 rows in its
+        attribute `exact_rows` until the engine has made them the master weights.
+        """
+        deepspeed, unit = _start(mesh)
+        settings = {"config_dict_or_path": _ds_config(self, dtype), "dtype": dtype, "mpu": unit}
 
-    Computing in bf16, DeepSpeed rounds the weights it is given. Each parameter keeps this rank's fp32 rows in its attribute
-    `exact_rows` until the engine has made them the master weights.
-    """
-    deepspeed, unit = _start(mesh)
+        def distribute(objective: nn.Module, materialize: Materialize) -> None:
+            materialize = replace(materialize, fill=_by_rows(materialize, unit))
+            decoder = materialize.decoder
+            others = [child for child in decoder.children() if child is not decoder.layers]
+            for part in [*decoder.layers, *others]:
+                materialize(part)
+                for parameter in part.parameters():
+                    if dtype is not torch.float32:
+                        parameter.exact_rows = _rows(parameter.detach(), unit).clone()  # type: ignore[attr-defined]
+                        parameter.data = parameter.data.to(dtype)  # `zero.Init` would shard and compute in fp32
+                if self.zero_stage == 3:
+                    deepspeed.zero.Init(module=part, data_parallel_group=unit.get_data_parallel_group(), **settings)
 
-    def shard(module: nn.Module) -> None:
-        for parameter in module.parameters():
-            if dtype is not torch.float32 and not hasattr(parameter, "exact_rows"):
-                parameter.exact_rows = _rows(parameter.detach(), unit).clone()  # type: ignore[attr-defined]
-        if config.zero_stage == 3:
-            deepspeed.zero.Init(
-                module=module,
-                data_parallel_group=unit.get_data_parallel_group(),
-                config_dict_or_path=_ds_config(config, dtype),
-                dtype=dtype,
-                mpu=unit,
-            )
+        return distribute
 
-    return shard
+    def build(
+        self,
+        objective: Objective,
+        *,
+        optim: OptimConfig,
+        dtype: torch.dtype,
+        mesh: Mesh,
+        shards: dict[str, ShardInfo],
+    ) -> DeepSpeedEngine:
+        """See `EngineConfig`. Raises ValueError for a mesh with `dp_replicate`."""
+        return DeepSpeedEngine(objective, config=self, optim=optim, dtype=dtype, mesh=mesh, shards=shards)
 
 
 class DeepSpeedEngine:
-    """The engine over a materialized objective whose layers have gone through `sharder`.
-
-    shards: for every trained parameter (named as in the decoder) its global shape and its tensor-parallel dimension.
-    mesh: None for one process. Raises ValueError for a mesh with `dp_replicate`.
-    """
+    """The engine over an objective that `DeepSpeedConfig.distribute` divided; arguments as in `EngineConfig.build`."""
 
     def __init__(
         self,
-        objective: nn.Module,
+        objective: Objective,
         *,
         config: DeepSpeedConfig,
         optim: OptimConfig,
         dtype: torch.dtype,
-        mesh: Mesh | None,
+        mesh: Mesh,
         shards: dict[str, ShardInfo],
     ) -> None:
         deepspeed, self.unit = _start(mesh)
-        sharder(config, mesh, dtype)(objective)
-        self.objective = objective
-        self.layout = Layout() if mesh is None else mesh.layout
+        self.objective, self.mesh = objective, mesh
         self.shards, self.stage = shards, config.zero_stage
-        self.named = {
-            name.removeprefix("decoder."): parameter
-            for name, parameter in objective.named_parameters()
-            if parameter.requires_grad
-        }
-        for name, parameter in self.named.items():
+        self.parameters = dict(objective.decoder.named_parameters())
+        for name, parameter in self.parameters.items():
             parameter.tensor_model_parallel = shards[name].tp_dim is not None  # type: ignore[attr-defined]
         self.adamw = torch_adamw(
-            self.named, optim, dims={name: len(info.global_shape) for name, info in shards.items()}
+            self.parameters, optim, dims={name: len(info.global_shape) for name, info in shards.items()}
         )
         elements = sum(math.prod(info.global_shape) for info in shards.values())
         self.engine = deepspeed.initialize(
@@ -129,53 +137,56 @@ class DeepSpeedEngine:
         )[0]
         self.fragments = deepspeed.utils
         self._start_adam()
-        for name, parameter in self.named.items():
+        self.optimizer_device = next(iter(self.adamw.state.values()))["exp_avg"].device  # maybe the CPU
+        kept = fp32_modules(objective) if dtype is not torch.float32 else []
+        self.fp32_modules = [compute_with_master_weights(module) for module in kept]
+        for name, parameter in self.parameters.items():
             if hasattr(parameter, "exact_rows"):
                 self._write(f"model.{name}", parameter.exact_rows)
                 del parameter.exact_rows
+        self._show_master_weights()
 
     def train_step(self, micro_batches: list[Batch], *, lr: float) -> StepResult:
         """See `Engine`."""
         for group in self.adamw.param_groups:
             group["lr"] = lr
         self.engine.train()
-        valid = self._sum(torch.stack([torch.count_nonzero(b["loss_mask"]) for b in micro_batches]).sum())
-        share = valid.clamp(min=1)
-        total = torch.zeros((), device=valid.device)
+        sums = BatchSums(micro_batches, self.mesh.loss_groups)
+        # DeepSpeed divides the sum of the ranks' gradients by their number
+        factor = self.unit.get_data_parallel_world_size() / sums.num_tokens
         for index, batch in enumerate(micro_batches):
             self.engine.set_gradient_accumulation_boundary(index + 1 == len(micro_batches))
-            loss, _ = self.engine(batch)
-            # DeepSpeed divides the sum of the ranks' gradients by their number
-            scaled = loss * (self.unit.get_data_parallel_world_size() / share)
-            self.engine.backward(scaled, scale_wrt_gas=False)
-            total += loss.detach()
-        loss = self._sum(total) / share
-        bad_loss = 1.0 - torch.isfinite(loss).float()
-        home = next(iter(self.adamw.state.values()))["exp_avg"].device  # the CPU with engine.offload_optimizer
-        self.adamw.found_inf = bad_loss.to(home)  # type: ignore[attr-defined]  # DeepSpeed itself looks at the gradient only
+            loss = self.engine(batch)
+            self.engine.backward(loss.total * factor, scale_wrt_gas=False)
+            sums.add(loss)
+        mean, parts = sums.means()
+        bad_loss = 1.0 - torch.isfinite(mean).float()
+        self.adamw.found_inf = bad_loss.to(self.optimizer_device)  # type: ignore[attr-defined]  # DeepSpeed looks at gradients only
         self.engine.step()
-        norm = torch.as_tensor(self.engine.get_global_grad_norm(), dtype=torch.float32, device=loss.device)
+        self._show_master_weights()
+        norm = torch.as_tensor(self.engine.get_global_grad_norm(), dtype=torch.float32, device=mean.device)
         skipped = bad_loss if self.engine.was_step_applied() else torch.ones_like(bad_loss)
-        return StepResult(loss=loss, grad_norm=norm, valid_tokens=valid, skipped=skipped)
+        return StepResult(loss=mean, grad_norm=norm, valid_tokens=sums.tokens, skipped=skipped, parts=parts)
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """See `Engine`."""
         self.engine.eval()
-        return self.engine(batch)
+        loss = self.engine(batch)
+        return loss.total, loss.tokens
 
     def state(self) -> State:
         """See `Engine`: copies on the CPU, a data-parallel rank's share of the rows of each tensor."""
         pieces = {}
         for kind in ("model", "exp_avg", "exp_avg_sq"):
-            for name, parameter in self.named.items():
+            for name, parameter in self.parameters.items():
                 if kind == "model":
                     whole = self.fragments.safe_get_full_fp32_param(parameter)
                 else:
                     whole = self.fragments.safe_get_full_optimizer_state(parameter, kind)
                 rows = _rows(whole, self.unit).to("cpu", copy=True)
                 info = self.shards[name]
-                pieces[f"{kind}.{name}"] = self.layout.piece(rows, info.global_shape, tp_dim=info.tp_dim)
+                pieces[f"{kind}.{name}"] = self.mesh.layout.piece(rows, info.global_shape, tp_dim=info.tp_dim)
         steps = next(iter(self.adamw.state.values()))["step"]
         return State(pieces, {"adam_step": int(steps.item())})
 
@@ -183,6 +194,7 @@ class DeepSpeedEngine:
         """See `Engine`."""
         for key, piece in state.tensors.items():
             self._write(key, piece.tensor())
+        self._show_master_weights()
         for of_flat in self.adamw.state.values():
             of_flat["step"].fill_(float(state.counters["adam_step"]))
 
@@ -199,11 +211,17 @@ class DeepSpeedEngine:
         if self.stage < 3:
             zero._lazy_init_hp_params_optimizer_state()
 
+    def _show_master_weights(self) -> None:
+        """Give the modules that compute in fp32 the weights of today: a collective for each of their parameters."""
+        for module in self.fp32_modules:
+            for name, parameter in module.named_parameters():
+                module.master_weights[name] = self.fragments.safe_get_full_fp32_param(parameter)
+
     @torch.no_grad()
     def _write(self, key: str, rows: Tensor) -> None:
         """Bring the data-parallel ranks' rows of one tensor together and hand each rank's DeepSpeed what it holds of it."""
         kind, name = key.split(".", 1)
-        parameter = self.named[name]
+        parameter = self.parameters[name]
         whole = self._gather_rows(name, rows)
         if self.stage == 3:
             part = _flat_part(whole, parameter.ds_tensor.numel(), self.unit.get_data_parallel_rank())  # type: ignore[attr-defined]
@@ -220,29 +238,19 @@ class DeepSpeedEngine:
 
     def _gather_rows(self, name: str, rows: Tensor) -> Tensor:
         """What this tensor-parallel rank holds of the tensor. Exact: a sum would turn -0.0 into 0.0."""
-        group, ranks = self.unit.get_data_parallel_group(), self.unit.get_data_parallel_world_size()
         info = self.shards[name]
-        _, sizes = self.layout.box(info.global_shape, tp_dim=info.tp_dim, dp_sharded=False)
+        _, sizes = self.mesh.layout.box(info.global_shape, tp_dim=info.tp_dim, dp_sharded=False)
         whole = torch.empty(sizes, dtype=rows.dtype, device=self.engine.device)
-        for rank in range(ranks):
-            start, end = chunk_bounds(sizes[0], ranks, rank)
-            if rank == self.unit.get_data_parallel_rank():
-                whole[start:end] = rows
-            if end > start:
-                dist.broadcast(whole[start:end], group=group, group_src=rank)
+        _rows(whole, self.unit).copy_(rows)
+        _share_rows(whole, self.unit)
         return whole
 
-    def _sum(self, value: Tensor) -> Tensor:
-        """Sum over the data-parallel ranks, in place."""
-        dist.all_reduce(value, group=self.unit.get_data_parallel_group())
-        return value
 
-
-def _start(mesh: Mesh | None) -> tuple[ModuleType, ModelParallelUnit]:
+def _start(mesh: Mesh) -> tuple[ModuleType, ModelParallelUnit]:
     """The library and its view of the processes. Raises ValueError for replicas, which it does not know."""
-    if mesh is not None and mesh.device_mesh["dp_replicate"].size() > 1:
+    if mesh.degrees.dp_replicate > 1:
         raise ValueError(
-            f"parallel.dp_replicate={mesh.device_mesh['dp_replicate'].size()} with engine=deepspeed: ZeRO shards over all "
+            f"parallel.dp_replicate={mesh.degrees.dp_replicate} with engine=deepspeed: ZeRO shards over all "
             "data-parallel ranks; set parallel.dp_replicate=1, or engine=fsdp"
         )
     deepspeed = _deepspeed()
@@ -294,10 +302,31 @@ def _ds_config(
     }
 
 
-def _rows(whole: Tensor, unit: ModelParallelUnit) -> Tensor:
-    """This data-parallel rank's rows of a tensor."""
-    start, end = chunk_bounds(whole.shape[0], unit.get_data_parallel_world_size(), unit.get_data_parallel_rank())
+def _rows(whole: Tensor, unit: ModelParallelUnit, rank: int | None = None) -> Tensor:
+    """A data-parallel rank's rows of a tensor, this one's by default."""
+    rank = unit.get_data_parallel_rank() if rank is None else rank
+    start, end = chunk_bounds(whole.shape[0], unit.get_data_parallel_world_size(), rank)
     return whole[start:end]
+
+
+def _share_rows(whole: Tensor, unit: ModelParallelUnit) -> None:
+    """Give every data-parallel rank the rows of `whole` that each other one holds. Exact: a sum would turn -0.0 into 0.0."""
+    for rank in range(unit.get_data_parallel_world_size()):
+        rows = _rows(whole, unit, rank)
+        if rows.numel():
+            dist.broadcast(rows, group=unit.get_data_parallel_group(), group_src=rank)
+
+
+def _by_rows(materialize: Materialize, unit: ModelParallelUnit) -> Fill:
+    """A fill of whole tensor-parallel shards, of which each data-parallel rank reads or draws its own rows only."""
+
+    def fill_rows(name: str, shard: Piece, initial: Distribution) -> None:
+        info, whole = materialize.shards[name], shard.local
+        rows = materialize.layout.piece(_rows(whole, unit), info.global_shape, tp_dim=info.tp_dim)
+        materialize.fill(name, rows, initial)
+        _share_rows(whole, unit)
+
+    return fill_rows
 
 
 def _flat_part(whole: Tensor, length: int, index: int) -> Tensor:

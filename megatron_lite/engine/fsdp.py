@@ -11,12 +11,12 @@ Notable features:
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import ClassVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
@@ -27,12 +27,15 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 
-from megatron_lite.engine.base import Batch, StepResult
+from megatron_lite.data.packing import Batch
+from megatron_lite.engine.base import BatchSums, StepResult
+from megatron_lite.objectives.base import Objective
 from megatron_lite.optim.optimizer import AdamW, OptimConfig
-from megatron_lite.parallel.global_view import Layout, State
+from megatron_lite.parallel.assemble import Distribute, Materialize, undivided
+from megatron_lite.parallel.global_view import State
 from megatron_lite.parallel.layers import ShardInfo
-from megatron_lite.parallel.mesh import Mesh
-from megatron_lite.precision.dtypes import call_in, computing_in
+from megatron_lite.parallel.mesh import CPU, Mesh, sum_over
+from megatron_lite.precision.dtypes import computing_in, fp32_modules
 
 SHARD_MODES = ("none", "optimizer", "full")
 
@@ -41,108 +44,119 @@ SHARD_MODES = ("none", "optimizer", "full")
 class FsdpConfig:
     """shard: what is sharded over the data-parallel ranks: none | optimizer | full. cpu_offload: shards live on the CPU."""
 
-    kind: str = "fsdp"
+    name: ClassVar[str] = "fsdp"
+
     shard: str = "full"
     cpu_offload: bool = False
 
     @property
     def replicates(self) -> bool:
-        """Whether every data-parallel rank holds everything."""
+        """See `EngineConfig`."""
         return self.shard == "none"
 
     def validate(self) -> None:
-        """Raise ValueError naming the key whose value cannot be."""
-        if self.kind != "fsdp":
-            raise ValueError(f"engine.kind={self.kind} is not to be set: choose engine=fsdp or engine=deepspeed")
+        """Raise ValueError if `shard` is unknown."""
         if self.shard not in SHARD_MODES:
             raise ValueError(f"engine.shard={self.shard} is unknown; choose one of {', '.join(SHARD_MODES)}")
 
+    def distribute(self, mesh: Mesh, dtype: torch.dtype) -> Distribute:
+        """See `EngineConfig`: the layers and then the objective are sharded on the meta device, only shards get memory."""
+        if mesh.device_mesh is None:
+            return undivided
+        in_fp32 = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+        mixed = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+        policy = in_fp32 if dtype is torch.float32 else mixed
+        offload = CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if self.cpu_offload else OffloadPolicy()
+        shard = partial(fully_shard, mesh=mesh.sharding, offload_policy=offload)
 
-def sharder(config: FsdpConfig, mesh: Mesh | None, dtype: torch.dtype) -> Callable[[nn.Module], None]:
-    """A function that shards one materialized module over the data-parallel ranks (without a mesh: leaves it alone)."""
-    if mesh is None:
-        return lambda module: None
-    policy = MixedPrecisionPolicy(param_dtype=None if dtype is torch.float32 else dtype, reduce_dtype=torch.float32)
-    offload = CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if config.cpu_offload else OffloadPolicy()
+        def distribute(objective: nn.Module, materialize: Materialize) -> None:
+            for module in fp32_modules(objective) if policy is mixed else []:
+                shard(
+                    module, mp_policy=in_fp32, reshard_after_forward=self.shard == "full"
+                )  # a policy is a whole group's
+            for layer in materialize.decoder.layers:
+                shard(layer, mp_policy=policy, reshard_after_forward=self.shard == "full")
+            shard(
+                objective, mp_policy=policy, reshard_after_forward=False
+            )  # embedding and head: backward begins where forward ends
+            for module in objective.modules():
+                if isinstance(module, FSDPModule):
+                    module.set_gradient_divide_factor(1.0)
+                    module.set_force_sum_reduction_for_comms(True)  # a plain sum: gloo has no scaled one
+            place = replace(materialize, device=CPU) if self.cpu_offload else materialize
+            place(objective)
 
-    def shard(module: nn.Module) -> None:
-        fully_shard(
-            module,
-            mesh=mesh.data_parallel,
-            mp_policy=policy,
-            offload_policy=offload,
-            reshard_after_forward=config.shard == "full",
-        )
-        assert isinstance(module, FSDPModule)
-        module.set_gradient_divide_factor(1.0)
-        module.set_force_sum_reduction_for_comms(True)  # a plain sum: gloo knows no scaled one
+        return distribute
 
-    return shard
+    def build(
+        self,
+        objective: Objective,
+        *,
+        optim: OptimConfig,
+        dtype: torch.dtype,
+        mesh: Mesh,
+        shards: dict[str, ShardInfo],
+    ) -> FsdpEngine:
+        """See `EngineConfig`."""
+        return FsdpEngine(objective, optim=optim, dtype=dtype, mesh=mesh, shards=shards)
+
+
+def computing(dtype: torch.dtype, objective: nn.Module) -> AbstractContextManager[None]:
+    """Inside, `objective` computes in `dtype`: FSDP2 sees to that by itself, on one process parameters are cast here."""
+    return nullcontext() if isinstance(objective, FSDPModule) else computing_in(dtype, objective)
 
 
 class FsdpEngine:
-    """The engine over a materialized objective whose layers have gone through `sharder`.
-
-    shards: for every trained parameter (named as in the decoder) its global shape and its tensor-parallel dimension.
-    mesh: None for one process.
-    """
+    """The engine over an objective that `FsdpConfig.distribute` divided; arguments as in `EngineConfig.build`."""
 
     def __init__(
         self,
-        objective: nn.Module,
+        objective: Objective,
         *,
-        config: FsdpConfig,
         optim: OptimConfig,
         dtype: torch.dtype,
-        mesh: Mesh | None,
+        mesh: Mesh,
         shards: dict[str, ShardInfo],
     ) -> None:
-        sharder(config, mesh, dtype)(objective)
-        if isinstance(objective, FSDPModule):  # embedding and head: backward begins where forward ends, so they stay
-            objective.set_reshard_after_forward(False, recurse=False)
         self.objective, self.mesh, self.dtype, self.shards = objective, mesh, dtype, shards
         self.clip_grad = optim.clip_grad
-        self.named = {
-            name.removeprefix("decoder."): parameter
-            for name, parameter in objective.named_parameters()
-            if parameter.requires_grad
-        }
-        self.optimizer = AdamW({name: _local(p) for name, p in self.named.items()}, optim)
-        self.home = next(iter(self.optimizer.parameters.values())).device  # the CPU with engine.cpu_offload
+        self.parameters = dict(objective.decoder.named_parameters())
+        self.optimizer = AdamW({name: _local(parameter) for name, parameter in self.parameters.items()}, optim)
+        self.optimizer_device = next(iter(self.optimizer.parameters.values())).device  # the CPU with engine.cpu_offload
 
     def train_step(self, micro_batches: list[Batch], *, lr: float) -> StepResult:
         """See `Engine`."""
-        valid = self._sum(torch.stack([torch.count_nonzero(b["loss_mask"]) for b in micro_batches]).sum())
-        share = valid.clamp(min=1)
-        total = torch.zeros((), device=valid.device)
+        self.objective.train()
+        sums = BatchSums(micro_batches, self.mesh.loss_groups)
         for index, batch in enumerate(micro_batches):
             self._synchronize_gradients(index + 1 == len(micro_batches))
-            with computing_in(self.dtype, self.objective) if self.mesh is None else nullcontext():
-                loss, _ = self.objective(batch)
-                (loss / share).backward()
-            total += loss.detach()
-        loss = self._sum(total) / share
+            with computing(self.dtype, self.objective):
+                loss = self.objective(batch)
+                (loss.total / sums.num_tokens).backward()
+            sums.add(loss)
+        mean, parts = sums.means()
         gradients = self._take_gradients()
-        norm = self._global_norm(gradients).to(loss.device)
+        norm = self._global_norm(gradients).to(mean.device)
         if self.clip_grad:
-            scale = (self.clip_grad / (norm + 1e-6)).clamp(max=1.0).to(self.home)
+            scale = (self.clip_grad / (norm + 1e-6)).clamp(max=1.0).to(self.optimizer_device)
             torch._foreach_mul_(list(gradients.values()), scale)
-        skipped = 1.0 - (torch.isfinite(norm) & torch.isfinite(loss)).float()
-        self.optimizer.step(gradients, lr=lr, skip=skipped.to(self.home))
-        return StepResult(loss=loss, grad_norm=norm, valid_tokens=valid, skipped=skipped)
+        skipped = 1.0 - (torch.isfinite(norm) & torch.isfinite(mean)).float()
+        self.optimizer.step(gradients, lr=lr, skip=skipped.to(self.optimizer_device))
+        return StepResult(loss=mean, grad_norm=norm, valid_tokens=sums.tokens, skipped=skipped, parts=parts)
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """See `Engine`."""
-        if self.mesh is None:
-            return call_in(self.dtype, self.objective, batch)
-        return self.objective(batch)
+        self.objective.eval()
+        with computing(self.dtype, self.objective):
+            loss = self.objective(batch)
+        return loss.total, loss.tokens
 
     def state(self) -> State:
         """See `Engine`."""
         local = {f"model.{name}": tensor for name, tensor in self.optimizer.parameters.items()}
         local |= self.optimizer.moments()
-        layout = Layout() if self.mesh is None else self.mesh.layout
+        layout = self.mesh.layout
         pieces = {
             key: layout.piece(tensor, info.global_shape, tp_dim=info.tp_dim)
             for key, tensor in local.items()
@@ -162,7 +176,7 @@ class FsdpEngine:
     def _take_gradients(self) -> dict[str, Tensor]:
         """This rank's gradients by name, taken off the parameters; zeros where none arrived."""
         gradients = {}
-        for name, parameter in self.named.items():
+        for name, parameter in self.parameters.items():
             local = self.optimizer.parameters[name]
             gradients[name] = torch.zeros_like(local) if parameter.grad is None else _local(parameter.grad)
             parameter.grad = None
@@ -173,20 +187,9 @@ class FsdpEngine:
 
         A gradient that tensor parallelism did not cut is the same on all its ranks: only the first one counts it.
         """
-        first = self.mesh is None or self.mesh.tp_rank == 0
+        first = self.mesh.tp_rank == 0
         counted = [g for name, g in gradients.items() if first or self.shards[name].tp_dim is not None]
-        squares = sum_of_squares(counted)
-        if self.mesh is not None:
-            for group in self.mesh.shard_groups:
-                dist.all_reduce(squares, group=group)
-        return squares.sqrt()
-
-    def _sum(self, value: Tensor) -> Tensor:
-        """Sum over the data-parallel ranks, in place (the ranks of one tensor-parallel group see the same samples)."""
-        if self.mesh is not None:
-            for group in self.mesh.data_groups:
-                dist.all_reduce(value, group=group)
-        return value
+        return sum_over(self.mesh.shard_groups, sum_of_squares(counted)).sqrt()
 
 
 def sum_of_squares(tensors: list[Tensor]) -> Tensor:

@@ -13,10 +13,10 @@ from megatron_lite.parallel.mesh import Mesh
 class ModelParallelUnit:
     """The tensor-parallel and the data-parallel group of this process. Needs an open process group."""
 
-    def __init__(self, mesh: Mesh | None) -> None:
+    def __init__(self, mesh: Mesh) -> None:
         world = dist.distributed_c10d._get_default_group()
-        self.model = world if mesh is None else mesh.tp_group
-        self.data = world if mesh is None else mesh.device_mesh.get_group("dp_shard")
+        self.model = world if mesh.device_mesh is None else mesh.group("tp")
+        self.data = world if mesh.device_mesh is None else mesh.group("dp_shard")
 
     def get_model_parallel_group(self) -> dist.ProcessGroup:
         """The processes that share a layer's matrices."""

@@ -1,13 +1,11 @@
 """Normalizations over the last dimension, computed in float32 whatever the model's dtype.
 
-LayerNorm1p (Megatron's --apply-layernorm-1p, Nemotron-4):  (1 + g) (x - mean) / sqrt(var + eps) + b,  g
-starts at 0 RMSNorm (arXiv 1910.07467, Llama):                          g x / sqrt(mean(x^2) + eps),
-     g starts at 1 LayerNorm (arXiv 1607.06450):                               g (x - mean) / sqrt(var + eps)
-     + b,        g starts at 1
+    LayerNorm     y = g (x - mean) / sqrt(var + eps) + b          g starts at 1    arXiv 1607.06450
+    LayerNorm1p   y = (1 + g) (x - mean) / sqrt(var + eps) + b    g starts at 0    Nemotron-4; Megatron's --apply-layernorm-1p
+    RMSNorm       y = g x / sqrt(mean(x^2) + eps)                 g starts at 1    arXiv 1910.07467, Llama
 
-LayerNorm1p stores the gain's distance from one: small numbers keep their precision in bf16, and weight
-decay, where it is applied to g, pulls the gain to 1 and not to 0. It has a bias; "no bias" in Nemotron-4
-speaks of the linear layers.
+LayerNorm1p stores the gain's distance from one: small numbers keep their precision in bf16, and weight decay, where it is
+applied to g, pulls the gain to 1 and not to 0. It has a bias; "no bias" in the Nemotron-4 paper is about the linear layers.
 """
 
 from __future__ import annotations

@@ -26,9 +26,9 @@ DECAY_SHAPES: dict[str, Callable[[float], float]] = {
 
 @dataclass
 class ScheduleConfig:
-    """name: constant | cosine | wsd. Lengths are in `unit`s (steps or tokens); the horizon is that of `train`.
+    """name: constant | cosine | wsd. Lengths are in `unit`s (steps or tokens); the total length is that of `train`.
 
-    `decay` is the length of WSD's last part, alternatively `decay_fraction` of the horizon. `decay_shape` is one of
+    `decay` is the length of WSD's last part, alternatively `decay_fraction` of the total length. `decay_shape` is one of
     DECAY_SHAPES, or quarter_cosine: max(min_lr, lr cos(pi r / 2)), which has no min_lr inside its formula.
     """
 
@@ -81,21 +81,21 @@ class ScheduleConfig:
 class LearningRate:
     """lr(step, tokens): the rate of the update that completes step `step` (1-based) and makes `tokens` consumed tokens."""
 
-    def __init__(self, config: ScheduleConfig, *, peak: float, horizon_steps: int, horizon_tokens: int) -> None:
-        """Raises ValueError when warm-up and decay do not fit into the horizon, or min_lr lies above the peak."""
+    def __init__(self, config: ScheduleConfig, *, peak: float, total_steps: int, total_tokens: int) -> None:
+        """Raises ValueError when warm-up and decay do not fit into the total length, or min_lr lies above the peak."""
         config.validate()
         self.config, self.peak = config, peak
-        self.horizon = horizon_steps if config.unit == "steps" else horizon_tokens
+        self.total = total_steps if config.unit == "steps" else total_tokens
         if config.min_lr > peak:
             raise ValueError(f"schedule.min_lr={config.min_lr} lies above optim.lr={peak}")
         decay = config.decay
         if decay is None:
-            decay = round((config.decay_fraction or 0.0) * self.horizon)
-        self.decay_start = config.warmup if config.name == "cosine" else self.horizon - decay
-        if config.name != "constant" and not config.warmup <= self.decay_start <= self.horizon:
+            decay = round((config.decay_fraction or 0.0) * self.total)
+        self.decay_start = config.warmup if config.name == "cosine" else self.total - decay
+        if config.name != "constant" and not config.warmup <= self.decay_start <= self.total:
             raise ValueError(
-                f"schedule.warmup_{config.unit}={config.warmup} and a decay of {decay} {config.unit} do not fit into the horizon "
-                f"of {self.horizon} {config.unit} (train.max_steps or train.max_tokens); shorten one of them, or train longer"
+                f"schedule.warmup_{config.unit}={config.warmup} and a decay of {decay} {config.unit} do not fit into the "
+                f"{self.total} {config.unit} of the run (train.max_steps or train.max_tokens); shorten one of them, or train longer"
             )
 
     def __call__(self, step: int, tokens: int) -> float:
@@ -105,7 +105,7 @@ class LearningRate:
             return peak * done / self.config.warmup
         if self.config.name == "constant" or done <= self.decay_start:
             return peak
-        r = min(1.0, (done - self.decay_start) / (self.horizon - self.decay_start))
+        r = min(1.0, (done - self.decay_start) / (self.total - self.decay_start))
         shape = "cosine" if self.config.name == "cosine" else self.config.decay_shape
         if shape == "quarter_cosine":
             return max(low, peak * math.cos(0.5 * math.pi * r))
@@ -171,8 +171,8 @@ class Schedule:
 
     batch: BatchSize
     lr: LearningRate
-    horizon_steps: int
-    horizon_samples: int
+    total_steps: int
+    total_samples: int
     seq_len: int
 
     def rate(self, *, step: int, consumed_samples: int) -> float:

@@ -57,7 +57,7 @@ def cross_entropy_sum(
     With `group`, the weight holds rows `vocab_start..` of the global weight and all ranks pass the same tokens. The
     loss is complete on every rank and so is the weight's gradient, but **the gradient of `x_ND` is this rank's partial
     sum**: whoever hands in `x_ND` sums it over `group` (`collectives.copy_in`, or `collectives.sequence_gather` under
-    sequence parallelism; the plan's twin of the final norm does so).
+    sequence parallelism; the tensor-parallel final norm does so).
 
     Raises ValueError when shapes disagree.
     """

@@ -1,13 +1,13 @@
-"""Tensor-parallel twins: subclasses of the model's modules that hold a plain local shard.
+"""Tensor-parallel modules: subclasses of the model's modules that hold a plain local shard.
 
-A twin is made in place, as FSDP2 makes its own: the module keeps its name, its settings and its parameters' names, its
-class becomes `(Twin, original class)` and its parameters become local shards. `tp_dims` says for each of them which
+They are made in place (`reclass`): the module keeps its name, its settings and its parameters' names, its class becomes
+(tensor-parallel class, original class) and its parameters become local shards. `tp_dims` says for each of them which
 dimension of the global tensor was cut; a parameter that is not in it is replicated.
 
 Notable features:
 - Plain parameters, no DTensor: FSDP2, DeepSpeed and Transformer Engine all take them.
 - Nothing is read or allocated on the meta device, so a model too large for one process can be cut before it exists.
-- Gradients of replicated parameters that saw only part of the input are summed in the graph, by the twin's forward:
+- Gradients of replicated parameters that saw only part of the input are summed in the graph, by the module's forward:
   tensor hooks on sharded parameters do not fire under FSDP2.
 
 Shapes: B batch, T sequence (T/tp on the residual stream under sequence parallelism), D hidden, V vocabulary rows.
@@ -15,7 +15,6 @@ Shapes: B batch, T sequence (T/tp on the residual stream under sequence parallel
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -24,11 +23,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_lite.parallel import collectives
+from megatron_lite.parallel.reclass import reclass
 
 
 @dataclass(frozen=True)
 class TensorParallel:
-    """What a twin knows: its place, its group, and how the residual stream lies between the twins.
+    """What a tensor-parallel module knows: its place, its group, and how the residual stream is laid out between modules.
 
     Without sequence parallelism the residual stream (B, T, D) is replicated; with it each rank holds (B, T/tp, D).
     """
@@ -65,23 +65,26 @@ class ShardInfo:
     start: int = 0
 
 
-class Twin(nn.Module):
-    """What all twins have. plain_forward: the forward of the model's own class, as a function of (module, x)."""
+class TensorParallelModule(nn.Module):
+    """What all of them have.
+
+    tp_dims: parameter -> the dimension along which it was cut. plain_forward: the model's own forward, of (module, x).
+    """
 
     tp: TensorParallel
     tp_dims: dict[str, int]
     plain_forward: Callable[..., Tensor]
 
 
-class Column(Twin):
+class ColumnParallelLinear(TensorParallelModule):
     """A linear layer with a share of the output features: weight (out/tp, in), bias (out/tp,).
 
-    It does not speak to the other ranks. Its input comes from a module with `copy_in`, once for all the column layers that
+    It does not communicate. Its input comes from a module with `copy_in`, once for all the column layers that
     read the same x (up and gate).
     """
 
 
-class Row(Twin):
+class RowParallelLinear(TensorParallelModule):
     """A linear layer with a share of the input features: weight (out, in/tp), bias replicated and added after the sum."""
 
     weight: nn.Parameter
@@ -93,7 +96,7 @@ class Row(Twin):
         return y if self.bias is None else y + self.tp.on_stream(self.bias).to(y.dtype)
 
 
-class VocabularyEmbedding(Twin):
+class VocabParallelEmbedding(TensorParallelModule):
     """An embedding with a share of the rows: looks up the words it holds, the others are zero, and sums."""
 
     weight: nn.Parameter
@@ -107,7 +110,7 @@ class VocabularyEmbedding(Twin):
         return self.tp.leave(x_BTD.masked_fill(~is_here_BT[..., None], 0.0))
 
 
-class VocabularyHead(Twin):
+class VocabParallelHead(TensorParallelModule):
     """An output projection with a share of the rows. Its forward gathers the logits, for evaluation and generation;
     training goes through `cross_entropy_sum`, which reads the weight and never gathers."""
 
@@ -116,8 +119,8 @@ class VocabularyHead(Twin):
         return collectives.gather(super().forward(x_BTD), self.tp.group)
 
 
-class TiedLogits(Twin):
-    """A decoder whose head is the vocabulary-parallel embedding: gathers what `VocabularyHead` gathers."""
+class TiedLogits(TensorParallelModule):
+    """A decoder whose head is the vocabulary-parallel embedding: gathers what `VocabParallelHead` gathers."""
 
     head_weight: Tensor
 
@@ -127,7 +130,7 @@ class TiedLogits(Twin):
         return padded[..., : self.config.vocab_size]  # type: ignore[union-attr]
 
 
-class CopyIn(Twin):
+class CopyIn(TensorParallelModule):
     """A module whose output enters the tensor-parallel region: identity (or gather along the sequence), and in backward
     the sum of the ranks' partial gradients (or its slice)."""
 
@@ -136,18 +139,10 @@ class CopyIn(Twin):
         return self.tp.enter(super().forward(*args))
 
 
-@functools.cache
-def _twin_class(twin: type[Twin], original: type[nn.Module]) -> type[nn.Module]:
-    body: dict[str, object] = {"__doc__": twin.__doc__}
-    if not issubclass(original, Twin):
-        body["plain_forward"] = staticmethod(original.forward)
-    return type(f"{twin.__name__}{original.__name__}", (twin, original), body)
-
-
-def become(module: nn.Module, twin: type[Twin], tp: TensorParallel) -> None:
-    """Make `module` a `twin` of what it was, in place, as yet with whole parameters."""
-    module.__class__ = _twin_class(twin, type(module))  # type: ignore[arg-type]
-    _mark(module, tp)
+def parallelize_module(module: nn.Module, mixin: type[TensorParallelModule], tp: TensorParallel) -> None:
+    """Make `module` tensor-parallel in place, as yet with whole parameters."""
+    plain_forward = getattr(module, "plain_forward", type(module).forward)
+    reclass(module, mixin, tp=tp, tp_dims=getattr(module, "tp_dims", {}), plain_forward=plain_forward)
 
 
 def shard_parameter(module: nn.Module, name: str, dim: int, tp: TensorParallel) -> None:
@@ -164,8 +159,8 @@ def shard_parameter(module: nn.Module, name: str, dim: int, tp: TensorParallel) 
     length = whole.shape[dim] // tp.size
     local = whole.detach().narrow(dim, tp.rank * length, length).clone()
     setattr(module, name, nn.Parameter(local, requires_grad=whole.requires_grad))
-    _mark(module, tp)
-    module.tp_dims |= {name: dim}  # type: ignore[operator]
+    module.tp = tp  # type: ignore[assignment]
+    module.tp_dims = {**getattr(module, "tp_dims", {}), name: dim}  # type: ignore[assignment]
 
 
 def shard_info(model: nn.Module) -> dict[str, ShardInfo]:
@@ -187,9 +182,3 @@ def shard_info(model: nn.Module) -> dict[str, ShardInfo]:
             shape[dim] *= tp.size
             infos[full_name] = ShardInfo(tuple(shape), tp_dim=dim, start=start)
     return infos
-
-
-def _mark(module: nn.Module, tp: TensorParallel) -> None:
-    module.tp = tp  # type: ignore[assignment]
-    if not hasattr(module, "tp_dims"):
-        module.tp_dims = {}  # type: ignore[assignment]

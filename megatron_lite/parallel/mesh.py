@@ -1,25 +1,49 @@
-"""Which process does what: the grid dp_replicate x dp_shard x tp.
+"""Which process does what: the grid pp x dp_replicate x dp_shard x cp x tp.
 
 Notable features:
 - Tensor parallelism is the innermost dimension: its ranks are neighbors, so it stays inside a node as long as tp is at
-  most the number of GPUs there. dp_shard comes next, dp_replicate (HSDP, arXiv 2304.11277 section 3.2.2) is outermost.
+  most the number of GPUs there. dp_shard comes next, dp_replicate (HSDP, arXiv 2304.11277 section 3.2.2) is outside it.
 - The data-parallel degree is derived from the number of processes; what does not fit is refused with the numbers and a
   degree that would.
-- One process has no mesh (`None`) and no process group: the model stays plain PyTorch.
+- One process is the mesh whose degrees are all 1: it has no groups and needs no process group.
 
-world size = dp_replicate x dp_shard x tp,  rank = (replicate rank x dp_shard + shard rank) x tp + tp rank.
+rank = (((pp rank x dp_replicate + replica) x dp_shard + shard rank) x cp + cp rank) x tp + tp rank.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from megatron_lite.parallel.global_view import Layout
 
 RECOMPUTE_MODES = ("none", "selective", "full")
+NOT_BUILT = {"pp": "pipeline parallelism", "cp": "context parallelism"}
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Degrees:
+    """How many processes each kind of parallelism divides the work over; their product is the world size."""
+
+    pp: int = 1
+    dp_replicate: int = 1
+    dp_shard: int = 1
+    cp: int = 1
+    tp: int = 1
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes."""
+        return self.pp * self.dp_replicate * self.dp_shard * self.cp * self.tp
+
+    @property
+    def data_parallel(self) -> int:
+        """Number of slices of a global batch."""
+        return self.dp_replicate * self.dp_shard
 
 
 @dataclass
@@ -32,6 +56,7 @@ class ParallelConfig:
     sequence_parallel: norms and residual stream cut along the sequence over the tensor-parallel processes.
     recompute: activations recomputed in backward: none | selective (all but matrix products) | full (whole layers).
     compile: `torch.compile` for each layer.
+    pp, cp: pipeline-parallel and context-parallel degree; must be 1.
     """
 
     tp: int = 1
@@ -40,6 +65,8 @@ class ParallelConfig:
     sequence_parallel: bool = False
     recompute: str = "none"
     compile: bool = False
+    pp: int = 1
+    cp: int = 1
 
     def validate(self, world_size: int) -> None:
         """Raise ValueError naming the keys and a value that would work."""
@@ -49,8 +76,11 @@ class ParallelConfig:
             )
         self.degrees(world_size)
 
-    def degrees(self, world_size: int) -> tuple[int, int, int]:
-        """(dp_replicate, dp_shard, tp), with dp_shard derived where it is not given. Raises ValueError as `validate`."""
+    def degrees(self, world_size: int) -> Degrees:
+        """The degrees, with dp_shard derived where it is not given. Raises ValueError as `validate`."""
+        for key, name in NOT_BUILT.items():
+            if getattr(self, key) != 1:
+                raise ValueError(f"parallel.{key}={getattr(self, key)}: {name} is not built yet; set parallel.{key}=1")
         for key, value in (("tp", self.tp), ("dp_shard", self.dp_shard), ("dp_replicate", self.dp_replicate)):
             if value is not None and value < 1:
                 raise ValueError(f"parallel.{key}={value} must be at least 1")
@@ -67,7 +97,7 @@ class ParallelConfig:
                 f"{fixed * self.dp_shard} != world size {world_size} (number of processes); set "
                 f"parallel.dp_shard={derived} (or null to derive it), or start {fixed * self.dp_shard} processes"
             )
-        return self.dp_replicate, derived, self.tp
+        return Degrees(dp_replicate=self.dp_replicate, dp_shard=derived, tp=self.tp)
 
 
 def _way_out(tp: int, dp_replicate: int, world_size: int) -> str:
@@ -84,76 +114,94 @@ def _degree_that_divides(wanted: int, number: int) -> int:
     return max(degree for degree in range(1, wanted + 1) if number % degree == 0)
 
 
+# dp_shard holds dp_shard x cp processes: they shard the model together, and with dp_replicate they share the loss.
+_AXES = ("pp", "dp_replicate", "dp_shard", "tp")
+
+
 @dataclass(frozen=True)
 class Mesh:
     """This process's place in the grid and the groups it speaks to.
 
-    device_mesh has the dimensions dp_replicate, dp_shard, tp (any of them may be 1).
+    device: where this process's tensors are. device_mesh: the groups, over `_AXES`; None for one process.
     """
 
-    device_mesh: DeviceMesh
+    degrees: Degrees = Degrees()
+    device: torch.device = CPU
+    device_mesh: DeviceMesh | None = None
 
     @property
     def tp_rank(self) -> int:
         """Place among the processes that share a layer's matrices."""
-        return self.device_mesh.get_local_rank("tp")
+        return self._rank("tp")
 
     @property
     def tp_size(self) -> int:
         """Number of processes that share a layer's matrices."""
-        return self._size("tp")
+        return self.degrees.tp
 
     @property
-    def tp_group(self) -> dist.ProcessGroup:
-        """The processes that share a layer's matrices and see the same samples."""
-        return self.device_mesh.get_group("tp")
-
-    @property
-    def data_parallel(self) -> DeviceMesh:
-        """What `fully_shard` takes: (dp_shard), or (dp_replicate, dp_shard) when there are replicas."""
-        if self._size("dp_replicate") == 1:
-            return self.device_mesh["dp_shard"]
-        return self.device_mesh["dp_replicate", "dp_shard"]
+    def stage(self) -> int:
+        """Which stage of the pipeline this process computes."""
+        return self._rank("pp")
 
     @property
     def data_parallel_rank(self) -> int:
         """Which slice of a global batch this process reads (all tensor-parallel ranks read the same one)."""
-        replica = self.device_mesh.get_local_rank("dp_replicate")
-        return replica * self._size("dp_shard") + self.device_mesh.get_local_rank("dp_shard")
+        return self._rank("dp_replicate") * self.degrees.dp_shard + self._rank("dp_shard") // self.degrees.cp
 
     @property
     def data_parallel_size(self) -> int:
         """Number of slices of a global batch."""
-        return self._size("dp_replicate") * self._size("dp_shard")
+        return self.degrees.data_parallel
 
     @property
-    def data_groups(self) -> list[dist.ProcessGroup]:
-        """Summing over each of these groups in turn sums over all slices of a global batch."""
+    def sharding(self) -> DeviceMesh:
+        """What `fully_shard` takes: (dp_shard), or (dp_replicate, dp_shard) when there are replicas."""
+        assert self.device_mesh is not None, "one process shards nothing"
+        if self.degrees.dp_replicate == 1:
+            return self.device_mesh["dp_shard"]
+        return self.device_mesh["dp_replicate", "dp_shard"]
+
+    @property
+    def loss_groups(self) -> list[dist.ProcessGroup]:
+        """Summing over each of these groups in turn sums over all tokens of a global batch."""
         return self._groups("dp_shard", "dp_replicate")
 
     @property
     def shard_groups(self) -> list[dist.ProcessGroup]:
-        """Summing over each of these groups in turn sums over all distinct pieces of the model (not over replicas)."""
-        return self._groups("dp_shard", "tp")
+        """Summing over each of these groups in turn sums over all distinct shards of the model (not over replicas)."""
+        return self._groups("dp_shard", "tp", "pp")
 
     @property
     def layout(self) -> Layout:
-        """Where this process's pieces of the global tensors lie."""
+        """Where this process's shards of the global tensors lie."""
         return Layout.from_mesh(self.device_mesh)
 
-    def _size(self, name: str) -> int:
-        return self.device_mesh[name].size()
+    def group(self, axis: str) -> dist.ProcessGroup:
+        """The processes along one of the dimensions pp, dp_replicate, dp_shard, tp."""
+        assert self.device_mesh is not None, "one process has no groups"
+        return self.device_mesh.get_group(axis)
 
-    def _groups(self, *names: str) -> list[dist.ProcessGroup]:
-        return [self.device_mesh.get_group(name) for name in names if self._size(name) > 1]
+    def _rank(self, axis: str) -> int:
+        return 0 if self.device_mesh is None else self.device_mesh.get_local_rank(axis)
+
+    def _groups(self, *axes: str) -> list[dist.ProcessGroup]:
+        return [] if self.device_mesh is None else [self.group(a) for a in axes if self.device_mesh[a].size() > 1]
 
 
-def build_mesh(config: ParallelConfig, *, world_size: int, device_type: str) -> Mesh | None:
-    """The grid of all processes, None when there is one. Collective; `torch.distributed` must be initialized.
+def build_mesh(degrees: Degrees, *, device: torch.device) -> Mesh:
+    """The grid of all processes. Collective when there are several; `torch.distributed` must be initialized then.
 
-    device_type: "cpu" (gloo) or "cuda" (NCCL). Raises ValueError when the degrees do not fit the world size.
+    device: this process's; its type decides between gloo (cpu) and NCCL (cuda).
     """
-    degrees = config.degrees(world_size)
-    if world_size == 1:
-        return None
-    return Mesh(init_device_mesh(device_type, degrees, mesh_dim_names=("dp_replicate", "dp_shard", "tp")))
+    if degrees.world_size == 1:
+        return Mesh(degrees, device)
+    sizes = (degrees.pp, degrees.dp_replicate, degrees.dp_shard * degrees.cp, degrees.tp)
+    return Mesh(degrees, device, init_device_mesh(device.type, sizes, mesh_dim_names=_AXES))
+
+
+def sum_over(groups: list[dist.ProcessGroup], value: torch.Tensor) -> torch.Tensor:
+    """The sum of `value` over each of the groups in turn, in place."""
+    for group in groups:
+        dist.all_reduce(value, group=group)
+    return value

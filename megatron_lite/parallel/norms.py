@@ -1,4 +1,4 @@
-"""Twins of the norms: replicated weights on a sharded stream, and statistics over a sharded width.
+"""Tensor-parallel norms: replicated weights on a sharded stream, and statistics over a sharded width.
 
 Two cases:
 - `ReplicatedNorm`: the norm of the residual stream. Each rank normalizes whole vectors; under sequence parallelism only
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megatron_lite.models.norm import LayerNorm, LayerNorm1p
 from megatron_lite.parallel import collectives
-from megatron_lite.parallel.layers import Twin
+from megatron_lite.parallel.layers import TensorParallelModule
 
 
 @dataclass
@@ -30,7 +30,7 @@ class _Weights:
     bias: Tensor | None = None
 
 
-class ReplicatedNorm(Twin):
+class ReplicatedNorm(TensorParallelModule):
     """Any norm whose parameters every rank holds: the original forward, on weights whose gradients are summed."""
 
     eps: float
@@ -43,7 +43,7 @@ class ReplicatedNorm(Twin):
         return self.plain_forward(_Weights(eps=self.eps, **weights), x)
 
 
-class ShardedNorm(Twin):
+class ShardedNorm(TensorParallelModule):
     """LayerNorm, LayerNorm1p or RMSNorm over a width that is sharded: weight (and bias) of D/tp entries."""
 
     weight: Tensor

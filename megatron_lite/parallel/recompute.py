@@ -6,18 +6,19 @@
                recompute what is large and cheap; there it was softmax attention, which a fused kernel no longer stores)
     full       keep each layer's input only; recompute the layer
 
-The same operations run again on the same inputs, so gradients are the same bits. A layer is wrapped as a subclass made
-in place, so that no parameter changes its name.
+The same operations run again on the same inputs, so gradients are the same bits. A layer becomes a subclass
+in place (`reclass`), so that no parameter changes its name.
 """
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from megatron_lite.parallel.reclass import reclass
 
 # Not bmm: where attention has no fused kernel its T x T scores are bmm outputs, the largest thing there is to keep.
 _KEPT = {
@@ -37,16 +38,20 @@ def recompute_layer(layer: nn.Module, mode: str) -> None:
         return
     if mode not in _MODES:
         raise ValueError(f"parallel.recompute={mode} is unknown; choose one of none, {', '.join(_MODES)}")
-    layer.__class__ = _recomputing_class(_MODES[mode], type(layer))  # type: ignore[arg-type]
+    reclass(layer, _MODES[mode])
 
 
-class _Full(nn.Module):
+class FullRecompute(nn.Module):
+    """Keeps the input and runs the forward again in backward."""
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         # No layer draws random numbers, so there is no generator state to keep.
         return checkpoint(super().forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
 
-class _Selective(nn.Module):
+class SelectiveRecompute(nn.Module):
+    """Keeps what `_KEPT` computed and runs the rest again in backward."""
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return checkpoint(
             super().forward,
@@ -58,12 +63,7 @@ class _Selective(nn.Module):
         )
 
 
-_MODES: dict[str, type[nn.Module]] = {"selective": _Selective, "full": _Full}
-
-
-@functools.cache
-def _recomputing_class(wrapper: type[nn.Module], original: type[nn.Module]) -> type[nn.Module]:
-    return type(f"{wrapper.__name__.strip('_')}Recompute{original.__name__}", (wrapper, original), {})
+_MODES: dict[str, type[nn.Module]] = {"selective": SelectiveRecompute, "full": FullRecompute}
 
 
 def _selective_contexts() -> Any:

@@ -1,6 +1,6 @@
 """The one place where a config becomes objects.
 
-    RunConfig -> tokenizer, blend, mesh -> decoder on the meta device -> parallelize -> materialize -> objective -> engine
+    RunConfig -> tokenizer, blend, mesh -> assemble: the objective over this process's part of the model -> engine
               -> Trainer at the position of the newest checkpoint
 
 Whatever can be refused is refused before the run directory is touched.
@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -19,33 +18,29 @@ from megatron_lite.checkpoint.store import CheckpointStore
 from megatron_lite.config.compose import to_dict
 from megatron_lite.data.blend import Blend, open_blend
 from megatron_lite.data.config import DataConfig
-from megatron_lite.data.feed import DataFeed
-from megatron_lite.data.loader import Loader, rank_samples
+from megatron_lite.data.loader import DataLoader, HeldOut, rank_samples
 from megatron_lite.data.resume import resume_blend
 from megatron_lite.data.sample.corpus import prepare
 from megatron_lite.data.sidecar import TokenizerIdentity
 from megatron_lite.data.source import Source, open_validation
 from megatron_lite.data.tokenizer import fingerprint, load_tokenizer
-from megatron_lite.engine import deepspeed, fsdp
-from megatron_lite.engine.base import Engine
+from megatron_lite.engine.base import Engine, EngineConfig
 from megatron_lite.hardware import device_peak_flops
 from megatron_lite.models.config import ModelConfig
-from megatron_lite.models.decoder import Decoder
 from megatron_lite.models.flops import flops_per_token, parameter_count
-from megatron_lite.objectives.registry import build_objective
 from megatron_lite.optim.schedule import BatchSize, LearningRate, Schedule
-from megatron_lite.parallel.layers import shard_info
-from megatron_lite.parallel.mesh import Mesh, build_mesh
-from megatron_lite.parallel.parallelize import materialize, parallelize, vocabulary_shard
+from megatron_lite.parallel.assemble import assemble, from_tensors, seeded
+from megatron_lite.parallel.mesh import Mesh, ParallelConfig, build_mesh
 from megatron_lite.runtime import Runtime, has_wandb_key
 from megatron_lite.tracking import RunInfo, build_tracker
 from megatron_lite.tracking.profile import Profiler
 from megatron_lite.training.config import RunConfig
 from megatron_lite.training.metrics import Metrics, Work
-from megatron_lite.training.resume import check_same_run, start_from
+from megatron_lite.training.resume import check_same_run, load_optimizer, open_source
 from megatron_lite.training.status import Status
 from megatron_lite.training.trainer import Trainer
 from megatron_lite.training.watchdog import Watchdog
+from megatron_lite.weights import Weights
 
 
 def open_tokenizer(config: DataConfig) -> TokenizerIdentity:
@@ -82,44 +77,34 @@ def build_schedule(run: RunConfig) -> Schedule:
     seq_len = run.data.seq_len
     steps = run.train.max_steps or batch.steps(-(-(run.train.max_tokens or 0) // seq_len))
     samples = batch.samples(steps)
-    rate = LearningRate(run.schedule, peak=run.optim.lr, horizon_steps=steps, horizon_tokens=samples * seq_len)
-    return Schedule(batch, rate, horizon_steps=steps, horizon_samples=samples, seq_len=seq_len)
+    rate = LearningRate(run.schedule, peak=run.optim.lr, total_steps=steps, total_tokens=samples * seq_len)
+    return Schedule(batch, rate, total_steps=steps, total_samples=samples, seq_len=seq_len)
 
 
-def build_grid(run: RunConfig, *, world_size: int, device_type: str) -> Mesh | None:
-    """The grid of processes, None for one. Where the engine shards nothing, all data-parallel processes are replicas."""
-    parallel = run.parallel
-    if run.engine.replicates:
-        dp_replicate, dp_shard, _ = parallel.degrees(world_size)
-        parallel = replace(parallel, dp_replicate=dp_replicate * dp_shard, dp_shard=1)
-    return build_mesh(parallel, world_size=world_size, device_type=device_type)
+def build_grid(parallel: ParallelConfig, engine: EngineConfig, *, world_size: int, device: torch.device) -> Mesh:
+    """The grid of processes. Where the engine shards nothing, all data-parallel processes are replicas."""
+    degrees = parallel.degrees(world_size)
+    if engine.replicates:
+        degrees = replace(degrees, dp_replicate=degrees.data_parallel, dp_shard=1)
+    return build_mesh(degrees, device=device)
 
 
-# kind -> (what shards a module as soon as it has memory, the engine over the whole objective)
-ENGINES: dict[str, tuple[Any, Any]] = {
-    "fsdp": (fsdp.sharder, fsdp.FsdpEngine),
-    "deepspeed": (deepspeed.sharder, deepspeed.DeepSpeedEngine),
-}
-
-
-def build_engine(run: RunConfig, mesh: Mesh | None, device: torch.device) -> Engine:
-    """Model, objective and engine: meta -> parallelize -> materialize and shard module by module."""
+def build_engine(run: RunConfig, mesh: Mesh, *, source: Weights | None = None) -> Engine:
+    """The engine over the assembled objective, with initial weights or those (and with them the optimizer's state) of `source`."""
+    config: EngineConfig = run.engine
     dtype = run.precision.dtype
-    with torch.device("meta"):
-        decoder = Decoder(run.model)
-    parallelize(decoder, mesh, run.parallel)
-    shards = shard_info(decoder)
-    sharder, engine = ENGINES[run.engine.kind]
-    materialize(decoder, seed=run.seed, device=device, shard=sharder(run.engine, mesh, dtype))
-    vocab_start, group = vocabulary_shard(decoder)
-    return engine(
-        build_objective(run.objective, decoder, vocab_start=vocab_start, group=group),
-        config=run.engine,
-        optim=run.optim,
-        dtype=dtype,
+    objective, shards = assemble(
+        run.model,
         mesh=mesh,
-        shards=shards,
+        parallel=run.parallel,
+        fill=seeded(run.seed) if source is None else from_tensors(source.tensors),
+        wrap=run.objective.build,
+        distribute=config.distribute(mesh, dtype),
     )
+    engine = config.build(objective, optim=run.optim, dtype=dtype, mesh=mesh, shards=shards)
+    if source is not None:
+        load_optimizer(engine, source)
+    return engine
 
 
 def build_trainer(
@@ -132,7 +117,7 @@ def build_trainer(
     tokenizer = open_tokenizer(run.data)
     check_vocabulary(run.model, tokenizer)
     schedule = build_schedule(run)
-    blend = open_blend(run.data, tokenizer=tokenizer, seed=run.seed, horizon_samples=schedule.horizon_samples)
+    blend = open_blend(run.data, tokenizer=tokenizer, seed=run.seed, total_samples=schedule.total_samples)
     manifest = store.read_manifest(checkpoint) if checkpoint else None
     if manifest:
         check_same_run(manifest, run, tokenizer)
@@ -144,21 +129,22 @@ def build_trainer(
         )
     consumed = manifest["consumed_samples"] if manifest else 0
     check_batch_sizes(run, schedule, consumed=consumed, world_size=runtime.world_size)
-    mesh = build_grid(run, world_size=runtime.world_size, device_type=runtime.device.type)
-    engine = build_engine(run, mesh, runtime.device)
+    mesh = build_grid(run.parallel, run.engine, world_size=runtime.world_size, device=runtime.device)
+    starts_from_source = checkpoint is None and run.init_from.path is not None
+    engine = build_engine(run, mesh, source=open_source(run, tokenizer, store.ranks) if starts_from_source else None)
     trainer = Trainer(
         config=run.train,
         runtime=runtime,
         engine=engine,
         schedule=schedule,
-        feed=build_feed(run, blend, open_validation(run.data, tokenizer), mesh, runtime.device),
+        loader=build_loader(run, blend, open_validation(run.data, tokenizer), mesh),
         store=store,
         tracker=build_tracker(run.tracking, main_process=runtime.is_main, has_key=has_wandb_key()),
         metrics=build_metrics(run, runtime, consumed=consumed),
         status=Status(Path(run.run.dir), main_process=runtime.is_main),
         watchdog=watchdog,
         profiler=Profiler(run.profile, Path(run.run.dir) / "profile", main_process=runtime.is_main),
-        facts={
+        base_manifest={
             "config": to_dict(run),
             "tokenizer": tokenizer.fingerprint,
             "schedule": to_dict(run.schedule),
@@ -168,8 +154,6 @@ def build_trainer(
     )
     if checkpoint:
         trainer.restore(checkpoint)
-    elif run.init_from.path:
-        start_from(engine, run, tokenizer, store.ranks)
     return trainer
 
 
@@ -178,31 +162,25 @@ def check_batch_sizes(run: RunConfig, schedule: Schedule, *, consumed: int, worl
 
     Only those: a ramp may grow together with the number of ranks, in jobs that end at its stages (`train.stop_at`).
     """
-    batch, end = schedule.batch, schedule.horizon_samples
+    batch, end = schedule.batch, schedule.total_samples
     if run.train.stop_at is not None:
         end = min(end, batch.samples(run.train.stop_at))
     first_steps = [batch.samples(batch.steps(stage.from_samples)) for stage in run.train.batch_ramp]
-    dp_replicate, dp_shard, _ = run.parallel.degrees(world_size)
+    ranks = run.parallel.degrees(world_size).data_parallel
     for start in [consumed, *(step for step in first_steps if consumed < step < end)]:
-        rank_samples(
-            0, batch=batch.at(start), micro_batch=run.train.micro_batch_size, rank=0, ranks=dp_replicate * dp_shard
-        )
+        rank_samples(0, batch=batch.at(start), micro_batch=run.train.micro_batch_size, rank=0, ranks=ranks)
 
 
-def build_feed(
-    run: RunConfig, blend: Blend, held_out: dict[str, Source], mesh: Mesh | None, device: torch.device
-) -> DataFeed:
-    """This data-parallel rank's batches."""
-    rank, ranks = (mesh.data_parallel_rank, mesh.data_parallel_size) if mesh else (0, 1)
-    size = run.train.micro_batch_size
-    loader = Loader(
+def build_loader(run: RunConfig, blend: Blend, held_out: dict[str, Source], mesh: Mesh) -> DataLoader:
+    """This data-parallel rank's batches, on its device."""
+    return DataLoader(
         blend,
-        micro_batch_size=size,
-        data_parallel_rank=rank,
-        data_parallel_size=ranks,
-        pin_memory=device.type == "cuda",
+        HeldOut(held_out, run.data.validation.windows),
+        micro_batch_size=run.train.micro_batch_size,
+        rank=mesh.data_parallel_rank,
+        ranks=mesh.data_parallel_size,
+        device=mesh.device,
     )
-    return DataFeed(blend, loader, held_out, run.data.validation.windows, size, rank, ranks, device)
 
 
 def build_metrics(run: RunConfig, runtime: Runtime, *, consumed: int) -> Metrics:
@@ -220,16 +198,17 @@ def build_metrics(run: RunConfig, runtime: Runtime, *, consumed: int) -> Metrics
 def run_info(run: RunConfig, trainer: Trainer) -> RunInfo:
     """What trackers show of a run."""
     model = run.model
-    size = f"{len(model.letters)} layers, hidden {model.hidden_size}, vocabulary {model.vocab_size}"
+    size = f"{len(model.symbols)} layers, hidden {model.hidden_size}, vocabulary {model.vocab_size}"
     return RunInfo(
         run_dir=Path(run.run.dir),
         name=run.run.name,
-        total_steps=trainer.schedule.horizon_steps,
+        total_steps=trainer.schedule.total_steps,
         start_step=trainer.position.step,
+        validation_due=trainer.position.validation_due,
         config=to_dict(run),
         model=f"{model.family}, {size}",
         parameters=parameter_count(model),
         tokens_per_step=run.train.global_batch_size * run.data.seq_len,
-        layout=f"{run.engine.kind}, {run.precision.name}, {trainer.runtime.world_size} process(es)",
+        layout=f"{run.engine.name}, {run.precision.name}, {trainer.runtime.world_size} process(es)",
         peak=str(trainer.metrics.work.peak),
     )

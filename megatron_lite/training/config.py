@@ -22,7 +22,7 @@ from megatron_lite.engine.deepspeed import DeepSpeedConfig
 from megatron_lite.engine.fsdp import FsdpConfig
 from megatron_lite.models.config import ModelConfig
 from megatron_lite.models.huggingface import family_named
-from megatron_lite.objectives.registry import ObjectiveConfig
+from megatron_lite.objectives.next_token import NextTokenConfig
 from megatron_lite.optim.optimizer import OptimConfig
 from megatron_lite.optim.schedule import ScheduleConfig
 from megatron_lite.parallel.mesh import ParallelConfig
@@ -75,10 +75,10 @@ class RunConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    engine: Any = None
+    engine: Any = None  # an `EngineConfig`, chosen by its group
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
-    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    objective: Any = field(default_factory=NextTokenConfig)  # an `ObjectiveConfig`, chosen by its group
     profile: ProfileConfig = field(default_factory=ProfileConfig)
     watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
     init_from: InitFromSection = field(default_factory=InitFromSection)
@@ -109,20 +109,20 @@ def validate(run: RunConfig, world_size: int) -> None:
 
 def _validate_layout(run: RunConfig, world_size: int) -> None:
     run.parallel.validate(world_size=world_size)
-    dp_replicate, dp_shard, _ = run.parallel.degrees(world_size)
-    if run.engine.kind == "deepspeed" and dp_replicate > 1:
+    degrees = run.parallel.degrees(world_size)
+    if run.engine.name == "deepspeed" and degrees.dp_replicate > 1:
         raise ValueError(
-            f"parallel.dp_replicate={dp_replicate} with engine=deepspeed: ZeRO shards over all data-parallel ranks; set "
+            f"parallel.dp_replicate={degrees.dp_replicate} with engine=deepspeed: ZeRO shards over all data-parallel ranks; set "
             "parallel.dp_replicate=1, or engine=fsdp"
         )
-    if world_size == 1 and run.engine.kind == "fsdp" and run.engine.cpu_offload:
+    if world_size == 1 and run.engine.name == "fsdp" and run.engine.cpu_offload:
         raise ValueError(
             "engine.cpu_offload=true needs two processes or more; drop it, or use engine=deepspeed "
             "engine.offload_optimizer=true"
         )
     if not run.train.batch_ramp:  # with a ramp the ranks may grow from job to job: see build.check_batch_sizes
         size, micro_batch = run.train.global_batch_size, run.train.micro_batch_size
-        rank_samples(0, batch=size, micro_batch=micro_batch, rank=0, ranks=dp_replicate * dp_shard)
+        rank_samples(0, batch=size, micro_batch=micro_batch, rank=0, ranks=degrees.data_parallel)
 
 
 def _validate_start(run: RunConfig) -> None:
@@ -164,6 +164,7 @@ def validate_model(run: RunConfig) -> None:
 
 register_schema("fsdp", FsdpConfig, group="engine")
 register_schema("deepspeed", DeepSpeedConfig, group="engine")
+register_schema("next_token", NextTokenConfig, group="objective")
 
 
 def compose_run(overrides: list[str]) -> RunConfig:

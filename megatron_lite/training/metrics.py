@@ -24,28 +24,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
+from megatron_lite.engine.base import StepResult
 from megatron_lite.hardware import Peak
 
 WAITS_FOR_OTHER_RANKS = (
     True  # read by the watchdog: here the host fetches numbers from a GPU, whose collectives may not end
 )
-
-
-class Result(Protocol):
-    """What an engine's step returns; scalars on the device, or plain numbers."""
-
-    @property
-    def loss(self) -> Any: ...
-    @property
-    def grad_norm(self) -> Any: ...
-    @property
-    def valid_tokens(self) -> Any: ...
-    @property
-    def skipped(self) -> Any: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +66,7 @@ class Metrics:
             raise ValueError(f"train.log_every={log_every} must be at least 1")
         self.work, self.log_every, self.clock = work, log_every, clock
         self._consumed = consumed_samples
-        self._results: list[Result] = []
+        self._results: list[StepResult] = []
         self._samples = 0
         self._since = clock()
 
@@ -87,7 +75,7 @@ class Metrics:
         self._since = self.clock()
 
     def update(
-        self, result: Result, *, step: int, consumed_samples: int, lr: float, last: bool = False
+        self, result: StepResult, *, step: int, consumed_samples: int, lr: float, last: bool = False
     ) -> dict[str, Any] | None:
         """Take step `step` (1 is the first), after which `consumed_samples` were used in the whole run.
 
@@ -102,7 +90,9 @@ class Metrics:
             "step": step,
             "consumed_samples": consumed_samples,
             "consumed_tokens": consumed_samples * self.work.seq_len,
-            **_averages(_to_host(self._results)),  # waits for the device, hence before the clock is read
+            **_averages(
+                _to_host(self._results)
+            ),  # waits for the device, hence before the clock is read; has the parts too
             "lr": float(lr),
         }
         seconds = self.clock() - self._since
@@ -135,27 +125,34 @@ class Metrics:
         }
 
 
-def _to_host(results: list[Result]) -> list[list[float]]:
-    """(loss, grad_norm, valid_tokens, skipped) of each step as floats, in one transfer."""
-    columns = [[torch.as_tensor(v) for v in (r.loss, r.grad_norm, r.valid_tokens, r.skipped)] for r in results]
-    devices = {v.device for row in columns for v in row if v.device.type != "cpu"}
+def _to_host(results: list[StepResult]) -> list[dict[str, float]]:
+    """Every number of each step as floats, in one transfer."""
+    steps = [
+        {"loss": r.loss, "grad_norm": r.grad_norm, "tokens": r.valid_tokens, "skipped": r.skipped, **r.parts}
+        for r in results
+    ]
+    values = [torch.as_tensor(value) for step in steps for value in step.values()]
+    devices = {value.device for value in values if value.device.type != "cpu"}
     device = devices.pop() if devices else torch.device("cpu")
     # Wide enough to be exact: fp32 losses and counts below 2^53. MPS has no float64.
     wide = torch.float32 if device.type == "mps" else torch.float64
-    flat = torch.stack([v.detach().reshape(()).to(device, wide) for row in columns for v in row])
-    return flat.view(len(results), 4).tolist()
+    numbers = iter(torch.stack([value.detach().reshape(()).to(device, wide) for value in values]).tolist())
+    return [{key: next(numbers) for key in step} for step in steps]
 
 
-def _averages(steps: list[list[float]]) -> dict[str, Any]:
-    good = [step for step in steps if not step[3]] or steps[-1:]
-    tokens = sum(step[2] for step in good)
-    if len(good) == 1:  # the very bits of the step, which x * n / n would not keep
-        loss, grad_norm = good[0][0], good[0][1]
-    else:
-        loss = sum(step[0] * step[2] for step in good) / tokens if tokens else float("nan")
-        grad_norm = sum(step[1] for step in good) / len(good)
-    averages: dict[str, Any] = {"loss": loss, "grad_norm": grad_norm}
-    if skipped := sum(1 for step in steps if step[3]):
+def _averages(steps: list[dict[str, float]]) -> dict[str, Any]:
+    """Loss and parts over the tokens of the steps that were not skipped, grad_norm over these steps."""
+    good = [step for step in steps if not step["skipped"]] or steps[-1:]
+    tokens = sum(step["tokens"] for step in good)
+    averages: dict[str, Any] = {}
+    for key in (key for key in good[0] if key not in ("tokens", "skipped")):
+        if len(good) == 1:  # the very bits of the step, which x * n / n would not keep
+            averages[key] = good[0][key]
+        elif key == "grad_norm":
+            averages[key] = sum(step[key] for step in good) / len(good)
+        else:
+            averages[key] = sum(step[key] * step["tokens"] for step in good) / tokens if tokens else float("nan")
+    if skipped := sum(1 for step in steps if step["skipped"]):
         averages["skipped_steps"] = skipped
     return averages
 
@@ -166,7 +163,7 @@ def memory_gib(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 2**30
     status = Path("/proc/self/status")
     if status.exists():  # getrusage would also count the process that started this one
-        for line in status.read_text().splitlines():
+        for line in status.read_text().split("\n"):
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) / 2**20
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes on a Mac, KiB on Linux

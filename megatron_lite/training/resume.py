@@ -18,10 +18,11 @@ from megatron_lite.config.compose import flatten, from_dict, to_dict
 from megatron_lite.data.sidecar import TokenizerIdentity
 from megatron_lite.engine.base import Engine
 from megatron_lite.models.config import ModelConfig
+from megatron_lite.models.huggingface import expected_shapes
 from megatron_lite.parallel.global_view import State
 from megatron_lite.ranks import Ranks
 from megatron_lite.training.config import RunConfig
-from megatron_lite.weights import model_config, open_weights
+from megatron_lite.weights import Weights, model_config, open_weights
 
 
 def choose_checkpoint(run: RunConfig, store: CheckpointStore) -> Path | None:
@@ -77,10 +78,10 @@ def choose_model(run: RunConfig, store: CheckpointStore, checkpoint: Path | None
     return replace(run, model=model)
 
 
-def start_from(engine: Engine, run: RunConfig, tokenizer: TokenizerIdentity, ranks: Ranks | None = None) -> None:
-    """Fill the engine with the weights (and with `init_from.optimizer` the optimizer's state) of `init_from`, slice by slice.
+def open_source(run: RunConfig, tokenizer: TokenizerIdentity, ranks: Ranks | None = None) -> Weights:
+    """What `init_from` names, verified once, shared over the ranks. Warns when it was trained with another tokenizer.
 
-    Warns when they were trained with another tokenizer. Raises ValueError naming tensors and shapes that do not fit.
+    Raises ValueError naming tensors and shapes that do not fit the run's model.
     """
     weights = open_weights(run.init_from.path or "", ranks, optimizer=run.init_from.optimizer)
     if weights.tokenizer_fingerprint not in (None, tokenizer.fingerprint):
@@ -89,32 +90,37 @@ def start_from(engine: Engine, run: RunConfig, tokenizer: TokenizerIdentity, ran
             f"{tokenizer.fingerprint} ({run.data.tokenizer}): its embeddings belong to other words",
             stacklevel=2,
         )
-    kinds = {"model": weights.tensors, **weights.optimizer}
-    state = engine.state()
-    counters = dict.fromkeys(state.counters, 0)
-    if run.init_from.optimizer:
-        if weights.manifest is None or not weights.optimizer:
-            raise ValueError(
-                f"init_from.optimizer=true, but {run.init_from.path} holds no optimizer state; drop it, or name a run"
-            )
-        counters |= weights.manifest["counters"]
-    pieces = {key: piece for key, piece in state.tensors.items() if key.split(".", 1)[0] in kinds}
-    wanted = {key.split(".", 1)[1] for key in pieces}
-    different = sorted(wanted ^ set(weights.tensors.names()))
+    shapes = expected_shapes(run.model)
+    different = sorted(shapes.keys() ^ set(weights.tensors.names()))
     if different:
         raise ValueError(
             f"init_from={run.init_from.path} holds another model; tensors on one side only: {', '.join(different[:5])}"
         )
-    for key, piece in pieces.items():
-        kind, name = key.split(".", 1)
-        source = kinds[kind]
-        if source.shape(name) != piece.global_shape:
+    for name, shape in shapes.items():
+        found = weights.tensors.shape(name)
+        if found != tuple(shape):
             raise ValueError(
-                f"init_from={run.init_from.path}: {name} has shape {source.shape(name)} there and {piece.global_shape} here; "
+                f"init_from={run.init_from.path}: {name} has shape {found} there and {tuple(shape)} here; "
                 "drop the model keys to take the source's model"
             )
-        piece.tensor().copy_(source.read(name, piece.offsets, piece.sizes))
-    engine.load_state(State(pieces, counters))
+    if run.init_from.optimizer and not weights.optimizer:
+        raise ValueError(
+            f"init_from.optimizer=true, but {run.init_from.path} holds no optimizer state; drop it, or name a run"
+        )
+    return weights
+
+
+def load_optimizer(engine: Engine, source: Weights) -> None:
+    """Give the engine this rank's shards of the source's optimizer state, and its counters. Nothing where it holds none."""
+    if not source.optimizer or source.manifest is None:
+        return
+    pieces = {}
+    for key, piece in engine.state().tensors.items():
+        kind, name = key.split(".", 1)
+        if kind in source.optimizer:
+            piece.tensor().copy_(source.optimizer[kind].read(name, piece.offsets, piece.sizes))
+            pieces[key] = piece
+    engine.load_state(State(pieces, source.manifest["counters"]))
 
 
 def check_same_run(manifest: dict[str, Any], run: RunConfig, tokenizer: TokenizerIdentity) -> None:
@@ -127,7 +133,9 @@ def check_same_run(manifest: dict[str, Any], run: RunConfig, tokenizer: Tokenize
             f"run.dir={run.run.dir} holds converted weights and no training state to go on with; give another run.dir and "
             f"init_from={run.run.dir}"
         )
-    before, now = flatten(manifest["config"]), flatten(to_dict(run))
+    # through ModelConfig: a key that came after this checkpoint has its default there
+    model = to_dict(from_dict(ModelConfig, manifest["config"]["model"]))
+    before, now = flatten(manifest["config"] | {"model": model}), flatten(to_dict(run))
     fixed = ("model.", "train.global_batch_size", "train.batch_ramp")
     keys = sorted(key for key in before.keys() | now.keys() if key.startswith(fixed))
     different = [

@@ -162,7 +162,7 @@ def test_never_refuses_to_write_over_a_run(tiny_data, straight, copy_of):
 @pytest.mark.parametrize(
     ("override", "named"),
     [
-        ("model.ffn_size=128", "model.ffn_size"),
+        ("model.mlp.ffn_size=128", "model.mlp.ffn_size"),
         ("seed=1", "seed"),
         ("data.seq_len=16", "data.seq_len"),
         ("train.global_batch_size=4", "train.global_batch_size"),

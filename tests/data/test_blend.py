@@ -70,7 +70,7 @@ def three_phases(blended: Callable, stub: Callable) -> Blend:
     config = blended(dict.fromkeys(WINDOWS, 1.0), THREE_PHASES)
     config.validate()
     sources = {name: stub(num_windows=windows) for name, windows in WINDOWS.items()}
-    return Blend(sources, config=config, seed=3, horizon_samples=100_000)
+    return Blend(sources, config=config, seed=3, total_samples=100_000)
 
 
 def test_a_hundred_thousand_samples_of_three_phases(three_phases: Blend) -> None:
@@ -116,16 +116,16 @@ def test_weights_are_proportions_and_order_of_writing_does_not_matter(blended: C
     sources = {name: stub(num_windows=50) for name in ("a/x", "a/y", "b/z")}
     one = blended({"a/x": 0.5, "a/y": 0.25, "b/z": 0.25})
     two = blended({"b/z": 10, "a/y": 10, "a/x": 20})
-    first = Blend(sources, config=one, seed=0, horizon_samples=1)
-    second = Blend(dict(reversed(sources.items())), config=two, seed=0, horizon_samples=1)
+    first = Blend(sources, config=one, seed=0, total_samples=1)
+    second = Blend(dict(reversed(sources.items())), config=two, seed=0, total_samples=1)
     assert [first.draw(i) for i in range(300)] == [second.draw(i) for i in range(300)]
-    other_seed = Blend(sources, config=one, seed=1, horizon_samples=1)
+    other_seed = Blend(sources, config=one, seed=1, total_samples=1)
     assert [first.draw(i) for i in range(300)] != [other_seed.draw(i) for i in range(300)]
 
 
 def test_weight_zero_is_never_drawn(blended: Callable, stub: Callable) -> None:
     config = blended({"a/x": 1, "a/y": 0, "b/z": 0})
-    blend = Blend({n: stub(num_windows=9) for n in config.sources()}, config=config, seed=0, horizon_samples=1)
+    blend = Blend({n: stub(num_windows=9) for n in config.sources()}, config=config, seed=0, total_samples=1)
     assert blend.counts(0, 10**13) == {"a/x": 10**13, "a/y": 0, "b/z": 0}
 
 

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_lite.data.config import DataConfig
-from megatron_lite.data.loader import Loader, rank_samples, validation_batches
+from megatron_lite.data.loader import DataLoader, rank_samples, validation_batches
 from megatron_lite.data.sidecar import TokenizerIdentity
 from megatron_lite.data.packing import Example
 from megatron_lite.data.source import Source
@@ -63,8 +63,7 @@ def test_ranks_share_a_step_out_exactly(consumed: int, micro: int, ranks: int, a
 @pytest.mark.parametrize("micro", [1, 3])
 def test_the_union_over_ranks_is_the_same_for_any_number_of_ranks(ranks: int, micro: int) -> None:
     loaders = [
-        Loader(Numbers(), micro_batch_size=micro, data_parallel_rank=rank, data_parallel_size=ranks)
-        for rank in range(ranks)
+        DataLoader(Numbers(), micro_batch_size=micro, rank=rank, ranks=ranks) for rank in range(ranks)
     ]
     steps = [samples_of(loader.steps(6, lambda at: 36 if at < 70 else 72), 4) for loader in loaders]
     union = [sorted(i for mine in step for i in mine) for step in zip(*steps)]
@@ -72,14 +71,14 @@ def test_the_union_over_ranks_is_the_same_for_any_number_of_ranks(ranks: int, mi
 
 
 def test_going_on_from_any_step_gives_the_same_steps() -> None:
-    loader = Loader(Numbers(), micro_batch_size=2)
+    loader = DataLoader(Numbers(), micro_batch_size=2)
     straight = samples_of(loader.steps(0, ramp), 6)
     resumed = samples_of(loader.steps(12, ramp), 5)
     assert straight[1:] == resumed
 
 
 def test_batches_are_contiguous_tensors_and_say_the_global_size() -> None:
-    loader = Loader(Numbers(), micro_batch_size=2, data_parallel_rank=1, data_parallel_size=3)
+    loader = DataLoader(Numbers(), micro_batch_size=2, rank=1, ranks=3)
     steps = loader.steps(0, ramp)
     size, batches = next(iter(steps))
     assert size == 12
@@ -91,7 +90,7 @@ def test_batches_are_contiguous_tensors_and_say_the_global_size() -> None:
 
 def test_stop_ends_the_iterator_and_its_thread() -> None:
     before = threading.active_count()
-    steps = list(Loader(Numbers(), micro_batch_size=12).steps(0, ramp, stop=30))
+    steps = list(DataLoader(Numbers(), micro_batch_size=12).steps(0, ramp, stop=30))
     assert [size for size, _ in steps] == [12, 12, 12]
     assert threading.active_count() == before
 
@@ -99,7 +98,7 @@ def test_stop_ends_the_iterator_and_its_thread() -> None:
 def test_reading_ahead_is_bounded_and_closing_ends_the_thread() -> None:
     before = threading.active_count()
     numbers = Numbers()
-    steps = Loader(numbers, micro_batch_size=12, prefetch=2).steps(0, lambda consumed: 12)
+    steps = DataLoader(numbers, micro_batch_size=12).steps(0, lambda consumed: 12)
     next(steps)
     deadline = time.monotonic() + 5
     while numbers.read < 35 and time.monotonic() < deadline:  # two steps ahead of the one taken
@@ -108,13 +107,13 @@ def test_reading_ahead_is_bounded_and_closing_ends_the_thread() -> None:
     assert 35 <= numbers.read < 4 * 12  # one more may be in the making
     steps.close()
     assert threading.active_count() == before
-    Loader(numbers, micro_batch_size=12).steps(0, ramp).close()  # never begun
+    DataLoader(numbers, micro_batch_size=12).steps(0, ramp).close()  # never begun
     assert threading.active_count() == before
 
 
 def test_what_goes_wrong_in_the_thread_is_raised_here_after_the_good_steps() -> None:
     before = threading.active_count()
-    steps = Loader(Numbers(fails_at=25), micro_batch_size=4).steps(0, ramp)
+    steps = DataLoader(Numbers(fails_at=25), micro_batch_size=4).steps(0, ramp)
     assert samples_of(steps, 2) == [list(range(12)), list(range(12, 24))]
     with pytest.raises(ValueError, match="sample 25 is broken"):
         next(steps)
@@ -132,16 +131,16 @@ def test_what_goes_wrong_in_the_thread_is_raised_here_after_the_good_steps() -> 
 def test_batches_that_do_not_divide_are_refused(batch: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         rank_samples(0, batch=batch, micro_batch=2, rank=0, ranks=3)
-    loader = Loader(Numbers(), micro_batch_size=2, data_parallel_size=3)
+    loader = DataLoader(Numbers(), micro_batch_size=2, ranks=3)
     with pytest.raises(ValueError, match=message):
         next(loader.steps(0, lambda consumed: batch))
 
 
 def test_bad_settings_are_refused() -> None:
     with pytest.raises(ValueError, match=r"train\.micro_batch_size=0 must be at least 1"):
-        Loader(Numbers(), micro_batch_size=0)
+        DataLoader(Numbers(), micro_batch_size=0)
     with pytest.raises(ValueError, match=r"rank 2 must lie in \[0, 2\)"):
-        Loader(Numbers(), micro_batch_size=1, data_parallel_rank=2, data_parallel_size=2)
+        DataLoader(Numbers(), micro_batch_size=1, rank=2, ranks=2)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
@@ -153,7 +152,7 @@ def test_validation_counts_each_of_the_first_windows_once(
     by_rank = [
         list(
             validation_batches(
-                source, windows=windows, micro_batch_size=4, data_parallel_rank=rank, data_parallel_size=ranks
+                source, windows=windows, micro_batch_size=4, rank=rank, ranks=ranks
             )
         )
         for rank in range(ranks)

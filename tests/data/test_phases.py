@@ -61,10 +61,10 @@ def test_ends_become_sample_numbers() -> None:
     data = config()
     data.phases = [PhaseConfig(until_samples=30), PhaseConfig(until_fraction=0.7, weights={"code": 1})]
     data.phases.append(PhaseConfig(weights={"english": 1}))
-    phases = resolve(data, TOKENS, horizon_samples=101)
+    phases = resolve(data, TOKENS, total_samples=101)
     assert [segment.start for segment in phases.segments] == [0, 30, 71]
     assert phases.boundaries == {"7/10": 71}
-    longer = resolve(data, TOKENS, horizon_samples=1000, kept=phases.boundaries)
+    longer = resolve(data, TOKENS, total_samples=1000, kept=phases.boundaries)
     assert longer == phases
 
 
@@ -72,8 +72,8 @@ def test_neighbors_with_equal_shares_are_one_phase_and_empty_phases_vanish() -> 
     data = config()
     data.phases = [PhaseConfig(until_fraction=0.2), PhaseConfig(until_fraction=0.3, weights={"code": 2})]
     data.phases += [PhaseConfig(until_fraction=0.31, weights={"code": 1}), PhaseConfig(weights={"english": 1})]
-    assert [s.start for s in resolve(data, TOKENS, horizon_samples=100).segments] == [0, 20, 31]
-    assert [s.start for s in resolve(data, TOKENS, horizon_samples=1).segments] == [0]
+    assert [s.start for s in resolve(data, TOKENS, total_samples=100).segments] == [0, 20, 31]
+    assert [s.start for s in resolve(data, TOKENS, total_samples=1).segments] == [0]
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_phases_that_run_backwards_are_refused(ends: list, message: str) -> None
         data.phases.append(PhaseConfig(weights=weights, **{key: end}))
     data.phases.append(PhaseConfig())
     with pytest.raises(ValueError, match=message):
-        resolve(data, TOKENS, horizon_samples=100)
+        resolve(data, TOKENS, total_samples=100)
 
 
 def test_nothing_to_read_is_refused() -> None:

@@ -19,7 +19,7 @@ def open_(stub: Callable) -> Callable[..., Blend]:
     def build(config: DataConfig, *, horizon: int = 100, seed: int = 0, fingerprint: str = "f") -> Blend:
         config.validate()
         sources = {n: stub(num_windows=40, fingerprint=fingerprint) for n in config.sources()}
-        return Blend(sources, config=config, seed=seed, horizon_samples=horizon)
+        return Blend(sources, config=config, seed=seed, total_samples=horizon)
 
     return build
 

@@ -145,7 +145,7 @@ def test_a_source_more_is_config_only(write_source: Callable, tokenizer: Tokeniz
     config.groups["english"] = GroupConfig(sources={"wiki": SourceConfig(files["wiki"], validation=files["held"])})
     assert list(open_sources(config, tokenizer)) == ["english/wiki"]
     config.groups["code"] = GroupConfig(sources={"python": SourceConfig(files["python"])})
-    blend = open_blend(config, tokenizer=tokenizer, seed=0, horizon_samples=100)
+    blend = open_blend(config, tokenizer=tokenizer, seed=0, total_samples=100)
     assert blend.counts(0, 10) == {"code/python": 5, "english/wiki": 5}
     draw = blend.draw(3)
     assert (blend[3]["tokens"] == blend.sources[draw.source].example(draw.window)["tokens"]).all()
@@ -157,4 +157,4 @@ def test_a_source_more_is_config_only(write_source: Callable, tokenizer: Tokeniz
 
 def test_a_bad_config_is_refused_before_files_are_opened(tokenizer: TokenizerIdentity) -> None:
     with pytest.raises(ValueError, match=r"data\.groups is empty"):
-        open_blend(DataConfig(), tokenizer=tokenizer, seed=0, horizon_samples=1)
+        open_blend(DataConfig(), tokenizer=tokenizer, seed=0, total_samples=1)

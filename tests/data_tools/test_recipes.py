@@ -80,7 +80,7 @@ def by_group(shares: dict) -> dict[str, float]:
 def test_nemotron4_blend_is_the_papers() -> None:
     config = blend("nemotron4_blend")
     tokens = {name: 1000 * (i + 1) ** 2 for i, name in enumerate(config.sources())}
-    (segment,) = resolve(config, tokens, horizon_samples=1000).segments
+    (segment,) = resolve(config, tokens, total_samples=1000).segments
     assert by_group(segment.shares) == pytest.approx({"english": 0.70, "multilingual": 0.15, "code": 0.15})
     # tokens^0.5 inside the multilingual group: four times the text is drawn twice as often.
     languages = {name: float(share) for name, share in segment.shares.items() if name.startswith("multilingual/")}
@@ -92,7 +92,7 @@ def test_nemotron4_blend_is_the_papers() -> None:
 
 def test_nano2_changes_at_60_and_90_percent() -> None:
     config = blend("nano2_phases")
-    phases = resolve(config, dict.fromkeys(config.sources(), 1000), horizon_samples=10_000)
+    phases = resolve(config, dict.fromkeys(config.sources(), 1000), total_samples=10_000)
     assert [segment.start for segment in phases.segments] == [0, 6_000, 9_000]
     python = [float(segment.shares["code/python"]) for segment in phases.segments]
     assert python == sorted(python)
@@ -101,7 +101,7 @@ def test_nano2_changes_at_60_and_90_percent() -> None:
 
 def test_continued_training_is_the_last_ninth_in_two_distributions() -> None:
     config = blend("nemotron4_continued")
-    phases = resolve(config, dict.fromkeys(config.sources(), 1000), horizon_samples=90_000)
+    phases = resolve(config, dict.fromkeys(config.sources(), 1000), total_samples=90_000)
     starts = [segment.start for segment in phases.segments]
     assert len(starts) == 3
     assert starts[1] / 90_000 == pytest.approx(8 / 9, abs=1e-3)  # 1T tokens after 8T

@@ -33,7 +33,7 @@ def _norm_once_per_tp_rank(engine: Any) -> Callable[[], None]:
 
         engine._global_norm = wrong
     else:
-        for parameter in engine.named.values():
+        for parameter in engine.parameters.values():
             parameter.tensor_model_parallel = True
     return lambda: None
 

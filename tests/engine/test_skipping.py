@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_lite.objectives.base import Loss
 from tests.distributed import run_ranks
 from tests.engine import harness
 from tests.engine.harness import Case
@@ -34,11 +35,13 @@ def bad_step(rank: int, world_size: int, case: Case, where: str) -> dict[str, An
     }
 
 
-def broken(outcome: tuple[torch.Tensor, torch.Tensor], where: str) -> tuple[torch.Tensor, torch.Tensor]:
-    loss, count = outcome
+def broken(loss: Loss, where: str) -> Loss:
+    total = loss.total
     if where == "loss":
-        return loss + torch.inf, count
-    return loss + 0 * (loss - loss.detach()).abs().sqrt(), count  # 0 * (derivative of a root at 0): NaN
+        return loss._replace(total=total + torch.inf)
+    return loss._replace(
+        total=total + 0 * (total - total.detach()).abs().sqrt()
+    )  # 0 * (derivative of a root at 0): NaN
 
 
 CASES = {

@@ -20,7 +20,7 @@ FOLDER = Path(__file__).parent
 CURVES: dict[str, list[str]] = {
     "nemotron4": [],  # the run of the fixture `straight`
     "llama_tied_wsd": [
-        "model.family=llama", "model.norm=rmsnorm", "model.activation=swiglu", "model.rotary_fraction=1",
+        "model.family=llama", "model.norm=rmsnorm", "model.mlp.activation=swiglu", "model.rope.fraction=1",
         "model.tie_embeddings=true", "schedule=wsd", "schedule.decay_fraction=0.5", "data.reset_attention=false",
     ],
 }  # fmt: skip

@@ -73,7 +73,7 @@ def test_cached_greedy_equals_the_uncached_forward(kind, request, loud):
     assert list(generate_tokens(model, prompt, max_new_tokens=30)) == expected[len(prompt) :]
     eod = expected[-1]
     stop = expected.index(eod, len(prompt))
-    stopped = list(generate_tokens(model, prompt, max_new_tokens=30, eod=eod))
+    stopped = list(generate_tokens(model, prompt, max_new_tokens=30, end_tokens=[eod]))
     assert stopped == expected[len(prompt) : stop]
 
 

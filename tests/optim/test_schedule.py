@@ -10,7 +10,7 @@ from megatron_lite.optim.schedule import BatchSize, LearningRate, RampStage, Sch
 
 
 def rates(peak=1.0, horizon=100, **keys):
-    schedule = LearningRate(ScheduleConfig(**keys), peak=peak, horizon_steps=horizon, horizon_tokens=horizon * 10)
+    schedule = LearningRate(ScheduleConfig(**keys), peak=peak, total_steps=horizon, total_tokens=horizon * 10)
     return [schedule(step, step * 10) for step in range(1, horizon + 1)]
 
 

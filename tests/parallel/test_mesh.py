@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import pytest
+import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_lite.parallel.mesh import ParallelConfig, build_mesh
+from megatron_lite.parallel.global_view import Layout
+from megatron_lite.parallel.mesh import CPU, Degrees, Mesh, ParallelConfig, build_mesh, sum_over
 from tests.distributed import run_ranks
 
 
 @given(replicate=st.integers(1, 6), shard=st.integers(1, 6), tp=st.integers(1, 8))
 def test_the_data_parallel_degree_is_derived(replicate: int, shard: int, tp: int) -> None:
+    expected = Degrees(dp_replicate=replicate, dp_shard=shard, tp=tp)
     world = replicate * shard * tp
-    assert ParallelConfig(tp=tp, dp_replicate=replicate).degrees(world) == (replicate, shard, tp)
-    assert ParallelConfig(tp=tp, dp_replicate=replicate, dp_shard=shard).degrees(world) == (replicate, shard, tp)
+    assert expected.world_size == world
+    assert ParallelConfig(tp=tp, dp_replicate=replicate).degrees(world) == expected
+    assert ParallelConfig(tp=tp, dp_replicate=replicate, dp_shard=shard).degrees(world) == expected
 
 
 @pytest.mark.parametrize(
@@ -30,6 +35,8 @@ def test_the_data_parallel_degree_is_derived(replicate: int, shard: int, tp: int
         (ParallelConfig(tp=2, dp_replicate=4), 6, r"parallel.dp_replicate=3 would work"),
         (ParallelConfig(tp=16), 8, r"parallel.tp=8 would work"),
         (ParallelConfig(tp=4, dp_replicate=4), 6, r"parallel.tp=3 with parallel.dp_replicate=1 would work"),
+        (ParallelConfig(pp=2), 4, r"parallel.pp=2: pipeline parallelism is not built yet; set parallel.pp=1"),
+        (ParallelConfig(cp=2), 4, r"parallel.cp=2: context parallelism is not built yet; set parallel.cp=1"),
         (ParallelConfig(tp=0), 4, r"parallel.tp=0 must be at least 1"),
         (ParallelConfig(recompute="some"), 1, r"parallel.recompute=some is unknown.*none, selective, full"),
     ],
@@ -39,33 +46,32 @@ def test_what_does_not_fit_is_refused_with_a_way_out(config: ParallelConfig, wor
         config.validate(world)
 
 
-def test_one_process_has_no_mesh() -> None:
-    assert build_mesh(ParallelConfig(), world_size=1, device_type="cpu") is None
+def test_one_process_has_no_groups() -> None:
+    mesh = build_mesh(ParallelConfig().degrees(1), device=CPU)
+    assert mesh == Mesh()
+    assert not dist.is_initialized()
+    assert (mesh.loss_groups, mesh.shard_groups) == ([], [])
+    assert (mesh.tp_rank, mesh.tp_size, mesh.data_parallel_rank, mesh.data_parallel_size, mesh.stage) == (0, 1, 0, 1, 0)
+    assert mesh.layout == Layout()
 
 
-def places(rank: int, world_size: int, config: ParallelConfig) -> dict[str, object]:
-    import torch
-    import torch.distributed as dist
-
-    mesh = build_mesh(config, world_size=world_size, device_type="cpu")
-    assert mesh is not None
-    value = torch.tensor([10**rank])
-    for group in mesh.data_groups:
-        dist.all_reduce(value, group=group)
+def places(rank: int, world_size: int, degrees: Degrees) -> dict[str, object]:
+    mesh = build_mesh(degrees, device=CPU)
     layout = mesh.layout
     return {
         "tp": (mesh.tp_rank, mesh.tp_size),
         "data": (mesh.data_parallel_rank, mesh.data_parallel_size),
-        "fsdp": mesh.data_parallel.mesh_dim_names,
-        "tp_ranks": dist.get_process_group_ranks(mesh.tp_group),
-        "summed over": value.item(),
+        "stage": mesh.stage,
+        "fsdp": mesh.sharding.mesh_dim_names,
+        "tp_ranks": dist.get_process_group_ranks(mesh.group("tp")),
+        "summed over": sum_over(mesh.loss_groups, torch.tensor([10**rank])).item(),
         "layout": (layout.dp_rank, layout.dp_size, layout.tp_rank, layout.tp_size),
         "pieces": [dist.get_process_group_ranks(group) for group in mesh.shard_groups],
     }
 
 
 def test_places_tensor_parallel_ranks_are_neighbors() -> None:
-    results = run_ranks(4, places, ParallelConfig(tp=2))
+    results = run_ranks(4, places, Degrees(dp_shard=2, tp=2))
     assert [r["tp"] for r in results] == [(0, 2), (1, 2), (0, 2), (1, 2)]
     assert [r["data"] for r in results] == [(0, 2), (0, 2), (1, 2), (1, 2)]
     assert [r["tp_ranks"] for r in results] == [[0, 1], [0, 1], [2, 3], [2, 3]]
@@ -76,9 +82,23 @@ def test_places_tensor_parallel_ranks_are_neighbors() -> None:
 
 
 def test_places_replicas_are_outermost() -> None:
-    results = run_ranks(4, places, ParallelConfig(dp_replicate=2))
+    results = run_ranks(4, places, Degrees(dp_replicate=2, dp_shard=2))
     assert [r["data"] for r in results] == [(0, 4), (1, 4), (2, 4), (3, 4)]
     assert [r["summed over"] for r in results] == [1111] * 4
     assert [r["layout"] for r in results] == [(0, 2, 0, 1), (1, 2, 0, 1), (0, 2, 0, 1), (1, 2, 0, 1)]
     assert results[3]["pieces"] == [[2, 3]]
     assert results[0]["fsdp"] == ("dp_replicate", "dp_shard")
+
+
+def test_context_parallel_ranks_share_samples_and_shards() -> None:
+    results = run_ranks(4, places, Degrees(dp_shard=2, cp=2))
+    assert [r["data"] for r in results] == [(0, 2), (0, 2), (1, 2), (1, 2)]
+    assert [r["summed over"] for r in results] == [1111] * 4
+    assert [r["layout"] for r in results] == [(rank, 4, 0, 1) for rank in range(4)]
+
+
+def test_pipeline_stages_are_outermost() -> None:
+    results = run_ranks(4, places, Degrees(pp=2, dp_shard=2))
+    assert [r["stage"] for r in results] == [0, 0, 1, 1]
+    assert [r["summed over"] for r in results] == [11, 11, 1100, 1100]
+    assert results[0]["pieces"] == [[0, 1], [0, 2]]

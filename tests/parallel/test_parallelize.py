@@ -10,12 +10,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_lite.models.decoder import Decoder, ModelConfig
+from megatron_lite.engine.fsdp import FsdpConfig
+from megatron_lite.models.config import AttentionConfig, MlpConfig, ModelConfig, RopeConfig
+from megatron_lite.models.decoder import Decoder
 from megatron_lite.models.initialization import initialize_model_
+from megatron_lite.objectives.next_token import NextToken
+from megatron_lite.parallel.assemble import Materialize, assemble, bare, seeded
 from megatron_lite.parallel.cross_entropy import cross_entropy_sum
 from megatron_lite.parallel.layers import ShardInfo, TensorParallel, shard_info
-from megatron_lite.parallel.mesh import ParallelConfig, build_mesh
-from megatron_lite.parallel.parallelize import materialize, parallelize, vocabulary_shard
+from megatron_lite.parallel.mesh import CPU, Mesh, ParallelConfig, build_mesh
+from megatron_lite.parallel.parallelize import parallelize, vocabulary_shard
 from tests.distributed import run_ranks
 
 SEED = 5
@@ -26,15 +30,20 @@ NEMOTRON = ModelConfig(
     family="nemotron4",
     num_layers=2,
     hidden_size=32,
-    num_heads=8,
-    num_kv_heads=4,
-    ffn_size=48,
+    attention=AttentionConfig(heads=8, kv_heads=4),
+    mlp=MlpConfig(ffn_size=48),
     vocab_size=250,
     max_seq_len=16,
-    rotary_fraction=0.5,
+    rope=RopeConfig(fraction=0.5),
     init_std=0.2,
 )
-LLAMA = replace(NEMOTRON, family="llama", activation="swiglu", norm="rmsnorm", tie_embeddings=True)
+LLAMA = replace(
+    NEMOTRON,
+    family="llama",
+    mlp=MlpConfig(ffn_size=48, activation="swiglu"),
+    norm="rmsnorm",
+    tie_embeddings=True,
+)
 BIASED = replace(NEMOTRON, linear_bias=True, norm="layernorm", tie_embeddings=True)
 MODELS = {"nemotron": NEMOTRON, "llama": LLAMA, "biased": BIASED}
 
@@ -102,16 +111,12 @@ def single(config: ModelConfig) -> Result:
 
 
 def build(world_size: int, config: ModelConfig, parallel: ParallelConfig) -> Decoder:
-    """Meta -> parallelize -> materialize in memory full of NaN."""
-    with torch.device("meta"):
-        decoder = Decoder(config)
-    mesh = build_mesh(parallel, world_size=world_size, device_type="cpu")
-    parallelize(decoder, mesh, parallel)
-    assert all(p.is_meta for p in decoder.parameters())
+    """Assembled in memory full of NaN."""
+    mesh = build_mesh(parallel.degrees(world_size), device=CPU)
     torch.use_deterministic_algorithms(True)  # fills what `torch.empty` returns with NaN
     try:
         assert torch.empty(3).isnan().all()
-        materialize(decoder, device="cpu", seed=SEED)
+        decoder, _ = assemble(config, mesh=mesh, parallel=parallel, fill=seeded(SEED), wrap=bare)
     finally:
         torch.use_deterministic_algorithms(False)
     return decoder
@@ -251,22 +256,32 @@ def test_compile_is_handed_to_each_layer(monkeypatch: pytest.MonkeyPatch) -> Non
     compiled_layers: list[torch.nn.Module] = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled_layers.append(self))
     decoder = Decoder(NEMOTRON)
-    parallelize(decoder, None, ParallelConfig(compile=True))
+    parallelize(decoder, Mesh(), ParallelConfig(compile=True))
     assert compiled_layers == list(decoder.layers)
 
 
 @pytest.mark.parametrize(
     ("change", "tp", "sequence_parallel", "message"),
     [
-        ({"num_kv_heads": 2}, 4, False, r"model.num_kv_heads=2 does not divide by parallel.tp=4.*parallel.tp=1 or 2 "),
-        ({"ffn_size": 50}, 4, False, r"model.ffn_size=50 does not divide by parallel.tp=4.*parallel.tp=1 or 2 would"),
+        (
+            {"attention": AttentionConfig(heads=8, kv_heads=2)},
+            4,
+            False,
+            r"model.attention.kv_heads=2 .*=4.*parallel.tp=1 or 2 ",
+        ),
+        (
+            {"mlp": MlpConfig(ffn_size=50)},
+            4,
+            False,
+            r"model.mlp.ffn_size=50 does not divide by parallel.tp=4.*parallel.tp=1 or 2 would",
+        ),
         ({"vocab_multiple": 1}, 4, False, r"padded vocabulary .*=250 does not divide.*parallel.tp=1 or 2 would work"),
         ({}, 3, False, r"does not divide by parallel.tp=3.*parallel.tp=1 would work"),
         ({"max_seq_len": 18}, 4, True, r"model.max_seq_len=18 does not divide by parallel.tp=4"),
     ],
 )
 def test_a_model_that_does_not_divide_is_refused(
-    change: dict[str, int], tp: int, sequence_parallel: bool, message: str
+    change: dict[str, object], tp: int, sequence_parallel: bool, message: str
 ) -> None:
     from megatron_lite.parallel.plans import check_divisible
 
@@ -274,38 +289,35 @@ def test_a_model_that_does_not_divide_is_refused(
         check_divisible(replace(NEMOTRON, **change), tp=tp, sequence_parallel=sequence_parallel)
 
 
-def test_the_engine_shards_a_layer_before_the_next_has_memory() -> None:
-    with torch.device("meta"):
-        decoder = Decoder(NEMOTRON)
+def test_a_layer_can_be_given_away_before_the_next_has_memory() -> None:
+    """What DeepSpeed's stage 3 does: no more than one layer is whole at a time."""
     real: list[int] = []
 
-    def shard(layer: torch.nn.Module) -> None:
-        assert not any(p.is_meta for p in layer.parameters())
-        real.append(sum(not p.is_meta for p in decoder.parameters()))
-        layer.to("meta")  # stands for: gives its memory away
+    def distribute(decoder: torch.nn.Module, materialize: Materialize) -> None:
+        assert isinstance(decoder, Decoder)
+        for layer in decoder.layers:
+            materialize(layer)
+            assert not any(p.is_meta for p in layer.parameters())
+            real.append(sum(not p.is_meta for p in decoder.parameters()))
+            layer.to("meta")  # stands for: gives its memory away
 
-    materialize_ignoring_rest(decoder, shard)
-    assert len(real) == len(decoder.layers)
-    assert max(real) == max(len(list(layer.parameters())) for layer in decoder.layers)
-
-
-def materialize_ignoring_rest(decoder: Decoder, shard) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(AssertionError, match="not materialized"):
-        materialize(decoder, device="cpu", seed=SEED, shard=shard)
+        assemble(NEMOTRON, mesh=Mesh(), parallel=ParallelConfig(), fill=seeded(SEED), wrap=bare, distribute=distribute)
+    assert max(real) == max(len(list(layer.parameters())) for layer in Decoder(NEMOTRON).layers)
 
 
 def fully_sharded(rank: int, world_size: int, parallel: ParallelConfig) -> dict[str, Tensor]:
-    from torch.distributed.fsdp import fully_shard
-
-    with torch.device("meta"):
-        decoder = Decoder(LLAMA)
-    mesh = build_mesh(parallel, world_size=world_size, device_type="cpu")
-    assert mesh is not None
-    parallelize(decoder, mesh, parallel)
-    materialize(decoder, device="cpu", seed=SEED, shard=lambda m: fully_shard(m, mesh=mesh.data_parallel))
-    fully_shard(decoder, mesh=mesh.data_parallel)
+    mesh = build_mesh(parallel.degrees(world_size), device=CPU)
+    objective, _ = assemble(
+        LLAMA,
+        mesh=mesh,
+        parallel=parallel,
+        fill=seeded(SEED),
+        wrap=NextToken,
+        distribute=FsdpConfig().distribute(mesh, torch.float32),
+    )
     dist.barrier()
-    return {name: p.full_tensor().detach() for name, p in decoder.named_parameters()}  # type: ignore[attr-defined]
+    return {name: p.full_tensor().detach() for name, p in objective.decoder.named_parameters()}  # type: ignore[attr-defined]
 
 
 def test_weights_under_fsdp() -> None:

@@ -8,18 +8,18 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_lite.models.decoder import Decoder, ModelConfig
+from megatron_lite.models.config import AttentionConfig, MlpConfig, ModelConfig
+from megatron_lite.models.decoder import Decoder
 from megatron_lite.models.initialization import initialize_model_
-from megatron_lite.parallel.mesh import ParallelConfig
+from megatron_lite.parallel.mesh import Mesh, ParallelConfig
 from megatron_lite.parallel.parallelize import parallelize
 
 CONFIG = ModelConfig(
     family="nemotron4",
     num_layers=2,
     hidden_size=16,
-    num_heads=4,
-    num_kv_heads=2,
-    ffn_size=32,
+    attention=AttentionConfig(heads=4, kv_heads=2),
+    mlp=MlpConfig(ffn_size=32),
     vocab_size=128,
     max_seq_len=8,
 )
@@ -40,7 +40,7 @@ class Calls(TorchDispatchMode):
 def backward_calls(mode: str) -> Counter[str]:
     decoder = Decoder(CONFIG)
     initialize_model_(decoder, 0)
-    parallelize(decoder, None, ParallelConfig(recompute=mode))
+    parallelize(decoder, Mesh(), ParallelConfig(recompute=mode))
     loss = decoder(torch.arange(16).view(2, 8)).square().mean()
     with Calls() as calls:
         loss.backward()
@@ -65,10 +65,10 @@ def test_what_runs_again_in_backward() -> None:
 def test_names_stay() -> None:
     decoder = Decoder(CONFIG)
     names = list(decoder.state_dict())
-    parallelize(decoder, None, ParallelConfig(recompute="full"))
+    parallelize(decoder, Mesh(), ParallelConfig(recompute="full"))
     assert list(decoder.state_dict()) == names
 
 
 def test_an_unknown_mode_is_refused() -> None:
     with pytest.raises(ValueError, match=r"parallel.recompute=half is unknown; choose one of none, selective, full"):
-        parallelize(Decoder(CONFIG), None, ParallelConfig(recompute="half"))
+        parallelize(Decoder(CONFIG), Mesh(), ParallelConfig(recompute="half"))

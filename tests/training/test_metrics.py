@@ -4,22 +4,15 @@ import json
 import subprocess
 import sys
 import warnings
-from dataclasses import dataclass
+from dataclasses import replace
 
 import pytest
 import torch
 
-from megatron_lite import metrics
+from megatron_lite import hardware
+from megatron_lite.engine.base import StepResult
 from megatron_lite.hardware import Peak, device_peak_flops
 from megatron_lite.training.metrics import Metrics, Work, memory_gib
-
-
-@dataclass
-class StepResult:
-    loss: torch.Tensor
-    grad_norm: torch.Tensor
-    valid_tokens: torch.Tensor
-    skipped: torch.Tensor
 
 
 def result(loss: float, norm: float = 1.0, tokens: int = 16, skipped: bool = False) -> StepResult:
@@ -70,6 +63,15 @@ def test_a_row_has_the_promised_keys_and_the_formula_of_mfu() -> None:
     json.dumps(row)
 
 
+def test_parts_of_the_loss_are_averaged_over_tokens_and_named_in_the_row() -> None:
+    meter = Metrics(work(), log_every=2, clock=Clock())
+    for step, (tokens, part) in enumerate([(1, 8.0), (3, 4.0)], start=1):
+        step_result = replace(result(2.0, tokens=tokens), parts={"auxiliary": torch.tensor(part)})
+        row = meter.update(step_result, step=step, consumed_samples=step, lr=1e-3)
+    assert row is not None
+    assert (row["loss"], row["auxiliary"]) == (2.0, 5.0)
+
+
 @pytest.mark.parametrize(
     ("gpus", "seconds", "batch", "mfu"), [(768, 0.57, 384, 0.343), (1536, 0.58, 768, 0.333), (2304, 0.64, 1152, 0.305)]
 )
@@ -78,7 +80,7 @@ def test_mfu_reproduces_nemotron_4s_table(gpus: int, seconds: float, batch: int,
     parameters, embedding, layers, width, seq = 15_628_775_424, 256_000 * 6144, 32, 6144, 4096
     flops = 6 * (parameters - embedding) + 12 * layers * width * seq
     clock = Clock()
-    peak = metrics._datasheet_peak("NVIDIA H100 80GB HBM3", "bf16")
+    peak = hardware._datasheet_peak("NVIDIA H100 80GB HBM3", "bf16")
     meter = Metrics(work(flops_per_token=flops, seq_len=seq, devices=gpus, peak=peak), clock=clock)
     clock.now += seconds
     row = meter.update(result(2.0), step=1, consumed_samples=batch, lr=1.0)
@@ -182,7 +184,7 @@ def test_cpu_peak_is_measured_and_says_so() -> None:
 def test_data_sheets(name: str, dtype: str, tflops: float) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        peak = metrics._datasheet_peak(name, dtype)
+        peak = hardware._datasheet_peak(name, dtype)
     assert peak.flops == tflops * 1e12
     assert not peak.measured
     assert name in peak.source
@@ -192,9 +194,9 @@ def test_fp32_on_a_gpu_depends_on_tf32() -> None:
     before = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("highest")
-        assert metrics._datasheet_peak("NVIDIA A100-SXM4-80GB", "fp32").flops == 19.5e12
+        assert hardware._datasheet_peak("NVIDIA A100-SXM4-80GB", "fp32").flops == 19.5e12
         torch.set_float32_matmul_precision("high")
-        assert metrics._datasheet_peak("NVIDIA A100-SXM4-80GB", "fp32").flops == 156e12
+        assert hardware._datasheet_peak("NVIDIA A100-SXM4-80GB", "fp32").flops == 156e12
     finally:
         torch.set_float32_matmul_precision(before)
 
@@ -210,7 +212,7 @@ def test_fp32_on_a_gpu_depends_on_tf32() -> None:
 )
 def test_an_unknown_gpu_has_no_mfu(name: str, dtype: str) -> None:
     with pytest.warns(UserWarning, match="mfu will be null"):
-        peak = metrics._datasheet_peak(name, dtype)
+        peak = hardware._datasheet_peak(name, dtype)
     assert peak.flops is None
     row = Metrics(work(peak=peak)).update(result(1.0), step=1, consumed_samples=1, lr=0.1)
     assert row is not None

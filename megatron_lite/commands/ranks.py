@@ -1,0 +1,36 @@
+"""Commands that one process or several run: the process group around them, and errors that are told once.
+
+torchrun --nproc-per-node 4 -m megatron_lite evaluate checkpoint=runs/large parallel.tp=2
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch.distributed as dist
+
+from megatron_lite.errors import CheckpointError
+from megatron_lite.ranks import Ranks
+from megatron_lite.runtime import Runtime, start, stop
+
+_TIMEOUT_SECONDS = 1800.0
+
+
+@contextmanager
+def all_ranks() -> Iterator[tuple[Runtime, Ranks]]:
+    """This process and the ranks that a launcher started beside it.
+
+    Inside, an error of the user's is one that all ranks raise (`Ranks.attempt` sees to that): rank 0 tells it, the others
+    just end.
+    """
+    runtime = start(timeout_seconds=_TIMEOUT_SECONDS)
+    try:
+        group = dist.new_group(backend="gloo") if runtime.world_size > 1 else None
+        yield runtime, Ranks(group, timeout_seconds=_TIMEOUT_SECONDS)
+    except (CheckpointError, ValueError, OSError) as error:
+        if runtime.is_main:
+            raise
+        raise SystemExit(2) from error
+    finally:
+        stop()
