@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -12,21 +11,22 @@ import torch
 
 from megatron_lite.checkpoint import CheckpointConfig, CheckpointStore, opening, reader
 from megatron_lite.config.compose import to_dict
-from megatron_lite.models.config import ModelConfig
+from megatron_lite.engine.fsdp import FsdpConfig
 from megatron_lite.models.decoder import Decoder
 from megatron_lite.models.huggingface import export_folder, folder
-from megatron_lite.parallel.layers import shard_info
-from megatron_lite.parallel.mesh import ParallelConfig, build_mesh
-from megatron_lite.parallel.parallelize import parallelize
+from megatron_lite.parallel.mesh import ParallelConfig
 from megatron_lite.ranks import Ranks
 from megatron_lite.tensor_files import BLOCK
+from megatron_lite.training.build import build_engine, build_grid
+from megatron_lite.training.config import RunConfig
 from megatron_lite.weights import load, open_weights
 from tests.checkpoint.processes import STATE, first_ranks
 from tests.distributed import run_ranks
+from tests.model_configs import model_config
 
 SIZES: dict[str, Any] = {
-    "family": "llama", "unit": "*-", "num_layers": 2, "hidden_size": 256, "num_heads": 8, "num_kv_heads": 4, "ffn_size": 512,
-    "vocab_size": 2000, "vocab_multiple": 128, "max_seq_len": 64, "activation": "swiglu", "norm": "rmsnorm", "rotary_fraction": 1.0,
+    "family": "llama", "num_layers": 2, "hidden_size": 256, "attention.heads": 8, "attention.kv_heads": 4, "mlp.ffn_size": 512,
+    "vocab_size": 2000, "max_seq_len": 64, "mlp.activation": "swiglu", "norm": "rmsnorm", "rope.fraction": 1.0,
     "tie_embeddings": True,
 }  # fmt: skip
 
@@ -35,7 +35,7 @@ SIZES: dict[str, Any] = {
 def model() -> Decoder:
     """About two million parameters. The padding rows of the embedding are zero, as a Hugging Face folder has none."""
     torch.manual_seed(0)
-    decoder = Decoder(ModelConfig(**SIZES))
+    decoder = Decoder(model_config(SIZES))
     with torch.no_grad():
         for name, parameter in decoder.named_parameters():
             parameter.normal_()
@@ -57,11 +57,8 @@ def sources(model, tmp_path_factory) -> dict[str, Path]:
     return {"run": home / "run", "hf": home / "hf"}
 
 
-def read_own_slices(rank: int, size: int, path: str) -> tuple[Counter[str], dict[str, Any]]:
-    """What this rank's bytes were, and its slices: name -> (global shape, offsets, values)."""
-    config = ParallelConfig(tp=2)
-    mesh = build_mesh(config, world_size=size, device_type="cpu")
-    assert mesh is not None
+def start_from(rank: int, size: int, path: str) -> tuple[Counter[str], dict[str, Any]]:
+    """Assemble an engine from the source: what this rank's bytes were, and its weights: name -> (offsets, values)."""
     counted: Counter[str] = Counter()
     honest_read, honest_hash = reader.read_slice, opening.block_digest
 
@@ -75,32 +72,28 @@ def read_own_slices(rank: int, size: int, path: str) -> tuple[Counter[str], dict
         counted["hashed"] += min(BLOCK, file.stat().st_size - block * BLOCK)
         return honest_hash(file, block)
 
+    run = RunConfig(model=model_config(SIZES), parallel=ParallelConfig(tp=2), engine=FsdpConfig())
+    mesh = build_grid(run.parallel, run.engine, world_size=size, device=torch.device("cpu"))
     reader.read_slice = folder.read_slice = read_slice
     opening.block_digest = block_digest
     try:
-        weights = open_weights(path, Ranks(first_ranks(size, size)))
-        with torch.device("meta"):
-            decoder = Decoder(weights.config)
-        parallelize(decoder, mesh, config)
-        slices = {}
-        for name, info in shard_info(decoder).items():
-            offsets, sizes = mesh.layout.box(info.global_shape, tp_dim=info.tp_dim)
-            assert weights.tensors.shape(name) == tuple(info.global_shape)
-            slices[name] = info.global_shape, offsets, weights.tensors.read(name, offsets, sizes).clone()
-            counted["own"] += math.prod(sizes) * weights.tensors.dtype(name).itemsize
+        engine = build_engine(run, mesh, source=open_weights(path, Ranks(first_ranks(size, size))))
     finally:
         reader.read_slice = folder.read_slice = honest_read
         opening.block_digest = honest_hash
-    return counted, slices
+    pieces = {key.split(".", 1)[1]: p for key, p in engine.state().tensors.items() if key.startswith("model.")}
+    counted["own"] = sum(piece.tensor().nbytes for piece in pieces.values())
+    return counted, {name: (piece.offsets, piece.tensor().clone()) for name, piece in pieces.items()}
 
 
 @pytest.mark.parametrize("kind", ["run", "hf"])
 def test_each_rank_reads_its_slices_and_shares_the_hashing(kind, model, sources):
-    ranks = run_ranks(4, read_own_slices, str(sources[kind]))
+    ranks = run_ranks(4, start_from, str(sources[kind]), timeout=180)
     parameters = dict(model.named_parameters())
     whole = sum(parameter.nbytes for parameter in parameters.values())
     for counted, slices in ranks:
-        for name, (_, offsets, values) in slices.items():
+        assert slices.keys() == parameters.keys()
+        for name, (offsets, values) in slices.items():
             expected = parameters[name][tuple(slice(o, o + n) for o, n in zip(offsets, values.shape))]
             assert torch.equal(values, expected), name
         assert counted["hashed"] + counted["read"] <= whole / 4 + counted["own"] + BLOCK
