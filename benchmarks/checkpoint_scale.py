@@ -13,8 +13,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from tests.checkpoint.processes import fresh_ranks
 from tests.checkpoint.scale import measure
-from tests.distributed import run_ranks
 
 RANKS = (2, 4, 8)
 
@@ -22,7 +22,7 @@ RANKS = (2, 4, 8)
 def main() -> None:
     """Measure and print."""
     with tempfile.TemporaryDirectory() as folder:
-        found = {ranks: run_ranks(ranks, measure, f"{folder}/{ranks}") for ranks in RANKS}
+        found = {ranks: fresh_ranks(ranks, measure, f"{folder}/{ranks}") for ranks in RANKS}
         sizes = {
             ranks: (Path(folder) / str(ranks) / "step_00000001" / "manifest.json").stat().st_size for ranks in RANKS
         }

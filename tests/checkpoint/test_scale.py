@@ -12,7 +12,8 @@ def test_saving_and_restoring_cost_a_rank_the_same_on_two_and_four_ranks(tmp_pat
         collectives = {counts[phase]["collectives"] for counts in few + many}
         assert len(collectives) == 1, collectives
         for key in ("files opened", "fsyncs"):
-            assert max(c[phase][key] for c in many[1:]) <= max(c[phase][key] for c in few[1:]), (phase, key)
+            # a rank's share of the hashing begins and ends inside of files: up to two more
+            assert max(c[phase][key] for c in many) <= max(c[phase][key] for c in few) + 2, (phase, key)
     for counts in many:
         # header and norms beside the matrices; hashing is shared by blocks of 1 MiB
         assert counts["restore"]["bytes of tensors read"] < BYTES * 1.05
