@@ -1,4 +1,4 @@
-"""Normalizations over the last dimension, computed in float32 whatever the model's dtype.
+"""Normalizations over the last dimension, computed in float32 (in float64 for a float64 model).
 
     LayerNorm     y = g (x - mean) / sqrt(var + eps) + b          g starts at 1    arXiv 1607.06450
     LayerNorm1p   y = (1 + g) (x - mean) / sqrt(var + eps) + b    g starts at 0    Nemotron-4; Megatron's --apply-layernorm-1p
@@ -17,6 +17,11 @@ from torch import Tensor, nn
 from megatron_lite.models.initialization import Constant, Distribution
 
 
+def at_least_float32(x: Tensor) -> Tensor:
+    """x in float32, or in its own dtype where that is wider."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 class LayerNorm(nn.Module):
     """LayerNorm with gain `weight` (D,) and `bias` (D,)."""
 
@@ -28,8 +33,8 @@ class LayerNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D) in x's dtype."""
-        gain, bias = self.weight.float(), self.bias.float()
-        return F.layer_norm(x.float(), gain.shape, gain, bias, self.eps).to(x.dtype)
+        gain, bias = at_least_float32(self.weight), at_least_float32(self.bias)
+        return F.layer_norm(at_least_float32(x), gain.shape, gain, bias, self.eps).to(x.dtype)
 
     def initial(self) -> dict[str, Distribution]:
         """Identity gain, no shift."""
@@ -41,8 +46,8 @@ class LayerNorm1p(LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D) in x's dtype."""
-        gain, bias = 1.0 + self.weight.float(), self.bias.float()
-        return F.layer_norm(x.float(), gain.shape, gain, bias, self.eps).to(x.dtype)
+        gain, bias = 1.0 + at_least_float32(self.weight), at_least_float32(self.bias)
+        return F.layer_norm(at_least_float32(x), gain.shape, gain, bias, self.eps).to(x.dtype)
 
     def initial(self) -> dict[str, Distribution]:
         """Identity gain, no shift."""
@@ -59,8 +64,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D) in x's dtype."""
-        gain = self.weight.float()
-        return F.rms_norm(x.float(), gain.shape, gain, self.eps).to(x.dtype)
+        gain = at_least_float32(self.weight)
+        return F.rms_norm(at_least_float32(x), gain.shape, gain, self.eps).to(x.dtype)
 
     def initial(self) -> dict[str, Distribution]:
         """Identity gain."""

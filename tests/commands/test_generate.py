@@ -217,7 +217,7 @@ def test_text_is_written_while_tokens_are_made(straight, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["byte_level", "metaspace"])
 @given(text=st.lists(st.sampled_from([*TEXTS, " ", "🙂", "é", "\n", "  a"])).map("".join), cut=st.integers(0, 20))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_pieces_add_up_to_the_whole_text(kind, byte_level, metaspace, text, cut):
     tokenizer = {"byte_level": byte_level, "metaspace": metaspace}[kind]
     before, new = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in (text[:cut], text[cut:]))
@@ -228,7 +228,7 @@ def test_pieces_add_up_to_the_whole_text(kind, byte_level, metaspace, text, cut)
 
 
 @given(tokens=st.lists(st.integers(0, 383), max_size=40))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_bytes_that_are_no_text_add_up_too(byte_level, tokens):
     assert "".join(stream_text(byte_level, tokens)) == byte_level.decode(tokens)
 

@@ -24,8 +24,6 @@ from tests.distributed import run_ranks
 from tests.engine import harness
 from tests.engine.harness import Case
 
-SECONDS = 300
-
 # Samples of a step, their length, whether some tokens do not count in the loss.
 Work = tuple[int, int, bool]
 SHORT: Work = (4, 256, True)
@@ -96,7 +94,7 @@ def sized(case: Case, work: Work) -> Case:
 
 def check_layout(name: str, work: Work, steps: int) -> None:
     world_size, case = LAYOUTS[name]
-    reports = run_ranks(world_size, train, sized(case, work), work, steps, timeout=SECONDS)
+    reports = run_ranks(world_size, train, sized(case, work), work, steps)
     losses, norms, tables = one_process(work, steps)
     for got in reports:
         assert got[0] == pytest.approx(losses, rel=1e-5)
@@ -179,9 +177,7 @@ def test_tensor_parallel_at_4096_tokens() -> None:
 def check_tensor_parallel(parallel: dict[str, Any], work: Work) -> None:
     """Every token counts: their number is then a power of two, and dividing by it rounds nothing, whether before a sum or after."""
     alone, rounded = one_process(work, 1), emulated(work)
-    for losses, norms, tables in run_ranks(
-        2, train, sized(Case(parallel, precision="bf16"), work), work, 1, timeout=SECONDS
-    ):
+    for losses, norms, tables in run_ranks(2, train, sized(Case(parallel, precision="bf16"), work), work, 1):
         assert losses == pytest.approx(alone[0], rel=5e-4)
         assert norms == pytest.approx(alone[1], rel=5e-4)
         assert tables == alone[2]
@@ -242,7 +238,7 @@ def test_a_parameter_that_computes_in_fp32(name: str) -> None:
     losses, norms, seen = alone_scaled()
     assert len(seen) == 3
     assert not torch.equal(seen[0], seen[0].bfloat16().float())  # the test would see a rounded one
-    for got in run_ranks(world_size, train_scaled, case, timeout=SECONDS):
+    for got in run_ranks(world_size, train_scaled, case):
         assert [weight.dtype for weight in got[2]] == [torch.float32] * 3
         assert torch.equal(got[2][0], seen[0])
         # DeepSpeed rounds the gradient of this weight to bf16, as it does all gradients; Adam makes a step of lr = 1e-3 of it

@@ -32,7 +32,7 @@ def brute_force(logits: list[float], temperature: float, top_k: int, top_p: floa
     return [weights[i] / total if i in chosen else 0.0 for i in range(len(logits))]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     st.lists(st.integers(-40, 40), min_size=1, max_size=12),
     st.sampled_from([0.25, 0.7, 1.0, 3.0]),

@@ -247,7 +247,7 @@ def compiled(rank: int, world_size: int, parallel: ParallelConfig) -> tuple[obje
 
 def test_layers_compile_without_a_break() -> None:
     parallel = ParallelConfig(tp=2, sequence_parallel=True, recompute="full")
-    results = [Result(*r) for r in run_ranks(2, compiled, parallel, timeout=120)]
+    results = [Result(*r) for r in run_ranks(2, compiled, parallel)]
     found = errors(results, single(NEMOTRON))
     assert max(found.values()) < TOLERANCE, found
 

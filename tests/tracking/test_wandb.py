@@ -13,6 +13,7 @@ from megatron_lite.tracking import WandbConfig, WandbTracker
 from megatron_lite.tracking.base import flatten
 from megatron_lite.tracking.jsonl import METRICS_FILE, encode_row
 from megatron_lite.tracking.wandb import last_rows, stable_id
+from tests.distributed import PATIENCE_SECONDS
 
 pytest.importorskip("wandb")
 
@@ -28,7 +29,7 @@ for step in range(start + 1, end + 1):
     if step % 5 == 0:
         tracker.log({"step": step, "val_loss": {"english text": 2 / step}})
 if hang:
-    time.sleep(600)
+    time.sleep(3600)
 tracker.close("finished")
 """
 
@@ -41,7 +42,9 @@ def start(folder: Path, *arguments: object) -> subprocess.Popen[bytes]:
 def records(folder: Path) -> dict[str, list[dict]]:
     """The records of an offline run by their kind, by wandb's own reader."""
     command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(folder)]
-    out = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=60).stdout
+    out = subprocess.run(
+        command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=PATIENCE_SECONDS
+    ).stdout
     found: dict[str, list[dict]] = defaultdict(list)
     for line in out.splitlines():
         record = json.loads(line)
@@ -65,13 +68,13 @@ def rows(steps: range) -> list[dict]:
 
 
 def wait_for_rows(folder: Path, count: int) -> Path:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE_SECONDS
     while time.monotonic() < deadline:
         for run in folder.glob("wandb/offline-run-*"):
             if len(history(records(run))) >= count:
                 return run
         time.sleep(0.3)
-    raise AssertionError(f"no {count} rows in {folder} within a minute")
+    raise AssertionError(f"no {count} rows in {folder} within {PATIENCE_SECONDS:g} s")
 
 
 def test_one_run_id_through_a_kill_and_steps_that_go_back(tmp_path: Path) -> None:
@@ -82,7 +85,7 @@ def test_one_run_id_through_a_kill_and_steps_that_go_back(tmp_path: Path) -> Non
         process.kill()  # SIGKILL
         process.wait()
     (tmp_path / METRICS_FILE).write_bytes(b"".join(map(encode_row, rows(range(4, 7)))))
-    assert start(tmp_path, 6, 12, "end").wait(timeout=60) == 0
+    assert start(tmp_path, 6, 12, "end").wait(timeout=PATIENCE_SECONDS) == 0
     (second,) = set(tmp_path.glob("wandb/offline-run-*")) - {first}
 
     expected = (tmp_path / "wandb_id").read_text().strip()
