@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import megatron_lite.commands.train
-from megatron_lite.checkpoint.directory import checkpoint_problem
+from megatron_lite.checkpoint import Verifier
 from megatron_lite.checkpoint.store import CheckpointStore
 from tests import runs
 from tests.bad_input.tour import snapshot
@@ -46,7 +46,7 @@ def fill(folder: Path, *, leave: int) -> Path:
 def assert_whole(run_dir: Path, *names: str) -> None:
     checkpoints = sorted((run_dir / "checkpoints").glob("step_*"))
     assert [path.name for path in checkpoints] == list(names)
-    assert [checkpoint_problem(path) for path in checkpoints] == [None] * len(names)
+    assert [Verifier().look(path)[0] for path in checkpoints] == [None] * len(names)
 
 
 def test_a_disk_that_fills_up_fails_the_run_and_keeps_its_checkpoints(tour, small, straight):
