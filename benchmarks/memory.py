@@ -108,8 +108,8 @@ def measure(rank: int, ranks: int, mode: Mode, options: argparse.Namespace, fold
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=ranks)
     run = run_config(mode, ranks, options)
-    mesh = build_grid(run, world_size=ranks, device_type="cpu")
-    engine = build_engine(run, mesh, torch.device("cpu"))
+    mesh = build_grid(run.parallel, run.engine, world_size=ranks, device=torch.device("cpu"))
+    engine = build_engine(run, mesh)
     draw = torch.Generator().manual_seed(rank)
     words = torch.randint(1, VOCABULARY, (options.micro_batch, LENGTH + 1), generator=draw)
     batch = {
