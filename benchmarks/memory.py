@@ -38,7 +38,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from megatron_lite.engine.deepspeed import DeepSpeedConfig
 from megatron_lite.engine.fsdp import FsdpConfig
-from megatron_lite.models.config import ModelConfig
+from megatron_lite.models.config import AttentionConfig, MlpConfig, ModelConfig
 from megatron_lite.parallel.mesh import ParallelConfig
 from megatron_lite.precision.dtypes import PrecisionConfig
 from megatron_lite.training.build import build_engine, build_grid
@@ -137,8 +137,9 @@ def measure(rank: int, ranks: int, mode: Mode, options: argparse.Namespace, fold
 def run_config(mode: Mode, ranks: int, options: argparse.Namespace) -> RunConfig:
     """The config of one row."""
     model = ModelConfig(
-        family="nemotron4", num_layers=options.layers, hidden_size=options.hidden, num_heads=8, num_kv_heads=8,
-        ffn_size=4 * options.hidden, vocab_size=VOCABULARY, max_seq_len=LENGTH,
+        family="nemotron4", num_layers=options.layers, hidden_size=options.hidden,
+        attention=AttentionConfig(heads=8, kv_heads=8), mlp=MlpConfig(ffn_size=4 * options.hidden),
+        vocab_size=VOCABULARY, max_seq_len=LENGTH,
     )  # fmt: skip
     parallel = ParallelConfig(tp=ranks if mode.tp else 1, recompute=options.recompute)
     return RunConfig(model=model, engine=mode.engine, parallel=parallel, precision=PrecisionConfig(options.precision))

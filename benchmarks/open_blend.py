@@ -51,7 +51,7 @@ def write_sparse(prefix: Path, documents: int) -> None:
 
 def memory() -> dict[str, float]:
     """Resident memory of this process in MB, by kind (Linux)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text().split("\n")
     kinds = {"RssAnon": "anonymous", "RssFile": "mapped"}
     return {kinds[key]: int(rest.split()[0]) / 1000 for key, _, rest in map(split, lines) if key in kinds}
 

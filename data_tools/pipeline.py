@@ -49,11 +49,7 @@ class Pipeline:
 
     def _build(self) -> None:
         recipe = self.recipe
-        pieces = [
-            piece
-            for name, source in recipe.sources.items()
-            for piece in plan_source(name, source, recipe.read.shard_bytes)
-        ]
+        pieces = [piece for name, source in recipe.sources.items() for piece in plan_source(name, source, recipe.read)]
         stamps = [[file, _stamp(file)] for piece in pieces if piece.type != "datasets" for file in piece.files]
         sources = {name: asdict(source) for name, source in recipe.sources.items()}
         read = self._add(

@@ -95,11 +95,11 @@ def _tell(step: Step, seconds: float, console: Console) -> None:
 def _check_sources(pipeline: Pipeline, step: ReadStep, console: Console) -> None:
     """Tell of rows that cannot be used; a source without a single document is a mistake in the recipe, told before hours of work."""
     for path in sorted(step.folder.glob("*.quarantine.jsonl")):
-        if bad := path.read_text(encoding="utf-8").splitlines():
+        if bad := path.read_text(encoding="utf-8").split("\n")[:-1]:
             first = json.loads(bad[0])
             console.print(
-                f"{len(bad):,} rows cannot be used, first {first['place']}: {first['reason']}; all are in {path}",
-                style="yellow", highlight=False, markup=False, soft_wrap=True,
+                f"{len(bad):,} rows or files cannot be used, first {first['place']}: {first['reason']}; all are in {path}",
+                style="yellow", highlight=False, markup=False, emoji=False, soft_wrap=True,
             )  # fmt: skip
     found = {path.name.split("-")[0] for path in step.folder.glob("*.jsonl.zst")}
     for name, source in pipeline.recipe.sources.items():

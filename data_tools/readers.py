@@ -2,81 +2,85 @@
 
 Notable features:
 - lines are read as bytes with a limit, so a line of a gigabyte costs no more memory than an ordinary one and is reported, not loaded
-- a row is either `Row` (its columns and where it stands) or `BadRow` (where and why); the caller decides what to do with either
+- a row is either `Row` (its columns and where it is) or `BadRow` (where and why); the caller decides what to do with either
+- only the columns that the recipe names are looked at: NaN, invalid UTF-8 or an odd type in another column changes nothing
 - a damaged compressed file is told with the last line that was still whole
 """
 
 from __future__ import annotations
 
-import gzip
-import io
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 
-import orjson
-import zstandard
-
+from data_tools.forms import READ_ERRORS, open_bytes
 from data_tools.recipe import SourceConfig
 from data_tools.sources import Piece, open_dataset
+from data_tools.text.encodings import decode, head, text_or_reason
+from data_tools.text.json_lines import parse_line
 
 
 @dataclass(slots=True)
 class Row:
-    """A row's columns. `place` is where it stands: "file:line" or "file:byte" (in a part of a file)."""
+    """A row's columns. `place` is where it is: "file:line" or "file:byte" (in a part of a file); `size`: its bytes there."""
 
     place: str
     columns: dict[str, Any]
+    size: int = 0
 
 
 @dataclass(slots=True)
 class BadRow:
-    """A row that cannot be used, why, and its first bytes."""
+    """A row that cannot be used, why, its first bytes, and how many bytes it has."""
 
     place: str
     reason: str
     head: str = ""
+    size: int = 0
 
 
 class DamagedFile(ValueError):
     """A file that cannot be read to its end."""
 
+    def __init__(self, file: str | Path, reason: str) -> None:
+        super().__init__(f"{file} {reason}")
+        self.file, self.reason = str(file), reason
 
-def read_piece(piece: Piece, source: SourceConfig, max_bytes: int) -> Iterator[Row | BadRow]:
+
+def read_piece(
+    piece: Piece, source: SourceConfig, max_bytes: int, *, keep_damaged: bool = False
+) -> Iterator[Row | BadRow]:
     """Every row of `piece`.
 
+    keep_damaged: a file that ends too early gives its whole rows and one BadRow, and the next file is read.
+
     Raises:
-        DamagedFile: a file is truncated or not what its name says.
+        DamagedFile: a file is truncated or not what its name says, and `keep_damaged` is false.
     """
-    if piece.type == "datasets":
-        yield from _read_dataset(piece, source)
-    elif piece.type == "parquet":
-        for file in piece.files:
-            yield from _read_parquet(Path(file), piece.start, piece.end)
-    elif piece.type == "text":
-        for file in piece.files:
-            yield _read_text(Path(file), source.encodings, max_bytes)
-    else:
-        for file in piece.files:
-            yield from _read_jsonl(Path(file), piece, source.encodings, max_bytes)
+    if piece.type == "unusable":
+        for name, reason in zip(piece.files, piece.reasons, strict=True):
+            yield BadRow(name, reason)
+        return
+    for name in piece.files:
+        try:
+            if piece.type == "datasets":
+                yield from _read_dataset(piece, source)
+            elif piece.type == "parquet":
+                yield from _read_parquet(Path(name), piece, source)
+            elif piece.type == "text":
+                yield _read_text(Path(name), source.encodings, max_bytes)
+            else:
+                yield from _read_jsonl(Path(name), piece, source, max_bytes)
+        except DamagedFile as error:
+            if not keep_damaged:
+                raise
+            yield BadRow(error.file, f"damaged file: {error}")
 
 
-def open_bytes(file: Path) -> BinaryIO:
-    """A file's bytes, decompressed by its suffix."""
-    if file.suffix.lower() == ".gz":
-        return cast(BinaryIO, gzip.open(file, "rb"))
-    if file.suffix.lower() == ".zst":
-        raw = file.open("rb")
-        stream = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True, closefd=True)
-        return cast(BinaryIO, io.BufferedReader(stream, 1 << 20))
-    return file.open("rb", buffering=1 << 20)
-
-
-def _read_jsonl(file: Path, piece: Piece, encodings: list[str], max_bytes: int) -> Iterator[Row | BadRow]:
+def _read_jsonl(file: Path, piece: Piece, source: SourceConfig, max_bytes: int) -> Iterator[Row | BadRow]:
     part = piece.start > 0
-    number, place = 0, f"{file}:1"
+    number = 0
     try:
         with open_bytes(file) as stream:
             for at, line, size in _lines(stream, piece.start, piece.end, max_bytes):
@@ -84,26 +88,16 @@ def _read_jsonl(file: Path, piece: Piece, encodings: list[str], max_bytes: int) 
                 # Counting lines before a part would mean reading the whole file; a byte position is as good to find it.
                 place = f"{file}:byte {at}" if part else f"{file}:{number}"
                 if line is None:
-                    yield BadRow(place, f"line of {size} bytes is longer than read.max_document_bytes={max_bytes}")
+                    reason = f"line of {size} bytes is longer than read.max_document_bytes={max_bytes}"
+                    yield BadRow(place, reason, size=size)
                 elif line.strip():
-                    yield _parse(place, line, encodings)
-    except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as error:
-        raise DamagedFile(f"{file} is truncated or damaged after line {number}: {error}") from None
-    if file.suffix.lower() == ".zst" and not _zst_is_whole(file):
-        raise DamagedFile(f"{file} is truncated: the compressed stream ends after line {number} without its end mark")
-
-
-def _zst_is_whole(file: Path) -> bool:
-    """Whether the last frame ends: the streaming reader takes a cut stream for an end."""
-    decoder = zstandard.ZstdDecompressor().decompressobj()
-    with file.open("rb") as raw:
-        while chunk := raw.read(1 << 20):
-            while chunk:
-                decoder.decompress(chunk)
-                chunk = decoder.unused_data if decoder.eof else b""
-                if chunk:
-                    decoder = zstandard.ZstdDecompressor().decompressobj()
-    return bool(decoder.eof)
+                    found = parse_line(line, source.columns.text, source.encodings)
+                    if isinstance(found, str):
+                        yield BadRow(place, found, head(line), size)
+                    else:
+                        yield Row(place, found, size)
+    except READ_ERRORS as error:
+        raise DamagedFile(file, f"is truncated or damaged after line {number}: {error}") from None
 
 
 def _lines(stream: BinaryIO, start: int, end: int | None, limit: int) -> Iterator[tuple[int, bytes | None, int]]:
@@ -135,79 +129,92 @@ def _skip_line(stream: BinaryIO) -> int:
     return skipped
 
 
-def _parse(place: str, line: bytes, encodings: list[str]) -> Row | BadRow:
-    if line.startswith(b"\xef\xbb\xbf"):
-        line = line[3:]
-    text = decode(line, encodings)
-    if text is None:
-        return BadRow(place, f"not valid {' or '.join(encodings)}", _head(line))
-    try:
-        value = orjson.loads(text)
-    except orjson.JSONDecodeError as error:
-        return BadRow(place, f"not JSON: {error}", _head(line))
-    if not isinstance(value, dict):
-        return BadRow(place, f"a JSON {type(value).__name__}, not an object", _head(line))
-    return Row(place, value)
-
-
-def decode(data: bytes, encodings: list[str]) -> str | None:
-    """`data` in the first encoding that fits; None when none does."""
-    for mark, encoding in ((b"\xff\xfe", "utf-16"), (b"\xfe\xff", "utf-16")):
-        if data.startswith(mark):
-            encodings = [encoding, *encodings]
-    for encoding in encodings:
-        try:
-            return data.decode(encoding)
-        except UnicodeDecodeError:
-            continue
-        except LookupError:
-            raise ValueError(
-                f"data_recipe.sources.*.encodings: {encoding!r} is no encoding that Python knows"
-            ) from None
-    return None
-
-
-def _head(data: bytes) -> str:
-    return data[:200].decode("utf-8", "backslashreplace").rstrip("\n")
-
-
 def _read_text(file: Path, encodings: list[str], max_bytes: int) -> Row | BadRow:
-    size = file.stat().st_size
-    if size > max_bytes:
-        return BadRow(f"{file}:1", f"file of {size} bytes is longer than read.max_document_bytes={max_bytes}")
+    place = f"{file}:1"
     try:
         with open_bytes(file) as stream:
             data = stream.read(max_bytes + 1)
-    except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as error:
-        raise DamagedFile(f"{file} is truncated or damaged: {error}") from None
+    except READ_ERRORS as error:
+        raise DamagedFile(file, f"is truncated or damaged: {error}") from None
+    if len(data) > max_bytes:
+        size = file.stat().st_size
+        return BadRow(place, f"file of {size} bytes is longer than read.max_document_bytes={max_bytes}", size=size)
     if not data:
-        return BadRow(f"{file}:1", "empty file")
-    if b"\0" in data[:8192] and not data.startswith((b"\xff\xfe", b"\xfe\xff")):
-        return BadRow(f"{file}:1", "binary file", _head(data[:40]))
+        return BadRow(place, "empty file")
     text = decode(data.removeprefix(b"\xef\xbb\xbf"), encodings)
     if text is None:
-        return BadRow(f"{file}:1", f"not valid {' or '.join(encodings)}", _head(data))
-    return Row(f"{file}:1", {"text": text, "path": str(file), "suffix": file.suffix.lstrip(".")})
+        return BadRow(place, f"not valid {' or '.join(encodings)}", head(data), len(data))
+    return Row(place, {"text": text, "path": str(file), "suffix": file.suffix.lstrip(".")}, len(data))
 
 
-def _read_parquet(file: Path, start: int, end: int | None) -> Iterator[Row | BadRow]:
+def _read_parquet(file: Path, piece: Piece, source: SourceConfig) -> Iterator[Row | BadRow]:
     import pyarrow.parquet as pq
 
-    table = pq.ParquetFile(file)
-    groups = list(range(start, table.num_row_groups if end is None else end))
-    number = sum(table.metadata.row_group(group).num_rows for group in range(start))
+    number = 0
     try:
-        for batch in table.iter_batches(batch_size=512, row_groups=groups):
-            for columns in batch.to_pylist():
+        table = pq.ParquetFile(file)
+        groups = list(range(piece.start, table.num_row_groups if piece.end is None else piece.end))
+        number = sum(table.metadata.row_group(group).num_rows for group in range(piece.start))
+        known = table.schema_arrow.names
+        if source.columns.text not in known:
+            raise ValueError(f"it has no column {source.columns.text!r}, only {known}")
+        names = [name for name in _asked(source) if name in known]
+        batches = table.iter_batches(batch_size=512, row_groups=groups, columns=names)
+        for values in (_values(batch) for batch in batches):
+            for row in zip(*values.values(), strict=True):
                 number += 1
-                yield Row(f"{file}:{number}", columns)
-    except OSError as error:
-        raise DamagedFile(f"{file} is damaged after row {number}: {error}") from None
+                yield _row(f"{file}:{number}", dict(zip(values, row)), source)
+    except Exception as error:  # pyarrow raises its own types, OSError and ValueError
+        raise DamagedFile(file, f"is damaged after row {number}: {error}") from None
+
+
+def _asked(source: SourceConfig) -> list[str]:
+    """The columns that the recipe names, each once."""
+    columns = source.columns
+    return list(dict.fromkeys(name for name in (columns.text, columns.language, columns.license, columns.id) if name))
+
+
+def _values(batch: Any) -> dict[str, list[Any]]:
+    """Column -> Python values; strings that are not UTF-8 (nobody checks them when Parquet is written) as bytes."""
+    import pyarrow as pa
+
+    values = {}
+    for name, column in zip(batch.schema.names, batch.columns):
+        try:
+            values[name] = column.to_pylist()
+        except UnicodeDecodeError:
+            if pa.types.is_dictionary(column.type):
+                column = column.dictionary_decode()
+            large = pa.types.is_large_string(column.type)
+            values[name] = column.cast(pa.large_binary() if large else pa.binary()).to_pylist()
+    return values
+
+
+def _row(place: str, columns: dict[str, Any], source: SourceConfig) -> Row | BadRow:
+    """A row of a library: its text may be bytes, and a string may hold what is not a character."""
+    column = source.columns.text
+    value = columns.get(column)
+    if not isinstance(value, str | bytes):
+        return Row(place, columns)
+    text, reason = text_or_reason(value, source.encodings)
+    if text is None:
+        return BadRow(place, f"column {column!r} {reason}", head(value), len(value))
+    columns[column] = text
+    return Row(place, columns, len(value))
 
 
 def _read_dataset(piece: Piece, source: SourceConfig) -> Iterator[Row | BadRow]:
     dataset = open_dataset(source)
+    known = getattr(dataset, "column_names", None) or ()
+    if source.columns.text in known:
+        dataset = dataset.select_columns([name for name in _asked(source) if name in known])
     if piece.shards > 1:
         dataset = dataset.shard(num_shards=piece.shards, index=piece.shard)
-    for number, columns in enumerate(dataset, 1):
-        yield Row(f"{source.path}[{source.split}] shard {piece.shard}:{number}", columns)
+    place = f"{source.path}[{source.split}] shard {piece.shard}"
+    number = 0
+    try:
+        for columns in dataset:
+            number += 1
+            yield _row(f"{place}:{number}", dict(columns), source)
+    except Exception as error:  # the library raises its own types, pyarrow's, requests' and plain ones
+        raise DamagedFile(place, f"cannot be read after row {number}: {error}") from error

@@ -1,29 +1,36 @@
 """From a source of the recipe to pieces that tasks can read by themselves.
 
-Uncompressed JSONL is cut into byte ranges and Parquet into row groups, so one large file feeds many workers; a compressed file, a
+Uncompressed JSON lines are cut into byte ranges and Parquet into row groups, so one large file feeds many workers; a compressed file, a
 folder of texts or a hub dataset is read by one task a file (a hub dataset: a shard). A source with a row limit is one piece.
+Files that cannot be read are one more piece, from which their names and reasons go to the quarantine.
 """
 
 from __future__ import annotations
 
-import glob
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_tools.recipe import SourceConfig
+from data_tools.files import find_files
+from data_tools.forms import Form, Unusable, find_form
+from data_tools.recipe import ReadConfig, SourceConfig
 
-JSONL = (".jsonl", ".json", ".ndjson")
-COMPRESSED = (".gz", ".zst")
 TEXT_FILES_A_PIECE = 2_000
+FILES_TOLD = 3
+# What stands beside the data files of a data set and is not data.
+DOCUMENTATION = {
+    "readme", "license", "licence", "copying", "notice", "citation", "changelog", "datasheet", "dataset_info", "dataset_infos",
+    "sha256sums", "md5sums", "checksums", "_success", "_metadata", "_common_metadata",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Piece:
     """What one task reads of a source: files, and of a single file the part [start, end) (bytes or row groups; None: to the end).
 
-    `shard`, `shards`: for type=datasets, which of how many.
+    `shard`, `shards`: for type=datasets, which of how many. `reasons`: for type=unusable, one a file.
     """
 
     source: str
@@ -33,24 +40,26 @@ class Piece:
     end: int | None = None
     shard: int = 0
     shards: int = 1
+    reasons: tuple[str, ...] = ()
 
 
-def plan_source(name: str, source: SourceConfig, shard_bytes: int) -> list[Piece]:
+def plan_source(name: str, source: SourceConfig, read: ReadConfig) -> list[Piece]:
     """The pieces of one source, in order.
 
     Raises:
-        ValueError: nothing lies at the path.
+        ValueError: nothing is at the path, a file is damaged, or too many files or bytes are in a form that cannot be read.
     """
     if source.type == "datasets":
         return [
             Piece(name, "datasets", (source.path,), shard=i, shards=n) for n in [_hub_shards(source)] for i in range(n)
         ]
-    files = find_files(name, source)
-    by_type: dict[str, list[Path]] = {}
-    for file in files:
-        by_type.setdefault(file_type(source, file), []).append(file)
+    usable, unusable = _sort_files(name, source)
+    _refuse(name, source, read, usable, unusable)
+    by_kind: dict[str, list[Path]] = {}
+    for file, form in usable.items():
+        by_kind.setdefault(form.kind, []).append(file)
     pieces: list[Piece] = []
-    for kind, members in by_type.items():
+    for kind, members in by_kind.items():
         names = tuple(map(str, members))
         if source.limit is not None:
             pieces.append(Piece(name, kind, names))
@@ -59,62 +68,112 @@ def plan_source(name: str, source: SourceConfig, shard_bytes: int) -> list[Piece
             pieces += [Piece(name, kind, names[i : i + step]) for i in range(0, len(names), step)]
         else:
             for member in members:
-                pieces += _cut(name, kind, member, shard_bytes)
+                pieces += _cut(name, member, usable[member], read.shard_bytes)
     if source.limit is not None and len(pieces) > 1:
         raise ValueError(
-            f"data_recipe.sources.{name}.limit={source.limit} needs files of one type, but {source.path} holds {sorted(by_type)}; "
+            f"data_recipe.sources.{name}.limit={source.limit} needs files of one type, but {source.path} holds {sorted(by_kind)}; "
             f"set data_recipe.sources.{name}.type, or narrow its path"
         )
+    if unusable:
+        reasons = tuple(found.reason for found in unusable.values())
+        pieces.append(Piece(name, "unusable", tuple(map(str, unusable)), reasons=reasons))
     return pieces
 
 
-def find_files(name: str, source: SourceConfig) -> list[Path]:
-    """The files that a path, folder or glob names, sorted; hidden files are left out."""
-    path = Path(source.path).expanduser()
-    if path.is_dir():
-        found = sorted(file for file in path.rglob("*") if file.is_file())
-    elif path.is_file():
-        found = [path]
-    else:
-        found = sorted(Path(file) for file in glob.glob(str(path), recursive=True) if Path(file).is_file())
-    found = [file for file in found if not file.name.startswith(".")]
-    if not found:
+def _sort_files(name: str, source: SourceConfig) -> tuple[dict[Path, Form], dict[Path, Unusable]]:
+    """The files that can be read, with their form, and those that cannot."""
+    files = find_files(Path(source.path).expanduser())
+    if not files:
         raise ValueError(
-            f"data_recipe.sources.{name}.path={source.path}: no file there (from {Path.cwd()}); correct the path, or set "
-            f"data_recipe.sources.{name}.type=datasets if it is a dataset's name on the hub"
+            f"data_recipe.sources.{name}.path={source.path}: no file there (from {Path.cwd()}; hidden files and folders are left "
+            f"out); correct the path, or set data_recipe.sources.{name}.type=datasets if it is a dataset's name on the hub"
         )
-    return found
+    usable: dict[Path, Form] = {}
+    unusable: dict[Path, Unusable] = {}
+    for file in files:
+        if file.is_dir():
+            found: Form | Unusable = Unusable(
+                "a folder, which this pattern does not enter; end the path with /** to read it"
+            )
+        else:
+            found = find_form(file, source)
+        if isinstance(found, Form) and found.kind == "parquet":
+            found = _check_parquet(name, file, source) or found
+        if isinstance(found, Form):
+            usable[file] = found
+        else:
+            unusable[file] = found
+    if any(form.kind != "text" for form in usable.values()):
+        beside = [file for file in files if file.name.split(".")[0].lower() in DOCUMENTATION and not file.is_dir()]
+        for file in beside:
+            if file in unusable or usable[file].kind == "text":
+                usable.pop(file, None)
+                unusable[file] = Unusable(
+                    "documentation beside data files; read it with a source of its own, type=text"
+                )
+    return usable, dict(sorted(unusable.items()))
 
 
-def file_type(source: SourceConfig, file: Path) -> str:
-    """jsonl, parquet or text, from the recipe or the file's name."""
-    if source.type != "auto":
-        return source.type
-    suffixes = [suffix.lower() for suffix in file.suffixes if suffix.lower() not in COMPRESSED]
-    last = suffixes[-1] if suffixes else ""
-    if last in JSONL:
-        return "jsonl"
-    return "parquet" if last == ".parquet" else "text"
+def _refuse(
+    name: str, source: SourceConfig, read: ReadConfig, usable: Sequence[Path], unusable: dict[Path, Unusable]
+) -> None:
+    """Stop where a run would read much less than there is: judged by files and by bytes before any of it is read."""
+    key = f"data_recipe.sources.{name}"
+    damaged = {file: found for file, found in unusable.items() if found.damaged}
+    if damaged and read.on_damaged_file == "stop":
+        raise ValueError(
+            f"{key}: {_told(damaged)}; copy it again, take it out of the path, or leave it out with "
+            "data_recipe.read.on_damaged_file=keep_rows"
+        )
+    if not usable and read.max_bad_share < 1:
+        raise ValueError(f"{key}.path={source.path}: nothing there can be read: {_told(unusable)}")
+    lost = {file: found for file, found in unusable.items() if found.size and not found.damaged}
+    lost_bytes = sum(found.size for found in lost.values())
+    total_bytes = lost_bytes + sum(file.stat().st_size for file in usable)
+    if len(lost) > read.max_bad_share * (len(lost) + len(usable)) or lost_bytes > read.max_bad_share * total_bytes:
+        raise ValueError(
+            f"{key}: {len(lost)} of {len(lost) + len(usable)} files ({lost_bytes:,} of {total_bytes:,} bytes) in {source.path} cannot "
+            f"be read: {_told(lost)}; narrow {key}.path (a glob such as *.jsonl), or leave them out with data_recipe.read.max_bad_share"
+        )
 
 
-def _cut(name: str, kind: str, file: Path, shard_bytes: int) -> list[Piece]:
-    if kind == "parquet":
-        return [Piece(name, kind, (str(file),), a, b) for a, b in _row_groups(file, shard_bytes)]
-    if file.suffix.lower() in COMPRESSED:
-        return [Piece(name, kind, (str(file),))]
+def _told(unusable: dict[Path, Unusable]) -> str:
+    first = [f"{file} is {found.reason}" for file, found in itertools.islice(unusable.items(), FILES_TOLD)]
+    return "; ".join(first) + (f"; and {len(unusable) - FILES_TOLD} more" if len(unusable) > FILES_TOLD else "")
+
+
+def _cut(name: str, file: Path, form: Form, shard_bytes: int) -> list[Piece]:
+    if form.kind == "parquet":
+        return [Piece(name, form.kind, (str(file),), a, b) for a, b in _row_groups(file, shard_bytes)]
+    if form.compressed:
+        return [Piece(name, form.kind, (str(file),))]
     size = file.stat().st_size
     count = max(1, -(-size // shard_bytes))
     edges = [size * i // count for i in range(count + 1)]
-    return [Piece(name, kind, (str(file),), a, b) for a, b in itertools.pairwise(edges)]
+    return [Piece(name, form.kind, (str(file),), a, b) for a, b in itertools.pairwise(edges)]
+
+
+def _check_parquet(name: str, file: Path, source: SourceConfig) -> Unusable | None:
+    """Why a Parquet file cannot be read, by its footer."""
+    import pyarrow.parquet as pq
+
+    size = file.stat().st_size
+    try:
+        columns = pq.ParquetFile(file).schema_arrow.names
+    except Exception as error:  # pyarrow raises its own types, OSError and ValueError
+        return Unusable(f"not a whole Parquet file ({error})", size, damaged=True)
+    if source.columns.text not in columns:
+        key = f"data_recipe.sources.{name}.columns.text"
+        return Unusable(
+            f"without a column {source.columns.text!r}, it has {columns}; set {key} to the one with text", size
+        )
+    return None
 
 
 def _row_groups(file: Path, shard_bytes: int) -> list[tuple[int, int]]:
     import pyarrow.parquet as pq
 
-    try:
-        metadata = pq.ParquetFile(file).metadata
-    except Exception as error:
-        raise ValueError(f"{file} is no whole Parquet file: {error}; copy it again or leave it out") from None
+    metadata = pq.ParquetFile(file).metadata
     ranges, start, size = [], 0, 0
     for group in range(metadata.num_row_groups):
         size += metadata.row_group(group).total_byte_size

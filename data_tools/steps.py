@@ -19,7 +19,7 @@ import xxhash
 from data_tools.documents import stats_path
 from megatron_lite.atomic import write_json
 
-FORMAT = 2  # raise when a stage's code changes what it writes: finished work of older code is then done again
+FORMAT = 3  # raise when a stage's code changes what it writes: finished work of older code is then done again
 EXAMPLE_CHARS = 300
 
 

@@ -53,6 +53,23 @@ whole_numbers() { # lowest value, names
   done
 }
 
+# Refuses a time to save that is too short: a signal is noticed within max(one step, 5 s), and then comes a save. What that takes
+# together is SAVE_SECONDS, else what the run's last job measured, else 30.
+enough_to_save() { # name of the setting, run directory
+  local needed
+  needed=${SAVE_SECONDS:-$(status_number "$2/status.json" grace_seconds)}
+  ((${!1} >= ${needed:=30})) ||
+    fail "$1=${!1} is too short: the ranks need $needed s for a step (at least 5 s) and a save; raise it, or set SAVE_SECONDS if they need less"
+}
+
+# Checks the config for a number of ranks as they will, without touching the run directory. Fails with 2
+# and the message of `mlite train`.
+check_config() { # interpreter, ranks, overrides
+  local python=$1 ranks=$2
+  shift 2
+  WORLD_SIZE=$ranks "$python" -m megatron_lite train "$@" train.validate_only=true >/dev/null
+}
+
 fail() {
   echo "error: $*" >&2
   exit 2
@@ -111,6 +128,11 @@ plain() { # value
 # One text of the one-line JSON object that training leaves in <run.dir>/status.json, up to a quote inside it.
 status_value() { # file key
   grep -o "\"$2\": *\"[^\"]*" "$1" 2>/dev/null | head -n 1 | sed -E 's/^"[a-z]*": *"//; s/\\$//' || true
+}
+
+# One number of the same object.
+status_number() { # file key
+  grep -oE "\"$2\": *[0-9]+" "$1" 2>/dev/null | head -n 1 | grep -oE '[0-9]+$' || true
 }
 
 # How this job's training ended, by status.json alone: finished | stopped | preempted | failed | running | none.

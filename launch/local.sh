@@ -5,13 +5,14 @@
 #
 #   RANKS_PER_NODE   processes here (default: the number of GPUs, else 1)
 #   RUN_DIR          run directory, unless run.dir=... is among the overrides
-#   NODES, MIN_NODES nodes of the run (default 1) and the fewest it goes on with (default NODES)
+#   NODES, MIN_NODES nodes of the run (default 1) and the fewest it continues with (default NODES)
 #   RENDEZVOUS       host:port that all nodes reach (the first node), needed for NODES > 1
 #   NODE_INDEX       0 on the node that RENDEZVOUS names (default: Kubernetes' JOB_COMPLETION_INDEX, else found by name or LOCAL_ADDR)
 #   LOCAL_ADDR       this node's address, where its host name does not resolve for the others
 #   JOB              name of this attempt, the same on all nodes (default: host, time and process id)
 #   MAX_RESTARTS     restarts in place after a rank or a node is lost (default 0; 3 where MIN_NODES < NODES)
-#   SHUTDOWN_TIMEOUT seconds that ranks have to save after a signal (default 600)
+#   SHUTDOWN_TIMEOUT seconds that ranks have to save after a signal (default 600); refused if below SAVE_SECONDS
+#   SAVE_SECONDS     seconds that they need: max(one step, 5 s) and a save (default: as the run's last job measured, else 30)
 #   ENV_FILE         file of variables for NCCL and the like (default none)
 #   PYTHON, SETTINGS interpreter; a file with any of these settings
 #
@@ -33,7 +34,8 @@ PYTHON=${PYTHON:-${MLITE_PYTHON:-python3}}
 NODES=${NODES:-1} MIN_NODES=${MIN_NODES:-${NODES:-1}}
 RANKS_PER_NODE=${RANKS_PER_NODE:-$(gpus)}
 whole_numbers 1 NODES MIN_NODES
-whole_numbers 0 RANKS_PER_NODE MAX_RESTARTS NODE_INDEX SHUTDOWN_TIMEOUT
+whole_numbers 0 RANKS_PER_NODE MAX_RESTARTS NODE_INDEX SHUTDOWN_TIMEOUT SAVE_SECONDS
+SHUTDOWN_TIMEOUT=${SHUTDOWN_TIMEOUT:-600}
 ((RANKS_PER_NODE > 0)) || RANKS_PER_NODE=1
 restarts=0
 ((MIN_NODES == NODES)) || restarts=3
@@ -42,8 +44,9 @@ directory=$(run_dir "$@")
 
 command=("$PYTHON" -m)
 if ((NODES * RANKS_PER_NODE > 1)); then
+  enough_to_save SHUTDOWN_TIMEOUT "$directory"
   command+=(torch.distributed.run --nproc-per-node="$RANKS_PER_NODE" --max-restarts="${MAX_RESTARTS:-$restarts}"
-    --signals-to-handle='SIGTERM,SIGINT,SIGUSR1' --shutdown-timeout="${SHUTDOWN_TIMEOUT:-600}")
+    --signals-to-handle='SIGTERM,SIGINT,SIGUSR1' --shutdown-timeout="$SHUTDOWN_TIMEOUT")
   if ((NODES > 1)); then
     [[ -n ${JOB:-} ]] || fail "NODES=$NODES needs JOB, the same name on every node"
     [[ -n ${RENDEZVOUS:-} ]] || fail "NODES=$NODES needs RENDEZVOUS=host:port, the same on every node"
@@ -116,7 +119,7 @@ case $(settled_outcome "$directory" "$MLITE_JOB" "$before") in
     ((code == 0 || signals == 0)) || exit 75
     # torchrun ends with 1 whatever its ranks said; a wrong config is 2 here as with one process
     if ((code != 0 && NODES * RANKS_PER_NODE > 1)); then
-      "$PYTHON" -m megatron_lite launch check $((NODES * RANKS_PER_NODE)) ${@+"$@"} run.dir="$directory" 2>/dev/null || [[ $? != 2 ]] || exit 2
+      check_config "$PYTHON" $((NODES * RANKS_PER_NODE)) ${@+"$@"} run.dir="$directory" 2>/dev/null || [[ $? != 2 ]] || exit 2
     fi
     exit "$code" ;;
   *) exit $((code == 0 ? 1 : code)) ;;

@@ -3,7 +3,7 @@
 Notable features:
 - the only file that reads `os.environ`;
 - one process needs no process group: `start()` opens one only when a launcher says that there are several ranks;
-- signals are only noted down here; the loop asks `Signals.requested` between two steps, so that nothing is interrupted.
+- signals are only noted down here; the loop asks for `Signals.number` between two steps, so that nothing is interrupted.
 """
 
 from __future__ import annotations
@@ -34,13 +34,15 @@ class Runtime:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def any(self, flag: bool) -> bool:
-        """True on every rank when it is true on one: how all ranks agree to stop at the same step."""
+    def maximum(self, values: list[float]) -> list[float]:
+        """The largest of each value over all ranks; one all-reduce over all hosts, without the device."""
         if self.world_size == 1:
-            return flag
-        verdict = torch.tensor([int(flag)])  # on the CPU: gloo carries it, and no GPU has to finish its step first
-        dist.all_reduce(verdict, op=dist.ReduceOp.MAX)
-        return bool(verdict.item())
+            return values
+        largest = torch.tensor(
+            values, dtype=torch.float64
+        )  # on the CPU: gloo carries it, no GPU has to finish its step
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        return largest.tolist()
 
     def sum(self, value: torch.Tensor) -> torch.Tensor:
         """The sum over all ranks, in place."""
@@ -48,9 +50,10 @@ class Runtime:
             dist.all_reduce(value)
         return value
 
-    def barrier(self) -> None:
-        if self.world_size > 1:
-            dist.barrier()
+
+def launched_ranks() -> int:
+    """How many ranks the launcher has started, or says that it will: WORLD_SIZE, 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def start(*, timeout_seconds: float = 1800.0) -> Runtime:
@@ -58,7 +61,7 @@ def start(*, timeout_seconds: float = 1800.0) -> Runtime:
 
     Raises ValueError when only some of RANK, WORLD_SIZE, MASTER_ADDR are set.
     """
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    world_size = launched_ranks()
     rank = int(os.environ.get("RANK", "0"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     cuda = torch.cuda.is_available()
@@ -134,7 +137,7 @@ class Signals:
     watched = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
     def __init__(self) -> None:
-        self.requested: str | None = None
+        self.number: int | None = None  # of the first signal that came
         self._since = 0.0
         self._previous: dict[signal.Signals, Any] = {}
 
@@ -148,7 +151,7 @@ class Signals:
             signal.signal(number, handler)
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
-        if self.requested is None:
-            self.requested, self._since = signal.Signals(number).name, time.monotonic()
+        if self.number is None:
+            self.number, self._since = number, time.monotonic()
         elif number == signal.SIGINT and time.monotonic() > self._since + 1.0:
             raise KeyboardInterrupt

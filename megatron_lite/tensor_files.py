@@ -17,6 +17,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megatron_lite.narrowing import narrow
+
 _OPEN_FILES = 4
 
 
@@ -43,13 +45,17 @@ def read_whole(source: TensorSource, name: str) -> Tensor:
 
 
 class WholeTensors(Mapping[str, Tensor]):
-    """The whole tensors of a source by name, read anew each time they are asked for; in another dtype if one is given."""
+    """The whole tensors of a source by name, read anew each time they are asked for; in another dtype if one is given.
+
+    A tensor whose values do not fit that dtype raises ValueError (`narrow`).
+    """
 
     def __init__(self, source: TensorSource, dtype: torch.dtype | None = None) -> None:
         self.source, self._dtype = source, dtype
 
     def __getitem__(self, name: str) -> Tensor:
-        return read_whole(self.source, name).to(self._dtype or self.source.dtype(name))
+        tensor = read_whole(self.source, name)
+        return tensor if self._dtype is None else narrow(name, tensor, self._dtype)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.source.names())

@@ -38,7 +38,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-START_SECONDS = 120.0
+# How long a worker may take to start, and a job: only what hangs takes that long, also on a machine that does five things at once.
+PATIENCE_SECONDS = 600.0
 GRACE_SECONDS = 3.0  # for the other ranks to fail too, once one has: their tracebacks often say why
 
 
@@ -46,7 +47,9 @@ class RanksFailed(AssertionError):
     """One or more ranks raised, died or did not answer in time; the message says which, with tracebacks."""
 
 
-def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 60.0) -> list[Any]:
+def run_ranks(
+    world_size: int, function: Callable[..., Any], *args: Any, timeout: float = PATIENCE_SECONDS
+) -> list[Any]:
     """`function(rank, world_size, *args)` on `world_size` processes in one gloo group: the results, in order of rank.
 
     Raises RanksFailed when a rank raises, dies, or has not answered after `timeout` seconds.
@@ -84,9 +87,9 @@ class _Pool:
             self.processes.append(process)
             self.pipes.append(here)
         for rank, pipe in enumerate(self.pipes):  # the imports take seconds, which no job's timeout should count
-            if not pipe.poll(START_SECONDS) or not _receive(pipe, self.processes[rank])[0]:
+            if not pipe.poll(PATIENCE_SECONDS) or not _receive(pipe, self.processes[rank])[0]:
                 self.stop()
-                raise RanksFailed(f"rank {rank} of {self.world_size} did not start within {START_SECONDS:g} s")
+                raise RanksFailed(f"rank {rank} of {self.world_size} did not start within {PATIENCE_SECONDS:g} s")
 
     def stop(self) -> None:
         for process in self.processes:
@@ -159,7 +162,7 @@ def _serve(rank: int, world_size: int, folder: str, pipe: Connection) -> None:
             init_method=f"file://{folder}/rendezvous",
             rank=rank,
             world_size=world_size,
-            timeout=timedelta(seconds=120),
+            timeout=timedelta(seconds=PATIENCE_SECONDS),
         )
         pipe.send_bytes(pickle.dumps((True, "ready")))
         while True:

@@ -26,8 +26,8 @@ WORDS = {
 
 # A model of about 60,000 parameters; every step takes milliseconds.
 TINY = [
-    "model=nemotron4_tiny", "model.num_layers=2", "model.hidden_size=32", "model.num_heads=4", "model.num_kv_heads=2",
-    "model.head_dim=8", "model.ffn_size=64", "model.vocab_size=384", "data=tiny", "data.seq_len=32", "tracking=none",
+    "model=nemotron4_tiny", "model.num_layers=2", "model.hidden_size=32", "model.attention.heads=4", "model.attention.kv_heads=2",
+    "model.attention.head_dim=8", "model.mlp.ffn_size=64", "model.vocab_size=384", "data=tiny", "data.seq_len=32", "tracking=none",
     "train.global_batch_size=8", "train.micro_batch_size=4", "train.max_steps=20", "train.threads=1", "optim.lr=1e-2",
     "schedule.warmup_steps=2", "checkpoint.every=4", "checkpoint.keep=3",
 ]  # fmt: skip

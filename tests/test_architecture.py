@@ -35,7 +35,7 @@ def importers(module):
     ]
 
 
-@pytest.mark.parametrize("module", ["transformer_engine", "deepspeed", "fla", "mamba_ssm", "wandb"])
+@pytest.mark.parametrize("module", ["transformer_engine", "deepspeed", "fla", "mamba_ssm", "wandb", "tensorboard"])
 def test_an_engine_is_imported_in_one_file(module):
     assert len(importers(module)) <= 1
 
@@ -71,3 +71,9 @@ def test_no_pickle_is_ever_loaded():
     assert importers("pickle") == []
     for path in FILES:
         assert "torch.load(" not in path.read_text(), path
+
+
+def test_lines_end_with_a_line_feed_only():
+    """`str.splitlines` also cuts at form feeds, NEL and U+2028, which are part of people's text."""
+    files = [*FILES, *(ROOT.parent / "data_tools").rglob("*.py")]
+    assert [path for path in files if ".splitlines(" in path.read_text()] == []

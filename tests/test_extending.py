@@ -30,33 +30,32 @@ from tests.hf_folders import command
 # ------------------------------------------------------------------ a dense family: one config, one mapping
 
 STABLE_TINY = {
-    "family": "stablelm", "num_layers": 2, "hidden_size": 32, "num_heads": 4, "num_kv_heads": 2, "ffn_size": 64,
-    "vocab_size": 384, "max_seq_len": 128, "activation": "swiglu", "norm": "layernorm", "rotary_fraction": 0.25,
+    "family": "stablelm", "num_layers": 2, "hidden_size": 32, "attention": {"heads": 4, "kv_heads": 2},
+    "mlp": {"ffn_size": 64, "activation": "swiglu"}, "vocab_size": 384, "max_seq_len": 128, "norm": "layernorm",
+    "rope": {"fraction": 0.25},
 }  # fmt: skip
-REQUIRED: dict[str, Any] = {"norm": "layernorm", "activation": "swiglu"}
+REQUIRED: dict[str, Any] = {"norm": "layernorm", "mlp.activation": "swiglu", "linear_bias": False}
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
     sizes = written_sizes(config)
     del sizes["head_dim"]  # StableLM's is hidden_size / num_heads
-    sizes["rope_parameters"]["partial_rotary_factor"] = config.rotary_fraction
+    sizes["rope_parameters"]["partial_rotary_factor"] = config.rope.fraction
     own = {"hidden_act": "silu", "layer_norm_eps": config.norm_eps, "use_qkv_bias": False, "qk_layernorm": False}
-    return sizes | own | {"use_parallel_residual": False, "partial_rotary_factor": config.rotary_fraction}
+    return sizes | own | {"use_parallel_residual": False, "partial_rotary_factor": config.rope.fraction}
 
 
 def read_config(hf: Mapping[str, Any]) -> ModelConfig:
-    base, fraction = rope(hf, default_fraction=0.25)
+    sizes = read_sizes(hf, activation="swiglu")
     eps = number(hf, "layer_norm_eps")
-    return ModelConfig(
-        family="stablelm", norm_eps=eps, rope_base=base, rotary_fraction=fraction, **REQUIRED, **read_sizes(hf)
-    )
+    return ModelConfig(family="stablelm", norm="layernorm", norm_eps=eps, rope=rope(hf, default_fraction=0.25), **sizes)
 
 
 STABLELM = Family(
     name="stablelm",
     model_type="stablelm",
     architecture="StableLmForCausalLM",
-    required=REQUIRED | {"linear_bias": False},
+    required=REQUIRED,
     defaults={"layer_norm_eps": 1e-5, "initializer_range": 0.02, "tie_word_embeddings": False, "hidden_act": "silu"},
     only={
         "hidden_act": ("silu",),

@@ -26,7 +26,7 @@ from tests.checkpoint.processes import (
     run_alone,
     tensors_of,
 )
-from tests.distributed import run_ranks
+from tests.distributed import PATIENCE_SECONDS, run_ranks
 
 
 def pieces_of(rank: int, size: int, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
@@ -177,7 +177,7 @@ def train_while_saving(rank: int, size: int, folder: str) -> bool:
     gate = threading.Event()
 
     def open_stream(path: Path) -> Any:
-        assert gate.wait(30)
+        assert gate.wait(PATIENCE_SECONDS)
         return open_for_writing(path)
 
     store = make_store(size, folder, open_stream=open_stream, async_save=True)
@@ -230,22 +230,26 @@ def test_every_rank_must_see_the_directory(tmp_path):
 
 def save_when_one_stays_away(rank: int, size: int, folder: str) -> str:
     group = dist.new_group(backend="gloo")
-    if rank == 1:
-        time.sleep(2.5)
+    given_up = Path(folder).with_name("given up")
+    if rank == 1:  # stays connected: one that ends would be noticed at once
+        while not given_up.exists():
+            time.sleep(0.05)
         return ""
     store = make_store(size, folder, timeout_seconds=1, group=group)
     with pytest.raises(CheckpointError) as caught:
         store.save(2, pieces_of(rank, 2, tensors_of(2)), STATE)
+    given_up.touch()
     return str(caught.value)
 
 
 def test_a_rank_that_stays_away_is_named(tmp_path):
-    run_ranks(4, save, str(tmp_path), 1)
-    text = fresh_ranks(2, save_when_one_stays_away, str(tmp_path))[0]
+    folder = tmp_path / "checkpoints"
+    run_ranks(4, save, str(folder), 1)
+    text = fresh_ranks(2, save_when_one_stays_away, str(folder))[0]
     assert "phase 'prepare'" in text
     assert "timeout 1 s" in text
     assert "Ranks 1 failed" in text
-    assert os.listdir(tmp_path) == ["step_00000001"]
+    assert os.listdir(folder) == ["step_00000001"]
 
 
 def save_and_die(rank: int, size: int, folder: str) -> str:

@@ -122,10 +122,10 @@ def test_the_model_comes_from_the_source(tiny_data, straight, tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["model.ffn_size=128"], r"layers.1.mixer.up.weight has shape \(64, 32\) there and \(128, 32\) here"),
+        (["model.mlp.ffn_size=128"], r"layers.1.mixer.up.weight has shape \(64, 32\) there and \(128, 32\) here"),
         (["model.tie_embeddings=true"], "tensors on one side only: head.weight"),
         (
-            ["model.family=llama", "model.norm=rmsnorm", "model.activation=swiglu", "model.rotary_fraction=1"],
+            ["model.family=llama", "model.norm=rmsnorm", "model.mlp.activation=swiglu", "model.rope.fraction=1"],
             "final_norm.bias",
         ),
     ],

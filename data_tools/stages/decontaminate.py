@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 
 from data_tools.documents import Corpus, drop_path
+from data_tools.forms import Unusable, find_form
 from data_tools.readers import BadRow, read_piece
-from data_tools.recipe import DecontaminateConfig, SourceConfig
-from data_tools.sources import Piece, file_type
+from data_tools.recipe import Columns, DecontaminateConfig, SourceConfig
+from data_tools.sources import Piece
 from data_tools.steps import Progress, Step, Tally
 from data_tools.text.hashing import ngram_hashes, word_hashes
 from megatron_lite.atomic import write_array
@@ -53,11 +54,13 @@ def _grams(name: str, path: Path, config: DecontaminateConfig) -> dict[int, np.n
         raise ValueError(
             f"data_recipe.decontaminate.files.{name}={path} does not exist; correct the path or take it out"
         )
-    source = SourceConfig(path=str(path))
-    kind = file_type(source, path)
-    column = "text" if kind == "text" else config.column
+    source = SourceConfig(path=str(path), columns=Columns(text=config.column))
+    form = find_form(path, source)
+    if isinstance(form, Unusable):
+        raise ValueError(f"data_recipe.decontaminate.files.{name}: {path} is {form.reason}")
+    column = "text" if form.kind == "text" else config.column
     collected: dict[int, list[np.ndarray]] = {}
-    for row in read_piece(Piece(name, kind, (str(path),)), source, MAX_EVALUATION_TEXT):
+    for row in read_piece(Piece(name, form.kind, (str(path),)), source, MAX_EVALUATION_TEXT):
         if isinstance(row, BadRow) or not isinstance(row.columns.get(column), str):
             place = row.place
             raise ValueError(

@@ -45,7 +45,7 @@ class CountLinesStep(Step):
         for _, document in read_shard(read_shards(self.read)[rank]):
             source = document.source
             if document.kind == "prose" and self.settings.boilerplate_documents:
-                lines = {line.strip() for line in document.text.splitlines()}
+                lines = {line.strip() for line in document.text.replace("\r", "\n").split("\n")}
                 counts.update(line_key(line) for line in lines if line)
             progress.add(len(document.text))
         pairs = np.array(sorted((k, n) for k, n in counts.items() if n > 1), dtype=LINE)

@@ -29,6 +29,7 @@ from typing import Any
 
 import torch
 
+from megatron_lite.config.renamed import upgraded
 from megatron_lite.errors import CheckpointError
 from megatron_lite.parallel.global_view import Piece
 
@@ -134,7 +135,7 @@ def encode(manifest: dict[str, Any]) -> bytes:
 
 
 def read_manifest(path: str | Path) -> dict[str, Any]:
-    """Read and check the manifest of a checkpoint directory; no tensor file is opened.
+    """Read and check the manifest of a checkpoint directory; no tensor file is opened. Its config has the keys of today.
 
     Raises CheckpointError naming the file and what is wrong with it.
     """
@@ -148,7 +149,7 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
     if not isinstance(manifest, dict):
         raise CheckpointError(f"{file} is not a JSON object")
     _check_manifest(file, manifest)
-    return manifest
+    return manifest | {"config": upgraded(manifest["config"])}
 
 
 def _check_manifest(file: Path, manifest: dict[str, Any]) -> None:

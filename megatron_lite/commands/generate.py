@@ -1,6 +1,7 @@
 """`mlite generate`: continue a prompt, streaming to the terminal.
 
 python -m megatron_lite generate checkpoint=runs/smoke prompt='def main(' max_new_tokens=40
+echo 'a prompt' | python -m megatron_lite generate checkpoint=runs/smoke prompt=-
 python -m megatron_lite generate checkpoint=runs/smoke prompt_file=prompts.txt sampling.temperature=0.8 sampling.top_p=0.9
 torchrun --nproc-per-node 2 -m megatron_lite generate checkpoint=runs/large prompt='def main(' parallel.tp=2
 """
@@ -16,6 +17,7 @@ from typing import Any
 from megatron_lite.commands.command import run_command
 from megatron_lite.commands.ranks import all_ranks
 from megatron_lite.data.tokenizer import load_tokenizer
+from megatron_lite.models.huggingface.generation import end_tokens, not_applied
 from megatron_lite.models.sampling import SamplingConfig, generate_tokens
 from megatron_lite.parallel.assemble import assemble, bare, from_tensors
 from megatron_lite.parallel.mesh import ParallelConfig, build_mesh
@@ -26,7 +28,7 @@ from megatron_lite.weights import Weights, open_weights
 
 @dataclass
 class GenerateConfig:
-    """`mlite generate`: one `prompt`, or a `prompt_file` with one a line."""
+    """`mlite generate`: one `prompt`, or a `prompt_file` with one a line; "-" reads standard input."""
 
     checkpoint: str = "???"
     prompt: str | None = None
@@ -71,9 +73,14 @@ def generate(config: GenerateConfig) -> int:
 
 def texts(config: GenerateConfig, runtime: Runtime, ranks: Ranks) -> Iterator[str]:
     """What is to be printed, part by part as it is made, the same on every rank. Collective."""
-    prompts = ranks.attempt("read the prompts", lambda: _prompts(config, runtime.world_size))
+    ranks.attempt("check the config", lambda: config.validate(runtime.world_size))
+    prompts = ranks.first("read the prompts", lambda: _prompts(config))  # standard input is rank 0's
     weights = open_weights(config.checkpoint, ranks)
     tokenizer = ranks.attempt("open the tokenizer", lambda: _tokenizer(config, weights))
+    if runtime.is_main:
+        for key, value in not_applied(weights.extra).items():
+            print(f"warning: generation_config.json sets {key}={value}, which is not applied", file=sys.stderr)
+    ends = end_tokens(weights.extra, tokenizer.eos_token_id)
     mesh = build_mesh(config.parallel.degrees(runtime.world_size), device=runtime.device)
     fill = from_tensors(weights.tensors)
     model, _ = ranks.attempt(
@@ -82,13 +89,10 @@ def texts(config: GenerateConfig, runtime: Runtime, ranks: Ranks) -> Iterator[st
     )
     model.eval()
     for prompt in prompts:
-        tokens = tokenizer(prompt, add_special_tokens=False)["input_ids"] or [tokenizer.eos_token_id]
+        # A model of a Hugging Face folder gets the begin token that the folder's tokenizer adds; a run of ours was trained without.
+        tokens = tokenizer(prompt, add_special_tokens=bool(weights.extra))["input_ids"] or [tokenizer.eos_token_id]
         new = generate_tokens(
-            model,
-            tokens,
-            max_new_tokens=config.max_new_tokens,
-            eod=tokenizer.eos_token_id,
-            sampling=config.sampling,
+            model, tokens, max_new_tokens=config.max_new_tokens, end_tokens=ends, sampling=config.sampling
         )
         yield prompt
         yield from stream_text(tokenizer, new, before=tokens)
@@ -108,8 +112,12 @@ def stream_text(tokenizer: Any, tokens: Iterable[int], *, before: Sequence[int] 
 
     Some tokenizers drop the space that begins a text (SentencePiece), so a token is decoded behind those that came before it and
     only what it adds is given. The window decoded for this begins at the last piece but one, so that a long text costs what its
-    pieces cost. A character whose bytes are spread over tokens waits for its last one.
+    pieces cost. A character whose bytes are spread over tokens waits for its last one. A tokenizer that removes spaces before
+    punctuation (`clean_up_tokenization_spaces`) changes text that it has already given, so its text comes as one piece.
     """
+    if getattr(tokenizer, "clean_up_tokenization_spaces", False):
+        yield tokenizer.decode([*before, *tokens])[len(tokenizer.decode(before)) if before else 0 :]
+        return
     window = list(before)
     known = len(_decode(tokenizer, window))
     last_piece = len(window)  # where in the window the newest piece begins
@@ -131,19 +139,26 @@ def _decode(tokenizer: Any, tokens: Sequence[int]) -> str:
     return tokenizer.decode(tokens, clean_up_tokenization_spaces=False) if tokens else ""
 
 
-def _prompts(config: GenerateConfig, world_size: int) -> list[str]:
-    config.validate(world_size)
+def _prompts(config: GenerateConfig) -> list[str]:
+    """One prompt, or the lines of a file that are not empty. A line ends with a line feed and with nothing else."""
     if (config.prompt is None) == (config.prompt_file is None):
         raise ValueError("give either prompt='...' or prompt_file=<a text file with one prompt a line>")
     if config.prompt is not None:
-        return [config.prompt]
-    path = Path(config.prompt_file or "")
-    if not path.exists():
-        raise ValueError(f"prompt_file={config.prompt_file} does not exist")
-    try:
-        prompts = [line for line in path.read_text(encoding="utf-8").splitlines() if line]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"prompt_file={path} is no UTF-8 text ({error}); give one prompt a line") from None
+        # The line end that `echo` puts behind a prompt is not part of it.
+        return [config.prompt if config.prompt != "-" else _read("prompt", "-").removesuffix("\n").removesuffix("\r")]
+    lines = _read("prompt_file", config.prompt_file or "").split("\n")
+    prompts = [line for line in (line.removesuffix("\r") for line in lines) if line]
     if not prompts:
-        raise ValueError(f"prompt_file={path} holds no prompt; write one a line")
+        raise ValueError(f"prompt_file={config.prompt_file} holds no prompt; write one a line")
     return prompts
+
+
+def _read(key: str, name: str) -> str:
+    """The text of a file, or of standard input for "-", with its line ends as they are."""
+    if name != "-" and not Path(name).is_file():
+        raise ValueError(f"{key}={name} does not exist or is not a file; name a text file with one prompt a line")
+    data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{key}={name} is not UTF-8 text ({error}); convert it to UTF-8") from None

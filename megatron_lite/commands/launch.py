@@ -4,6 +4,7 @@ mlite launch local experiment=smoke
 mlite launch slurm --dry-run NODES=4 PARTITION=batch experiment=nemotron4_15b
 mlite launch deepspeed HOSTFILE=hosts engine=deepspeed experiment=smoke
 mlite launch kubernetes NODES=2 IMAGE=registry.example/mlite:1 experiment=smoke | kubectl apply -f -
+mlite launch recipe nemotron4_15b PARTITION=batch
 
 Notable features:
 - The work is done by the scripts of `launch/`, which run without this command too; it finds them in the checkout or in the wheel.
@@ -21,12 +22,7 @@ from typing import Any
 
 import yaml
 
-SCRIPTS = {
-    "local": "local.sh",
-    "slurm": "slurm.sh",
-    "deepspeed": "deepspeed.sh",
-    "nemotron4_15b": "recipes/nemotron4_15b.sh",
-}
+SCRIPTS = {"local": "local.sh", "slurm": "slurm.sh", "deepspeed": "deepspeed.sh"}
 USAGE = """usage: mlite launch <where> [--dry-run] [SETTING=value ...] [Hydra overrides]
 
 where:
@@ -34,7 +30,7 @@ where:
   slurm        submit a job; it is requeued until the run is finished
   deepspeed    the hosts of HOSTFILE, by DeepSpeed's launcher
   kubernetes   print the manifest of an indexed Job
-  nemotron4_15b   print the three chained Slurm jobs of that run
+  recipe NAME  print the chained Slurm jobs of a published run: {recipes}
 
 settings of each: """
 
@@ -46,19 +42,21 @@ def scripts_dir() -> Path:
     return inside if inside.is_dir() else package.parent / "launch"
 
 
+def recipes() -> list[str]:
+    """The names of the published runs in `launch/recipes`."""
+    return sorted(path.stem for path in (scripts_dir() / "recipes").glob("*.sh"))
+
+
 def main() -> None:
     """Become the script that the first word names (signals reach it directly), or print the manifest."""
     words = sys.argv[1:]
     if not words or words[0] in ("-h", "--help"):
-        print(USAGE + f"the heads of {scripts_dir()}/*.sh, and README.md there")
+        print(USAGE.format(recipes=", ".join(recipes())) + f"the heads of {scripts_dir()}/*.sh, and README.md there")
         return
     try:
         if words[0] == "kubernetes":
             settings, overrides = split_words(words[1:])
             print(manifest(dict(s.split("=", 1) for s in settings), overrides), end="")
-            return
-        if words[0] == "check":
-            check(int(words[1]), words[2:])
             return
         words = command(words[0], words[1:])
     except ValueError as error:
@@ -81,9 +79,16 @@ def split_words(words: list[str]) -> tuple[list[str], list[str]]:
 
 
 def command(where: str, words: list[str]) -> list[str]:
-    """The command line that `mlite launch <where> <words>` becomes. Raises ValueError for an unknown place or option."""
-    if where not in SCRIPTS:
-        raise ValueError(f"launch {where!r} is unknown; choose one of {', '.join([*SCRIPTS, 'kubernetes'])}")
+    """The command line that `mlite launch <where> <words>` becomes. Raises ValueError for an unknown place, recipe or option."""
+    if where == "recipe":
+        name, *words = words or [""]
+        if name not in recipes():
+            raise ValueError(f"launch recipe {name!r} is unknown; choose one of {', '.join(recipes())}")
+        script = f"recipes/{name}.sh"
+    elif where in SCRIPTS:
+        script = SCRIPTS[where]
+    else:
+        raise ValueError(f"launch {where!r} is unknown; choose one of {', '.join([*SCRIPTS, 'kubernetes', 'recipe'])}")
     settings, overrides = split_words(words)
     dry = ["--dry-run"] if "--dry-run" in words else []
     return [
@@ -91,7 +96,7 @@ def command(where: str, words: list[str]) -> list[str]:
         f"MLITE_PYTHON={sys.executable}",
         *settings,
         "bash",
-        str(scripts_dir() / SCRIPTS[where]),
+        str(scripts_dir() / script),
         *dry,
         *overrides,
     ]
@@ -113,7 +118,7 @@ def manifest(settings: dict[str, str], overrides: list[str]) -> str:
     unknown = sorted(set(settings) - known - placed)
     if unknown:
         raise ValueError(
-            f"{unknown[0]} is no setting of launch kubernetes; known are {', '.join(sorted(known | placed))}"
+            f"{unknown[0]} is not a setting of launch kubernetes; known are {', '.join(sorted(known | placed))}"
         )
     if "NODES" in settings:
         job["spec"]["completions"] = job["spec"]["parallelism"] = _whole_number(settings, "NODES", 1)
@@ -123,11 +128,10 @@ def manifest(settings: dict[str, str], overrides: list[str]) -> str:
             raise ValueError("GPUS_PER_NODE=0 needs RANKS_PER_NODE, the processes of a node")
         _set_gpus(container, gpus)
         settings = {"RANKS_PER_NODE": str(gpus), **settings}
-    if "GRACE_SECONDS" in settings:
-        pod["terminationGracePeriodSeconds"] = _whole_number(settings, "GRACE_SECONDS", 1)
-    for name, lowest in {"RANKS_PER_NODE": 1, "MIN_NODES": 1, "MAX_RESTARTS": 0, "SHUTDOWN_TIMEOUT": 0}.items():
+    for name, lowest in {"RANKS_PER_NODE": 1, "MIN_NODES": 1, "MAX_RESTARTS": 0}.items():
         if name in settings:
             _whole_number(settings, name, lowest)
+    _set_grace(pod, settings)
     container["image"] = settings.get("IMAGE", container["image"])
     if claim := settings.get("CLAIM"):
         pod["volumes"][0]["persistentVolumeClaim"]["claimName"] = claim
@@ -146,6 +150,22 @@ def _whole_number(settings: dict[str, str], name: str, lowest: int) -> int:
     return int(value)
 
 
+def _set_grace(pod: dict[str, Any], settings: dict[str, str]) -> None:
+    """The pod's grace period covers SHUTDOWN_TIMEOUT (what torchrun grants its ranks), and that covers SAVE_SECONDS."""
+    defaults = {v["name"]: v["value"] for v in pod["containers"][0]["env"] if "value" in v}
+    defaults["GRACE_SECONDS"] = str(pod["terminationGracePeriodSeconds"])
+    values = {**defaults, **settings}
+    grace, shutdown, save = (
+        _whole_number(values, name, 0) for name in ("GRACE_SECONDS", "SHUTDOWN_TIMEOUT", "SAVE_SECONDS")
+    )
+    if not grace > shutdown >= save:
+        raise ValueError(
+            f"GRACE_SECONDS={grace} must be above SHUTDOWN_TIMEOUT={shutdown}, and that not below SAVE_SECONDS={save}, the "
+            "seconds of a step (at least 5) and a save"
+        )
+    pod["terminationGracePeriodSeconds"] = grace
+
+
 def _set_gpus(container: dict[str, Any], gpus: int) -> None:
     for limits in container["resources"].values():
         limits.pop("nvidia.com/gpu", None)
@@ -159,21 +179,9 @@ def _set_variables(container: dict[str, Any], values: dict[str, str]) -> None:
 
 
 def _renamed(text: str, name: str | None) -> str:
-    """The name stands in many places of the manifest (service, labels, the first pod's address): all at once."""
+    """The manifest with another name in every place that has it (service, labels, the first pod's address)."""
     if name is None:
         return text
     if not re.fullmatch(r"[a-z]([a-z0-9-]{0,50}[a-z0-9])?", name):
-        raise ValueError(f"NAME={name} is no Kubernetes name: lower-case letters, digits and dashes")
+        raise ValueError(f"NAME={name} is not a Kubernetes name: use lower-case letters, digits and dashes")
     return re.sub(r"\bmlite-run\b", name, text)
-
-
-def check(ranks: int, overrides: list[str]) -> None:
-    """Raise ValueError when a training on so many ranks would refuse its config; local.sh asks, as torchrun does not tell."""
-    from megatron_lite.training.build import build_schedule, check_batch_sizes
-    from megatron_lite.training.config import compose_run, validate
-
-    run = compose_run(overrides)
-    validate(run, ranks)
-    schedule = build_schedule(run)
-    if not any(Path(run.run.dir).glob("checkpoints/step_*")):  # else the batch depends on where the run stands
-        check_batch_sizes(run, schedule, consumed=0, world_size=ranks)

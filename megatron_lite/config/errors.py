@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -17,6 +18,8 @@ from typing import Any
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue
+
+from megatron_lite.config.renamed import renamed_key
 
 _SCHEMA = "_schema"  # how the names of the schemas end, which are no choices
 
@@ -34,7 +37,10 @@ def explain(error: BaseException, overrides: list[str], known_keys: Callable[[],
     unreadable = _unreadable(overrides)
     if unreadable:
         return unreadable
-    text, reason = str(error), str(chain[-1]).splitlines()[0]
+    text, reason = str(error), str(chain[-1]).split("\n")[0]
+    renamed = _renamed(text, overrides)
+    if renamed:
+        return renamed
     if isinstance(chain[-1], MissingMandatoryValue):
         key = reason.rsplit(": ", 1)[-1]
         return f"{key} is not given, and it has no default: add {key}=..."
@@ -46,7 +52,7 @@ def explain(error: BaseException, overrides: list[str], known_keys: Callable[[],
         )
         reason = "a group's choice is a name"
     if override is None:
-        return " ".join(line.strip() for line in text.splitlines() if "object_type" not in line)
+        return " ".join(line.strip() for line in text.split("\n") if "object_type" not in line)
     key = key_of(override)
     if isinstance(chain[-1], ConfigAttributeError | ConfigKeyError) or "does not exist" in text:
         known = list(known_keys())
@@ -57,6 +63,9 @@ def explain(error: BaseException, overrides: list[str], known_keys: Callable[[],
 
 def unknown_key(key: str, known_keys: Iterable[str]) -> str:
     """That `key` does not exist, with those that are spelled nearly so, or that stand elsewhere under the same last name."""
+    renamed = renamed_key(key)
+    if renamed:
+        return renamed
     known = list(known_keys)
     last = key.rsplit(".", 1)[-1]
     near = (
@@ -122,6 +131,18 @@ def _unknown_choice(error: MissingConfigException) -> str:
     return f"{group}={choice} is unknown; choose one of {', '.join(choices)}"
 
 
+def _renamed(text: str, overrides: list[str]) -> str | None:
+    """The new name of an old key, typed or in a YAML file, which Hydra's message then names."""
+    file = re.match(r"In '([^']*)'", text)
+    stored = re.search(r"full_key: (\S+)", text)
+    keys = [key_of(override) for override in overrides] + ([stored[1]] if stored else [])
+    for key in keys:
+        answer = renamed_key(key)
+        if answer:
+            return f"{file[1]}.yaml: {answer}" if file else answer
+    return None
+
+
 def _unreadable(overrides: list[str]) -> str | None:
     parser = OverridesParser.create()
     for override in overrides:
@@ -130,7 +151,7 @@ def _unreadable(overrides: list[str]) -> str | None:
         try:
             parser.parse_override(override)
         except HydraException as error:
-            reason = str(error).splitlines()[0]
+            reason = str(error).split("\n")[0]
             return f"{override} cannot be read as key=value ({reason}); quote what has spaces or signs in it: key='\"...\"'"
     return None
 

@@ -10,6 +10,7 @@ Notable features:
   decision, the same on every rank, leaves out a step whose loss or gradient is not finite.
 - DeepSpeed learns of tensor parallelism through an `mpu`; its norm counts what tensor parallelism did not cut once.
 - torch's AdamW runs on DeepSpeed's flat fp32 partitions: no C++ compiler is needed at run time.
+- DeepSpeed knows one dtype for all weights: a module that must compute in fp32 is shown its master weights.
 - DeepSpeed cuts flat buffers, not rows. `state` gathers parameter by parameter and keeps this rank's rows; `load_state`
   brings the rows back together, one parameter at a time.
 """
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 
 from megatron_lite.data.packing import Batch
 from megatron_lite.engine.base import BatchSums, StepResult
+from megatron_lite.engine.master_weights import compute_with_master_weights
 from megatron_lite.engine.mpu import ModelParallelUnit
 from megatron_lite.models.initialization import Distribution
 from megatron_lite.objectives.base import Objective
@@ -37,6 +39,7 @@ from megatron_lite.parallel.assemble import Distribute, Fill, Materialize
 from megatron_lite.parallel.global_view import Piece, State, chunk_bounds
 from megatron_lite.parallel.layers import ShardInfo
 from megatron_lite.parallel.mesh import Mesh
+from megatron_lite.precision.dtypes import fp32_modules
 from megatron_lite.runtime import ensure_process_group
 
 # Elements that travel in one collective, at most. DeepSpeed reserves memory for them, 2 GB with its own 5e8.
@@ -83,6 +86,7 @@ class DeepSpeedConfig:
                 for parameter in part.parameters():
                     if dtype is not torch.float32:
                         parameter.exact_rows = _rows(parameter.detach(), unit).clone()  # type: ignore[attr-defined]
+                        parameter.data = parameter.data.to(dtype)  # `zero.Init` would shard and compute in fp32
                 if self.zero_stage == 3:
                     deepspeed.zero.Init(module=part, data_parallel_group=unit.get_data_parallel_group(), **settings)
 
@@ -134,10 +138,13 @@ class DeepSpeedEngine:
         self.fragments = deepspeed.utils
         self._start_adam()
         self.optimizer_device = next(iter(self.adamw.state.values()))["exp_avg"].device  # maybe the CPU
+        kept = fp32_modules(objective) if dtype is not torch.float32 else []
+        self.fp32_modules = [compute_with_master_weights(module) for module in kept]
         for name, parameter in self.parameters.items():
             if hasattr(parameter, "exact_rows"):
                 self._write(f"model.{name}", parameter.exact_rows)
                 del parameter.exact_rows
+        self._show_master_weights()
 
     def train_step(self, micro_batches: list[Batch], *, lr: float) -> StepResult:
         """See `Engine`."""
@@ -156,6 +163,7 @@ class DeepSpeedEngine:
         bad_loss = 1.0 - torch.isfinite(mean).float()
         self.adamw.found_inf = bad_loss.to(self.optimizer_device)  # type: ignore[attr-defined]  # DeepSpeed looks at gradients only
         self.engine.step()
+        self._show_master_weights()
         norm = torch.as_tensor(self.engine.get_global_grad_norm(), dtype=torch.float32, device=mean.device)
         skipped = bad_loss if self.engine.was_step_applied() else torch.ones_like(bad_loss)
         return StepResult(loss=mean, grad_norm=norm, valid_tokens=sums.tokens, skipped=skipped, parts=parts)
@@ -186,6 +194,7 @@ class DeepSpeedEngine:
         """See `Engine`."""
         for key, piece in state.tensors.items():
             self._write(key, piece.tensor())
+        self._show_master_weights()
         for of_flat in self.adamw.state.values():
             of_flat["step"].fill_(float(state.counters["adam_step"]))
 
@@ -201,6 +210,12 @@ class DeepSpeedEngine:
             }
         if self.stage < 3:
             zero._lazy_init_hp_params_optimizer_state()
+
+    def _show_master_weights(self) -> None:
+        """Give the modules that compute in fp32 the weights of today: a collective for each of their parameters."""
+        for module in self.fp32_modules:
+            for name, parameter in module.named_parameters():
+                module.master_weights[name] = self.fragments.safe_get_full_fp32_param(parameter)
 
     @torch.no_grad()
     def _write(self, key: str, rows: Tensor) -> None:

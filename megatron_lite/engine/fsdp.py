@@ -35,7 +35,7 @@ from megatron_lite.parallel.assemble import Distribute, Materialize, undivided
 from megatron_lite.parallel.global_view import State
 from megatron_lite.parallel.layers import ShardInfo
 from megatron_lite.parallel.mesh import CPU, Mesh, sum_over
-from megatron_lite.precision.dtypes import computing_in
+from megatron_lite.precision.dtypes import computing_in, fp32_modules
 
 SHARD_MODES = ("none", "optimizer", "full")
 
@@ -63,14 +63,22 @@ class FsdpConfig:
         """See `EngineConfig`: the layers and then the objective are sharded on the meta device, only shards get memory."""
         if mesh.device_mesh is None:
             return undivided
-        policy = MixedPrecisionPolicy(param_dtype=None if dtype is torch.float32 else dtype, reduce_dtype=torch.float32)
+        in_fp32 = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+        mixed = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+        policy = in_fp32 if dtype is torch.float32 else mixed
         offload = CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if self.cpu_offload else OffloadPolicy()
-        shard = partial(fully_shard, mesh=mesh.sharding, mp_policy=policy, offload_policy=offload)
+        shard = partial(fully_shard, mesh=mesh.sharding, offload_policy=offload)
 
         def distribute(objective: nn.Module, materialize: Materialize) -> None:
+            for module in fp32_modules(objective) if policy is mixed else []:
+                shard(
+                    module, mp_policy=in_fp32, reshard_after_forward=self.shard == "full"
+                )  # a policy is a whole group's
             for layer in materialize.decoder.layers:
-                shard(layer, reshard_after_forward=self.shard == "full")
-            shard(objective, reshard_after_forward=False)  # embedding and head: backward begins where forward ends
+                shard(layer, mp_policy=policy, reshard_after_forward=self.shard == "full")
+            shard(
+                objective, mp_policy=policy, reshard_after_forward=False
+            )  # embedding and head: backward begins where forward ends
             for module in objective.modules():
                 if isinstance(module, FSDPModule):
                     module.set_gradient_divide_factor(1.0)

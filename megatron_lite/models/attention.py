@@ -10,13 +10,14 @@ value), K head dim.
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_lite.models.config import ModelConfig
 from megatron_lite.models.context import LayerContext
 from megatron_lite.models.linear import Linear
-from megatron_lite.models.rope import apply_rotary
+from megatron_lite.models.rope import apply_rotary, rotary_tables
 
 
 class Attention(nn.Module):
@@ -24,15 +25,14 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.head_dim = config.head_size
-        self.queries_per_group = config.num_heads // config.num_kv_heads
-        width = (config.num_heads + 2 * config.num_kv_heads) * self.head_dim
+        heads, kv_heads = config.attention.heads, config.attention.kv_heads
+        self.head_dim = config.head_dim
+        self.queries_per_group = heads // kv_heads
+        self.rotary_dim, self.rope_base = config.rotary_dim, config.rope.base
+        width = (heads + 2 * kv_heads) * self.head_dim
         self.qkv = Linear(config.hidden_size, width, init_std=config.init_std, bias=config.linear_bias)
         self.out = Linear(
-            config.num_heads * self.head_dim,
-            config.hidden_size,
-            init_std=config.output_init_std,
-            bias=config.linear_bias,
+            heads * self.head_dim, config.hidden_size, init_std=config.output_init_std, bias=config.linear_bias
         )
 
     def forward(self, x_BTD: Tensor, context: LayerContext) -> Tensor:
@@ -41,22 +41,41 @@ class Attention(nn.Module):
         qkv_BTGNK = self.qkv(x_BTD).view(batch, length, -1, self.queries_per_group + 2, self.head_dim)
         # split, not slices: its backward is one concatenation, that of every slice a whole tensor of zeros.
         qk, value = qkv_BTGNK.split([self.queries_per_group + 1, 1], dim=3)
-        if context.cos is not None and context.sin is not None:
-            qk = apply_rotary(qk, context.cos, context.sin)  # queries and keys in one go
+        if self.rotary_dim:
+            dtype = torch.promote_types(x_BTD.dtype, torch.float32)  # bf16 has too few digits for angles
+            cos, sin = rotary_tables(context.positions_BT, self.rotary_dim, self.rope_base, dtype=dtype)
+            qk = apply_rotary(qk, cos, sin)  # queries and keys in one go
         query, key = qk.split([self.queries_per_group, 1], dim=3)
         query_BHTK = query.flatten(2, 3).transpose(1, 2)
         key_BGSK, value_BGSK = key.squeeze(3).transpose(1, 2), value.squeeze(3).transpose(1, 2)
         if context.cache is not None:
             key_BGSK, value_BGSK = context.cache.append(key_BGSK, value_BGSK)
+        mask = attention_mask(context, keys=key_BGSK.shape[2])
         y_BHTK = F.scaled_dot_product_attention(
             query_BHTK,
             key_BGSK,
             value_BGSK,
-            attn_mask=context.mask,
+            attn_mask=mask,
             # Without a mask a single query is the newest token and sees everything; SDPA's own causal mask
             # would align it with the first key.
-            is_causal=context.mask is None and length > 1,
+            is_causal=mask is None and length > 1,
             # On CPU as fast as any way of repeating the keys and values by hand (tried, both passes).
             enable_gqa=self.queries_per_group > 1,
         )
         return self.out(y_BHTK.transpose(1, 2).flatten(2))
+
+
+def attention_mask(context: LayerContext, *, keys: int) -> Tensor | None:
+    """(B or 1, 1, T, S) bool, True = attend, for S = `keys`. None: causal, or a single query that sees all keys.
+
+    A token sees the tokens of its document up to itself; positions rise within a document, so they say what comes before.
+    """
+    positions_BT = context.positions_BT
+    if context.documents_BT is not None:
+        documents_BT, positions_BT = context.documents_BT.int(), positions_BT.int()  # half as many bytes to compare
+        mask_BTS = documents_BT[:, :, None] == documents_BT[:, None, :]
+        mask_BTS &= positions_BT[:, :, None] >= positions_BT[:, None, :]
+        return mask_BTS[:, None]
+    if positions_BT.shape[1] in (1, keys):
+        return None
+    return positions_BT[:, None, :, None] >= torch.arange(keys, device=positions_BT.device)

@@ -1,9 +1,15 @@
-"""The description of a model: sizes and choices, nothing about how or where it runs."""
+"""The description of a model: sizes and choices, nothing about how or where it runs.
+
+The keys hold what all model families need, also those that are not built yet: a checkpoint's manifest stores this tree, so a key
+is never renamed, and a later key is only added, with a default that means "as before". A key that is not built yet is refused
+unless it has its default.
+"""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 from megatron_lite.models import pattern as layer_pattern
 
@@ -12,58 +18,115 @@ ACTIVATION_NAMES = ("squared_relu", "swiglu")
 
 
 @dataclass
+class AttentionConfig:
+    """Self-attention, the symbol `*`.
+
+    heads: query heads. kv_heads: key-value heads, each shared by heads / kv_heads query heads.
+    head_dim: dimensions of a query and a key; null = hidden_size / heads. value_head_dim: those of a value; null = head_dim.
+    window: tokens that a query looks back; null = all. always_visible: tokens at the start that every query sees.
+    global_layers: layers that attend without the window. kv_groups: layers that share the first one's keys and values.
+    qkv_bias: biases in the query, key and value projections. qk_norm: norms on queries and keys.
+    """
+
+    heads: int = 0
+    kv_heads: int = 0
+    head_dim: int | None = None
+    value_head_dim: int | None = None
+    window: int | None = None
+    always_visible: int = 0
+    global_layers: list[int] = field(default_factory=list)
+    kv_groups: list[list[int]] = field(default_factory=list)
+    qkv_bias: bool = False
+    qk_norm: bool = False
+
+
+@dataclass
+class RopeConfig:
+    """Rotary positions. base: theta. fraction: part of a head's dimensions that rotates; 0 = no position embedding.
+
+    scaling: how the base is stretched for longer sequences; null = not at all.
+    """
+
+    base: float = 10000.0
+    fraction: float = 1.0
+    scaling: str | None = None
+
+
+@dataclass
+class MlpConfig:
+    """The feed-forward layer, the symbol `-`. ffn_size: its inner width. activation: squared_relu | swiglu."""
+
+    ffn_size: int = 0
+    activation: str = "squared_relu"
+
+
+@dataclass
+class MambaConfig:
+    """The state-space layer. version: 1 | 2. heads, head_dim: inner width = heads x head_dim. groups: of B and C.
+
+    state: states of a channel. conv: taps of the causal convolution. dt_rank: width of Mamba-1's time-step projection.
+    dt_limits: [least, most] time step; null = no limits.
+    """
+
+    version: int = 2
+    heads: int = 0
+    head_dim: int = 0
+    groups: int = 1
+    state: int = 0
+    conv: int = 4
+    dt_rank: int | None = None
+    dt_limits: list[float] | None = None
+
+
+@dataclass
 class ModelConfig:
     """Everything that fixes a decoder's shape and mathematics. `validate()` before use.
 
-    The sizes have no defaults that could be meant: 0 stands for "not given" and is refused.
+    Sizes have no default: 0 stands for "not given" and is refused.
 
     family: which Hugging Face mapping reads and writes it ("nemotron4", "llama", "mistral").
-    num_layers: number of blocks, each one `unit` of letters; or `pattern`, the letters of all layers, for
-    hybrids.
-    head_dim: None means hidden_size / num_heads.
-    vocab_multiple: embedding and head have vocab_size rounded up to it; the extra rows are zero and never
-    sampled.
-    rotary_fraction: part of a head's dimensions that rotates; 0 means no position embedding.
-    scaled_output_init: projections back into the residual stream start with init_std / sqrt(number of
-      residual layers) (for a transformer block, Megatron's std / sqrt(2 num_layers)).
+    num_layers: number of transformer blocks, each an attention and a feed-forward layer; or `pattern`: one symbol for each layer.
+    meta_tokens: learned tokens in front of every sequence.
+    vocab_multiple: embedding and head have vocab_size rounded up to it; the extra rows are zero and never sampled.
+    scaled_output_init: projections back into the residual stream start with init_std / sqrt(number of residual layers)
+      (for a transformer, Megatron's std / sqrt(2 num_layers)).
+    linear_bias: biases in all linear layers but the head.
     """
 
     family: str = ""
     hidden_size: int = 0
-    num_heads: int = 0
-    num_kv_heads: int = 0
-    ffn_size: int = 0
     vocab_size: int = 0
     max_seq_len: int = 0
     num_layers: int | None = None
-    unit: str = "*-"
     pattern: str | None = None
-    head_dim: int | None = None
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    rope: RopeConfig = field(default_factory=RopeConfig)
+    mlp: MlpConfig = field(default_factory=MlpConfig)
+    mamba: MambaConfig = field(default_factory=MambaConfig)
+    meta_tokens: int = 0
     vocab_multiple: int = 128
-    activation: str = "squared_relu"
     norm: str = "layernorm1p"
     norm_eps: float = 1e-5
-    rope_base: float = 10000.0
-    rotary_fraction: float = 1.0
     init_std: float = 0.02
     scaled_output_init: bool = False
     tie_embeddings: bool = False
     linear_bias: bool = False
 
     @property
-    def letters(self) -> str:
-        """One letter for each residual layer."""
-        return layer_pattern.expand(unit=self.unit, num_layers=self.num_layers, pattern=self.pattern)
+    def symbols(self) -> str:
+        """One symbol for each residual layer."""
+        return layer_pattern.expand(num_layers=self.num_layers, pattern=self.pattern)
 
     @property
-    def head_size(self) -> int:
-        """Dimensions of one head."""
-        return self.hidden_size // self.num_heads if self.head_dim is None else self.head_dim
+    def head_dim(self) -> int:
+        """Dimensions of one query or key head."""
+        given = self.attention.head_dim
+        return self.hidden_size // self.attention.heads if given is None else given
 
     @property
     def rotary_dim(self) -> int:
         """How many of a head's dimensions rotate."""
-        return int(self.head_size * self.rotary_fraction)
+        return int(self.head_dim * self.rope.fraction)
 
     @property
     def padded_vocab(self) -> int:
@@ -73,46 +136,84 @@ class ModelConfig:
     @property
     def output_init_std(self) -> float:
         """Initial standard deviation of the projections back into the residual stream."""
-        return self.init_std / math.sqrt(len(self.letters)) if self.scaled_output_init else self.init_std
+        return self.init_std / math.sqrt(len(self.symbols)) if self.scaled_output_init else self.init_std
 
     def validate(self) -> None:
-        """Raises ValueError naming the first key whose value makes no model."""
+        """Raises ValueError naming the first key with an invalid value."""
         self._check_ranges()
-        _ = self.letters
-        if self.head_dim is None and self.hidden_size % self.num_heads:
+        _ = self.symbols
+        attention = self.attention
+        if attention.head_dim is None and self.hidden_size % attention.heads:
             raise ValueError(
-                f"model.hidden_size={self.hidden_size} does not divide by model.num_heads={self.num_heads}; "
-                "change one of them or set model.head_dim"
+                f"model.hidden_size={self.hidden_size} does not divide by model.attention.heads={attention.heads}; "
+                "change one of them or set model.attention.head_dim"
             )
-        if self.num_heads % self.num_kv_heads:
+        if attention.heads % attention.kv_heads:
             raise ValueError(
-                f"model.num_heads={self.num_heads} does not divide by "
-                f"model.num_kv_heads={self.num_kv_heads}; every group of query heads shares one key-value "
-                "head"
+                f"model.attention.heads={attention.heads} does not divide by model.attention.kv_heads="
+                f"{attention.kv_heads}; every group of query heads shares one key-value head"
             )
         if self.rotary_dim % 2:
             raise ValueError(
-                f"model.rotary_fraction={self.rotary_fraction} of head dim {self.head_size} rotates "
+                f"model.rope.fraction={self.rope.fraction} of head dim {self.head_dim} rotates "
                 f"{self.rotary_dim} dimensions, which must be an even number"
             )
         if self.norm not in NORM_NAMES:
             raise ValueError(f"model.norm={self.norm!r} is not one of {', '.join(NORM_NAMES)}")
-        if self.activation not in ACTIVATION_NAMES:
-            raise ValueError(f"model.activation={self.activation!r} is not one of {', '.join(ACTIVATION_NAMES)}")
+        if self.mlp.activation not in ACTIVATION_NAMES:
+            raise ValueError(
+                f"model.mlp.activation={self.mlp.activation!r} is not one of {', '.join(ACTIVATION_NAMES)}"
+            )
+        self._check_built()
 
     def _check_ranges(self) -> None:
         if not self.family:
             raise ValueError("model.family is not given; it names the Hugging Face mapping, as in model=nemotron4_tiny")
-        for key in ("hidden_size", "num_heads", "num_kv_heads", "ffn_size", "vocab_size", "max_seq_len"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"model.{key}={getattr(self, key)} must be at least 1")
+        attention = self.attention
+        for key, size in (
+            ("hidden_size", self.hidden_size),
+            ("attention.heads", attention.heads),
+            ("attention.kv_heads", attention.kv_heads),
+            ("mlp.ffn_size", self.mlp.ffn_size),
+            ("vocab_size", self.vocab_size),
+            ("max_seq_len", self.max_seq_len),
+        ):
+            if size < 1:
+                raise ValueError(f"model.{key}={size} must be at least 1")
         if self.vocab_multiple < 1:
             raise ValueError(f"model.vocab_multiple={self.vocab_multiple} must be at least 1 (1 = no padding)")
-        if self.head_dim is not None and self.head_dim < 1:
-            raise ValueError(f"model.head_dim={self.head_dim} must be at least 1, or null for hidden_size/num_heads")
-        for key in ("norm_eps", "rope_base", "init_std"):
-            value = getattr(self, key)
-            if not (value > 0 and math.isfinite(value)):
-                raise ValueError(f"model.{key}={value} must be a positive number")
-        if not 0 <= self.rotary_fraction <= 1:
-            raise ValueError(f"model.rotary_fraction={self.rotary_fraction} must lie between 0 and 1")
+        if attention.head_dim is not None and attention.head_dim < 1:
+            raise ValueError(
+                f"model.attention.head_dim={attention.head_dim} must be at least 1, or null for hidden_size/heads"
+            )
+        for key, number in (("norm_eps", self.norm_eps), ("rope.base", self.rope.base), ("init_std", self.init_std)):
+            if not (number > 0 and math.isfinite(number)):
+                raise ValueError(f"model.{key}={number} must be a positive number")
+        if not 0 <= self.rope.fraction <= 1:
+            raise ValueError(f"model.rope.fraction={self.rope.fraction} must lie between 0 and 1")
+
+    def _check_built(self) -> None:
+        """Raises ValueError for a key that only a layer type or feature that does not exist yet would read."""
+        if self.attention.value_head_dim not in (None, self.head_dim):
+            raise ValueError(
+                f"model.attention.value_head_dim={self.attention.value_head_dim} is not built yet; set it to null, which "
+                f"means the head dim of queries and keys ({self.head_dim})"
+            )
+        for prefix, section, names in (
+            ("attention.", self.attention, _ATTENTION_LATER),
+            ("rope.", self.rope, ("scaling",)),
+            ("mamba.", self.mamba, tuple(item.name for item in fields(MambaConfig))),
+            ("", self, ("meta_tokens",)),
+        ):
+            for name in names:
+                value, default = getattr(section, name), _default(type(section), name)
+                if value != default:
+                    shown = "null" if default is None else default
+                    raise ValueError(f"model.{prefix}{name}={value} is not built yet; set it to {shown}, or drop it")
+
+
+_ATTENTION_LATER = ("window", "always_visible", "global_layers", "kv_groups", "qkv_bias", "qk_norm")
+
+
+def _default(section: type, name: str) -> Any:
+    return getattr(section(), name)

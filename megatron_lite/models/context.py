@@ -1,7 +1,8 @@
-"""What the layers of one forward share: position tables, attention mask, cache.
+"""What the layers of one forward share: positions, documents, cache.
 
-A plain dataclass on purpose, not a tuple: FSDP2 casts every tensor that it finds in a layer's tuple
-arguments to the compute dtype, and cosines and sines in bf16 would lose a third of their digits.
+Integers only. FSDP2's mixed precision casts every floating-point tensor among a layer's arguments to the compute dtype, also those
+inside a dataclass: a table of cosines that is handed in arrives in bf16. A layer makes its own float tables from these integers,
+and its attention mask from them and its own window.
 """
 
 from __future__ import annotations
@@ -15,14 +16,13 @@ from megatron_lite.models.cache import LayerCache
 
 @dataclass(frozen=True)
 class LayerContext:
-    """Arguments beside x that a mixer may need; computed once a forward, never kept.
+    """Arguments beside x that a mixer may need.
 
-    cos, sin: rotary tables (B or 1, T, 1, 1, R/2) in float32, None without rotary positions.
-    mask: (B or 1, 1, T, S) bool, True = attend; None means causal.
+    positions_BT: (B, T), or (1, T) when all rows share them, int64: each token's place in its document, from 0.
+    documents_BT: (B, T) integers that rise from document to document; a token attends within its own. None: one document a row.
     cache: this layer's keys and values so far, in generation.
     """
 
-    cos: Tensor | None = None
-    sin: Tensor | None = None
-    mask: Tensor | None = None
+    positions_BT: Tensor
+    documents_BT: Tensor | None = None
     cache: LayerCache | None = None

@@ -1,10 +1,9 @@
-"""The decoder: embedding, residual layers named by letters, final norm, head.
+"""The decoder: embedding, residual layers as the pattern says, final norm, head.
 
-Every residual layer is pre-norm:  x <- x + mixer(norm(x)).  A letter of the pattern says which mixer; a
-transformer block is two of them (`*-`). Positions, mask and cache are worked out once here and handed to the
-layers as arguments.
+Every residual layer is pre-norm:  x <- x + mixer(norm(x)).  A symbol of the pattern says which mixer; a
+transformer block is two of them (`*-`). Positions, documents and cache are handed to the layers as arguments.
 
-Shapes: B batch, T sequence, S keys, D hidden, V vocabulary (Vp: padded).
+Shapes: B batch, T sequence, D hidden, V vocabulary (Vp: padded).
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from megatron_lite.models.context import LayerContext
 from megatron_lite.models.linear import Embedding, Linear
 from megatron_lite.models.mlp import build_mlp
 from megatron_lite.models.norm import NORMS
-from megatron_lite.models.rope import restarting_positions, rotary_tables
+from megatron_lite.models.rope import restarting_positions
 
 __all__ = ["Decoder", "ModelConfig", "ResidualLayer"]
 
@@ -54,7 +53,7 @@ class Decoder(nn.Module):
         make_norm = NORMS[config.norm]
         self.embedding = Embedding(rows, width, init_std=config.init_std, valid_rows=config.vocab_size)
         self.layers = nn.ModuleList(
-            ResidualLayer(make_norm(width, config.norm_eps), MIXERS[letter](config)) for letter in config.letters
+            ResidualLayer(make_norm(width, config.norm_eps), MIXERS[symbol](config)) for symbol in config.symbols
         )
         self.final_norm = make_norm(width, config.norm_eps)
         self.head = (
@@ -84,8 +83,8 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """States (B, T, D) after the final norm.
 
-        documents_BT: index of the document that each token belongs to; attention and positions restart where
-        it changes.
+        documents_BT: number of the document that each token belongs to, rising along a row; attention and positions restart
+        where it changes.
         cache: keys and values of the tokens before these; appended to in place.
         """
         context = self.context(tokens_BT, documents_BT, cache)
@@ -98,20 +97,9 @@ class Decoder(nn.Module):
         self, tokens_BT: Tensor, documents_BT: Tensor | None = None, cache: KeyValueCache | None = None
     ) -> LayerContext:
         """What the layers of one forward share. Raises ValueError when documents and cache are both given."""
-        if documents_BT is not None and cache is not None:
+        if documents_BT is None:
+            past = 0 if cache is None else cache.length
+            return LayerContext(torch.arange(past, past + tokens_BT.shape[1], device=tokens_BT.device)[None])
+        if cache is not None:
             raise ValueError("a key-value cache holds one document; call without documents, or without a cache")
-        length, device = tokens_BT.shape[1], tokens_BT.device
-        past = 0 if cache is None else cache.length
-        mask = None
-        if documents_BT is not None:
-            positions_BT = restarting_positions(documents_BT)
-            mask = documents_BT[:, None, :, None] == documents_BT[:, None, None, :]
-            mask = mask & torch.ones(length, length, dtype=torch.bool, device=device).tril()
-        else:
-            positions_BT = torch.arange(past, past + length, device=device)[None]
-            if past and length > 1:  # several new tokens after old ones: causal, counted from the right end
-                mask = torch.ones(1, 1, length, past + length, dtype=torch.bool, device=device).tril(past)
-        if self.config.rotary_dim == 0:
-            return LayerContext(mask=mask)
-        cos, sin = rotary_tables(positions_BT, self.config.rotary_dim, self.config.rope_base)
-        return LayerContext(cos=cos, sin=sin, mask=mask)
+        return LayerContext(restarting_positions(documents_BT), documents_BT)

@@ -33,6 +33,6 @@ def flops_per_token(config: ModelConfig, seq_len: int) -> float:
     """Training FLOPs for one token of a sequence of `seq_len` tokens (formula above)."""
     lookup_only = 0 if config.tie_embeddings else config.vocab_size * config.hidden_size
     matrices = 6 * (parameter_count(config) - lookup_only)
-    attention_layers = config.letters.count("*")
-    attention = 12 * attention_layers * config.num_heads * config.head_size * seq_len
+    attention_layers = config.symbols.count("*")
+    attention = 12 * attention_layers * config.attention.heads * config.head_dim * seq_len
     return float(matrices + attention)

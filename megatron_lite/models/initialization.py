@@ -1,9 +1,13 @@
 """Initial weights that depend on (seed, parameter name, global row block) and on nothing else.
 
-A weight is cut into fixed blocks of whole global rows. Each block is drawn on the CPU, in float32, by a
-generator of its own whose seed is a hash of (seed, name, block number). So every layout, device and dtype
-sees the same numbers, a shard draws only the blocks that it touches, and never more than one block lies in
-memory beside the shard.
+A weight is cut into fixed blocks of whole global rows. Each block is drawn on the CPU, in float64, by a
+generator of its own whose seed is a hash of (seed, name, block number), and rounded to the weight's dtype.
+So every machine, layout, device and dtype sees the same numbers, a shard draws only the blocks that it
+touches, and never more than one block is in memory beside the shard.
+
+Why float64: what torch's float32 `normal_` draws depends on the CPU (without AVX2 a third of the numbers
+differ, some by 0.2 %), and replicas on different CPUs would start from different weights. In float64 CPUs
+differ in the last bit only, which the rounding removes.
 
 Why blocks and not one stream: `normal_` is not prefix-stable (the first 995 of 1000 draws differ from a draw
 of 995), and CPU and GPU streams differ. A block is always drawn whole, also the last one, so that a tensor
@@ -21,8 +25,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-# 2^16 float32 are 256 KiB: drawing them takes about half a millisecond, well above what a block costs to set
-# up, and little enough that a tiny tensor, which draws one whole block too, is not slow.
+# 2^16 float64 are 512 KiB: drawing them takes about half a millisecond, well above what a block costs to set up, and
+# little enough that a tiny tensor, which draws one whole block too, is not slow.
 BLOCK_ELEMENTS = 1 << 16
 
 
@@ -34,19 +38,23 @@ class Distribution(Protocol):
         """Number of rows that are drawn; None means all."""
 
     def fill_(self, block: Tensor, generator: torch.Generator) -> None:
-        """Fills one float32 CPU block in place."""
+        """Fills one float64 CPU block in place."""
 
 
 @dataclass(frozen=True)
 class Normal:
-    """Normal with mean 0 and standard deviation `std`."""
+    """Normal with mean 0 and standard deviation `std`: sqrt(2) std erfinv(u), u uniform in (-1, 1).
+
+    The inverse of the distribution function, as in `torch.nn.init.trunc_normal_`; in float64 three times as fast as `normal_`.
+    """
 
     std: float
     valid_rows: int | None = None
 
     def fill_(self, block: Tensor, generator: torch.Generator) -> None:
-        """Fills one float32 CPU block in place."""
-        block.normal_(0.0, self.std, generator=generator)
+        """Fills one float64 CPU block in place."""
+        lowest = -1 + 2**-53  # erfinv(-1) is -inf
+        block.uniform_(-1.0, 1.0, generator=generator).clamp_(min=lowest).erfinv_().mul_(math.sqrt(2) * self.std)
 
 
 @dataclass(frozen=True)
@@ -57,7 +65,7 @@ class Constant:
     valid_rows: int | None = None
 
     def fill_(self, block: Tensor, generator: torch.Generator) -> None:
-        """Fills one float32 CPU block in place."""
+        """Fills one float64 CPU block in place."""
         block.fill_(self.value)
 
 
@@ -116,7 +124,7 @@ def initialize_region_(
     row_shape = list(global_shape[1:])
     block_rows = max(1, BLOCK_ELEMENTS // max(1, math.prod(row_shape)))
     generator = torch.Generator("cpu")
-    block_values = torch.empty([block_rows, *row_shape], dtype=torch.float32, device="cpu")
+    block_values = torch.empty([block_rows, *row_shape], dtype=torch.float64, device="cpu")
     first, last = (starts[0], ends[0]) if global_shape else (0, 1)
     rows_view = tensor if global_shape else tensor.view(1)
     for block in range(first // block_rows, -(-last // block_rows)):

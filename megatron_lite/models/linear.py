@@ -5,7 +5,7 @@ it is (a model is built on the meta device, cut up, materialized and only then i
 can say how its parameters want to be drawn (`initial`), so that the drawing itself can be the same on every
 layout.
 
-Both take their sizes from the weight, never from a stored count: a tensor-parallel twin only holds a smaller
+Both take their sizes from the weight, never from a stored count: a tensor-parallel module only holds a smaller
 weight.
 
 Shapes: V vocabulary rows, D width of a row.

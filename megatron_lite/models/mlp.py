@@ -34,10 +34,10 @@ class MLP(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.activation = PLAIN_ACTIVATIONS[config.activation]
-        self.up = Linear(config.hidden_size, config.ffn_size, init_std=config.init_std, bias=config.linear_bias)
+        self.activation = PLAIN_ACTIVATIONS[config.mlp.activation]
+        self.up = Linear(config.hidden_size, config.mlp.ffn_size, init_std=config.init_std, bias=config.linear_bias)
         self.down = Linear(
-            config.ffn_size, config.hidden_size, init_std=config.output_init_std, bias=config.linear_bias
+            config.mlp.ffn_size, config.hidden_size, init_std=config.output_init_std, bias=config.linear_bias
         )
 
     def forward(self, x_BTD: Tensor, context: LayerContext | None = None) -> Tensor:
@@ -50,11 +50,11 @@ class GatedMLP(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.activation = GATED_ACTIVATIONS[config.activation]
-        self.gate = Linear(config.hidden_size, config.ffn_size, init_std=config.init_std, bias=config.linear_bias)
-        self.up = Linear(config.hidden_size, config.ffn_size, init_std=config.init_std, bias=config.linear_bias)
+        self.activation = GATED_ACTIVATIONS[config.mlp.activation]
+        self.gate = Linear(config.hidden_size, config.mlp.ffn_size, init_std=config.init_std, bias=config.linear_bias)
+        self.up = Linear(config.hidden_size, config.mlp.ffn_size, init_std=config.init_std, bias=config.linear_bias)
         self.down = Linear(
-            config.ffn_size, config.hidden_size, init_std=config.output_init_std, bias=config.linear_bias
+            config.mlp.ffn_size, config.hidden_size, init_std=config.output_init_std, bias=config.linear_bias
         )
 
     def forward(self, x_BTD: Tensor, context: LayerContext | None = None) -> Tensor:
@@ -63,5 +63,5 @@ class GatedMLP(nn.Module):
 
 
 def build_mlp(config: ModelConfig) -> nn.Module:
-    """The feed-forward layer that `config.activation` names."""
-    return GatedMLP(config) if config.activation in GATED_ACTIVATIONS else MLP(config)
+    """The feed-forward layer that `config.mlp.activation` names."""
+    return GatedMLP(config) if config.mlp.activation in GATED_ACTIVATIONS else MLP(config)

@@ -1,13 +1,11 @@
-"""Normalizations over the last dimension, computed in float32 whatever the model's dtype.
+"""Normalizations over the last dimension, computed in float32 (in float64 for a float64 model).
 
-LayerNorm1p (Megatron's --apply-layernorm-1p, Nemotron-4):  (1 + g) (x - mean) / sqrt(var + eps) + b,  g
-starts at 0 RMSNorm (arXiv 1910.07467, Llama):                          g x / sqrt(mean(x^2) + eps),
-     g starts at 1 LayerNorm (arXiv 1607.06450):                               g (x - mean) / sqrt(var + eps)
-     + b,        g starts at 1
+    LayerNorm     y = g (x - mean) / sqrt(var + eps) + b          g starts at 1    arXiv 1607.06450
+    LayerNorm1p   y = (1 + g) (x - mean) / sqrt(var + eps) + b    g starts at 0    Nemotron-4; Megatron's --apply-layernorm-1p
+    RMSNorm       y = g x / sqrt(mean(x^2) + eps)                 g starts at 1    arXiv 1910.07467, Llama
 
-LayerNorm1p stores the gain's distance from one: small numbers keep their precision in bf16, and weight
-decay, where it is applied to g, pulls the gain to 1 and not to 0. It has a bias; "no bias" in Nemotron-4
-speaks of the linear layers.
+LayerNorm1p stores the gain's distance from one: small numbers keep their precision in bf16, and weight decay, where it is
+applied to g, pulls the gain to 1 and not to 0. It has a bias; "no bias" in the Nemotron-4 paper is about the linear layers.
 """
 
 from __future__ import annotations
@@ -17,6 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_lite.models.initialization import Constant, Distribution
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """x in float32, or in its own dtype where that is wider."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class LayerNorm(nn.Module):
@@ -30,8 +33,8 @@ class LayerNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D) in x's dtype."""
-        gain, bias = self.weight.float(), self.bias.float()
-        return F.layer_norm(x.float(), gain.shape, gain, bias, self.eps).to(x.dtype)
+        gain, bias = at_least_float32(self.weight), at_least_float32(self.bias)
+        return F.layer_norm(at_least_float32(x), gain.shape, gain, bias, self.eps).to(x.dtype)
 
     def initial(self) -> dict[str, Distribution]:
         """Identity gain, no shift."""
@@ -43,8 +46,8 @@ class LayerNorm1p(LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D) in x's dtype."""
-        gain, bias = 1.0 + self.weight.float(), self.bias.float()
-        return F.layer_norm(x.float(), gain.shape, gain, bias, self.eps).to(x.dtype)
+        gain, bias = 1.0 + at_least_float32(self.weight), at_least_float32(self.bias)
+        return F.layer_norm(at_least_float32(x), gain.shape, gain, bias, self.eps).to(x.dtype)
 
     def initial(self) -> dict[str, Distribution]:
         """Identity gain, no shift."""
@@ -61,8 +64,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D) in x's dtype."""
-        gain = self.weight.float()
-        return F.rms_norm(x.float(), gain.shape, gain, self.eps).to(x.dtype)
+        gain = at_least_float32(self.weight)
+        return F.rms_norm(at_least_float32(x), gain.shape, gain, self.eps).to(x.dtype)
 
     def initial(self) -> dict[str, Distribution]:
         """Identity gain."""

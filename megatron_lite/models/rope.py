@@ -5,7 +5,7 @@ For pair j of R/2, at position p:  angle = p base^(-2j/R),  (a, b) -> (a cos - b
 a is dimension j and b dimension j + R/2 ("rotate half"). Nemotron-4 rotates half of a head's dimensions
 (fraction 0.5).
 
-The tables are computed once a forward, in float32, and handed to the layers: nothing to store in a
+The tables are computed where they are used, in float32 (in float64 for a float64 model): nothing to store in a
 checkpoint, no limit on the length, and positions may restart at documents.
 
 Shapes: B batch (1 when all rows share their positions), T sequence, G KV groups, N heads in a group, K head
@@ -18,16 +18,18 @@ import torch
 from torch import Tensor
 
 
-def rotary_tables(positions_BT: Tensor, rotary_dim: int, base: float) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (B, T, 1, 1, R/2), float32, on the positions' device."""
-    exponents = torch.arange(0, rotary_dim, 2, dtype=torch.float32, device=positions_BT.device) / rotary_dim
-    angles_BTZ = positions_BT.float()[..., None] * (1.0 / base**exponents)
+def rotary_tables(
+    positions_BT: Tensor, rotary_dim: int, base: float, *, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (B, T, 1, 1, R/2) in `dtype`, on the positions' device."""
+    exponents = torch.arange(0, rotary_dim, 2, dtype=dtype, device=positions_BT.device) / rotary_dim
+    angles_BTZ = positions_BT.to(dtype)[..., None] * (1.0 / base**exponents)
     angles = angles_BTZ[:, :, None, None, :]
     return angles.cos(), angles.sin()
 
 
 def apply_rotary(x_BTGNK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates the first R dims of every head; computed in float32, returned in x's dtype."""
+    """Rotates the first R dims of every head; computed in the tables' dtype, returned in x's dtype."""
     half = cos.shape[-1]
     a, b, rest = x_BTGNK.split([half, half, x_BTGNK.shape[-1] - 2 * half], dim=-1)
     rotated = [(a * cos - b * sin).to(x_BTGNK.dtype), (b * cos + a * sin).to(x_BTGNK.dtype)]

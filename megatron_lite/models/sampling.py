@@ -8,7 +8,7 @@ Shapes: B batch, T sequence, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -77,11 +77,11 @@ def generate_tokens(
     tokens: Sequence[int],
     *,
     max_new_tokens: int,
-    eod: int | None = None,
+    end_tokens: Collection[int] = (),
     sampling: SamplingConfig | None = None,
 ) -> Iterator[int]:
-    """Yields new tokens one by one as they are made; stops before `eod` (which it does not yield) or at the
-    limit.
+    """Yields new tokens one by one as they are made; stops before any of `end_tokens` (which it does not
+    yield) or at the limit.
 
     Raises ValueError for an empty prompt, for a token that the vocabulary does not have, and for a prompt
     that with its new tokens is longer than the model's max_seq_len.
@@ -105,7 +105,7 @@ def generate_tokens(
             generator=generator,
         )
         token = int(next_B)
-        if token == eod:
+        if token in end_tokens:
             return
         yield token
         new_BT = next_B[:, None]

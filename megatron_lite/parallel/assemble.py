@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 from megatron_lite.models.config import ModelConfig
 from megatron_lite.models.decoder import Decoder
 from megatron_lite.models.initialization import Distribution, initialize_region_
+from megatron_lite.narrowing import narrow
 from megatron_lite.parallel.global_view import Layout, Piece
 from megatron_lite.parallel.layers import ShardInfo, shard_info
 from megatron_lite.parallel.mesh import Mesh, ParallelConfig
@@ -44,7 +45,7 @@ def seeded(seed: int) -> Fill:
 
     def fill(name: str, shard: Piece, initial: Distribution) -> None:
         initialize_region_(
-            shard.local,
+            shard.tensor(),
             distribution=initial,
             name=name,
             seed=seed,
@@ -59,7 +60,8 @@ def from_tensors(source: TensorSource) -> Fill:
     """The values that `source` holds under the same names and shapes; only the shard's slice is read."""
 
     def fill(name: str, shard: Piece, initial: Distribution) -> None:
-        shard.local.copy_(source.read(name, shard.offsets, tuple(shard.local.shape)))
+        local = shard.tensor()
+        local.copy_(narrow(name, source.read(name, shard.offsets, tuple(local.shape)), local.dtype))
 
     return fill
 

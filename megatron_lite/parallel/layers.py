@@ -22,6 +22,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megatron_lite.models.norm import at_least_float32
 from megatron_lite.parallel import collectives
 from megatron_lite.parallel.reclass import reclass
 
@@ -52,8 +53,10 @@ class TensorParallel:
 
     def on_stream(self, parameter: Tensor) -> Tensor:
         """A replicated parameter used on the residual stream; under sequence parallelism each rank's gradient knows only
-        its own tokens, and is summed (in fp32 whatever the parameter's dtype)."""
-        return collectives.copy_in(parameter.float(), self.group) if self.sequence_parallel else parameter
+        its own tokens, and is summed (in fp32 at least)."""
+        if not self.sequence_parallel:
+            return parameter
+        return collectives.copy_in(at_least_float32(parameter), self.group)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_lite.models.norm import LayerNorm, LayerNorm1p
+from megatron_lite.models.norm import LayerNorm, LayerNorm1p, at_least_float32
 from megatron_lite.parallel import collectives
 from megatron_lite.parallel.layers import TensorParallelModule
 
@@ -52,12 +52,12 @@ class ShardedNorm(TensorParallelModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D/tp) -> (..., D/tp) in x's dtype."""
-        width, centered = x.shape[-1] * self.tp.size, x.float()
+        width, centered = x.shape[-1] * self.tp.size, at_least_float32(x)
         if isinstance(self, LayerNorm):
             centered = centered - collectives.total(centered.sum(-1, keepdim=True), self.tp.group) / width
         squares = collectives.total(centered.square().sum(-1, keepdim=True), self.tp.group)
         normed = centered * torch.rsqrt(squares / width + self.eps)
-        gain = self.weight.float() + (1.0 if isinstance(self, LayerNorm1p) else 0.0)
+        gain = at_least_float32(self.weight) + (1.0 if isinstance(self, LayerNorm1p) else 0.0)
         if isinstance(self, LayerNorm):
-            return (normed * gain + self.bias.float()).to(x.dtype)
+            return (normed * gain + at_least_float32(self.bias)).to(x.dtype)
         return (normed * gain).to(x.dtype)

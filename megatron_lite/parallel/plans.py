@@ -106,16 +106,16 @@ def apply_plan(model: nn.Module, plan: Plan, tp: TensorParallel) -> None:
                     shard_parameter(module, parameter, dim, tp)
 
 
-# What tensor parallelism divides, for each letter of the layer pattern: the config's key and its number.
+# What tensor parallelism divides, for each symbol of the layer pattern: the config's key and its number.
 Counts = Callable[[ModelConfig], Iterator[tuple[str, int]]]
 
 
 def _attention_counts(config: ModelConfig) -> Iterator[tuple[str, int]]:
-    yield "model.num_kv_heads", config.num_kv_heads  # num_heads is a multiple of it
+    yield "model.attention.kv_heads", config.attention.kv_heads  # heads is a multiple of it
 
 
 def _mlp_counts(config: ModelConfig) -> Iterator[tuple[str, int]]:
-    yield "model.ffn_size", config.ffn_size
+    yield "model.mlp.ffn_size", config.mlp.ffn_size
 
 
 MUST_DIVIDE: dict[str, Counts] = {"*": _attention_counts, "-": _mlp_counts}
@@ -124,15 +124,15 @@ MUST_DIVIDE: dict[str, Counts] = {"*": _attention_counts, "-": _mlp_counts}
 def check_divisible(config: ModelConfig, *, tp: int, sequence_parallel: bool = False) -> None:
     """Raise ValueError when `tp` ranks cannot share this model, naming the key and degrees that would work."""
     counts = {"the padded vocabulary (model.vocab_size up to model.vocab_multiple)": config.padded_vocab}
-    for letter in sorted(set(config.letters) & set(MUST_DIVIDE)):
-        counts |= dict(MUST_DIVIDE[letter](config))
+    for symbol in sorted(set(config.symbols) & set(MUST_DIVIDE)):
+        counts |= dict(MUST_DIVIDE[symbol](config))
     if sequence_parallel:
         counts["model.max_seq_len"] = config.max_seq_len
     for key, number in counts.items():
         if number % tp:
             # of the divisors of tp: those divide the number of processes too
             works = [d for d in range(1, tp) if tp % d == 0 and all(count % d == 0 for count in counts.values())]
-            reason = "; a key-value head is not split" if key == "model.num_kv_heads" else ""
+            reason = "; a key-value head is not split" if key == "model.attention.kv_heads" else ""
             raise ValueError(
                 f"{key}={number} does not divide by parallel.tp={tp}{reason}; with this model parallel.tp="
                 f"{' or '.join(map(str, works))} would work"

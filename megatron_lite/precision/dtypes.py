@@ -4,6 +4,10 @@ Weights, gradients and optimizer state are always kept in fp32 ("master weights"
 pass runs on a bf16 copy of the weights, that the gradient of that copy is added up in fp32, and that norms, softmax and loss
 compute in fp32. It is what FSDP2's `MixedPrecisionPolicy(param_dtype=bf16, reduce_dtype=fp32)` does; `computing_in` is the same
 for one process.
+
+A module with the attribute `compute_in_fp32 = True` keeps its parameters in fp32 in every pass, on every engine (a scan's decay
+rates, for one: an error in them grows with the length of the sequence). It uses them in its own `forward`; outside of it they may
+be sharded.
 """
 
 from __future__ import annotations
@@ -37,16 +41,23 @@ class PrecisionConfig:
         return DTYPES[self.name]
 
 
+def fp32_modules(module: nn.Module) -> list[nn.Module]:
+    """The modules below (or `module` itself) that compute in fp32 whatever the precision of the run."""
+    return [part for part in module.modules() if getattr(part, "compute_in_fp32", False)]
+
+
 @contextmanager
 def computing_in(dtype: torch.dtype, module: nn.Module) -> Iterator[None]:
-    """Inside, the fp32 parameters of `module` are cast to `dtype` in the graph, so that gradients arrive in fp32.
+    """Inside, the parameters of `module` are cast to `dtype` in the graph, so that gradients arrive in fp32; those of
+    `fp32_modules` stay as they are.
 
     Backward belongs inside too where activations are recomputed: the layers run again, and must see the same weights.
     """
     if dtype is torch.float32:
         yield
         return
-    cast = {name: parameter.to(dtype) for name, parameter in module.named_parameters()}
+    kept = {parameter for part in fp32_modules(module) for parameter in part.parameters()}
+    cast = {name: parameter.to(dtype) for name, parameter in module.named_parameters() if parameter not in kept}
     with _reparametrize_module(module, cast):  # what torch.func.functional_call does around one call
         yield
 

@@ -1,12 +1,13 @@
-"""Where a run's numbers go: a JSONL file always, the terminal and Weights & Biases by choice, a plot and a report."""
+"""Where a run's numbers go: metrics.jsonl always; console, TensorBoard and W&B by choice; plot and report at its end."""
 
 from __future__ import annotations
 
-from megatron_lite.tracking.base import Row, RunInfo, Tracker, Trackers, TrackingConfig
+from megatron_lite.tracking.base import Row, RunInfo, Tracker, Trackers, TrackingConfig, WandbConfig
 from megatron_lite.tracking.console import ConsoleTracker
 from megatron_lite.tracking.jsonl import JsonlTracker, read_rows
 from megatron_lite.tracking.plot import write_loss_plot
 from megatron_lite.tracking.report import write_report
+from megatron_lite.tracking.tensorboard import TensorBoardTracker
 from megatron_lite.tracking.wandb import WandbTracker
 
 __all__ = [
@@ -14,9 +15,11 @@ __all__ = [
     "JsonlTracker",
     "Row",
     "RunInfo",
+    "TensorBoardTracker",
     "Tracker",
     "Trackers",
     "TrackingConfig",
+    "WandbConfig",
     "WandbTracker",
     "build_tracker",
     "read_rows",
@@ -26,17 +29,20 @@ __all__ = [
 
 
 def build_tracker(config: TrackingConfig, *, main_process: bool = True, has_key: bool = False) -> Trackers:
-    """The trackers of `config`, JSONL first: the others read a resumed run's past from its file.
+    """The record and the observers of `config`.
 
     main_process: False on all ranks but one; they get a tracker that does nothing.
-    has_key: whether a W&B API key is at hand (the environment is the caller's business).
+    has_key: whether a W&B API key is set (the environment is read by the caller).
+    Raises ValueError if a value is invalid or a package is missing.
     """
     config.validate()
     if not main_process:
         return Trackers()
-    trackers: list[Tracker] = [JsonlTracker()]
-    if config.kind in ("console", "wandb"):
-        trackers.append(ConsoleTracker())
-    if config.kind == "wandb":
-        trackers.append(WandbTracker(config, has_key=has_key))
-    return Trackers(trackers)
+    observers: list[Tracker] = []
+    if config.wandb.enabled:
+        observers.append(WandbTracker(config.wandb, has_key=has_key))
+    if config.tensorboard:
+        observers.append(TensorBoardTracker())
+    if config.console:  # last: its closing table stands below what the others print
+        observers.append(ConsoleTracker())
+    return Trackers(JsonlTracker(), observers)

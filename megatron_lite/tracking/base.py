@@ -2,43 +2,61 @@
 
 A tracker takes rows (plain dictionaries, see `megatron_lite.training.metrics`) and shows or keeps them. Notable:
   - rows are either training rows (they have `loss`) or validation rows (`val_loss: {source: loss}`, no `loss`);
-  - the JSONL file is the record of the run and is always written; console and W&B are views added by choice;
+  - metrics.jsonl is the record of the run and is always written; the other trackers are observers, chosen by config;
   - only one process tracks: `build_tracker(..., main_process=False)` gives a tracker that does nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import warnings
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
 Row = dict[str, Any]
 
-KINDS = ("none", "console", "wandb")
 WANDB_MODES = ("online", "offline", "disabled")
 
 
 @dataclass
-class TrackingConfig:
-    """Choice of trackers beside the JSONL file (`tracking=none|console|wandb` on the command line)."""
+class WandbConfig:
+    """Weights & Biases (`tracking=wandb`)."""
 
-    kind: str = "console"  # none: JSONL only | console: and the terminal | wandb: and Weights & Biases
-    project: str = "megatron_lite"  # W&B project
-    entity: str | None = None  # W&B user or team; None: the account's default
-    name: str | None = None  # W&B display name; None: the run directory's name
+    enabled: bool = False
+    project: str = "megatron_lite"
+    entity: str | None = None  # user or team; None: the account's default
+    name: str | None = None  # display name; None: the run directory's name
     mode: str | None = None  # online | offline | disabled; None: online with an API key, offline without
-    tags: list[str] = field(default_factory=list)  # W&B tags
+    tags: list[str] = field(default_factory=list)
 
     def validate(self) -> None:
-        """Raise ValueError naming the key for a value that no tracker has."""
-        if self.kind not in KINDS:
-            raise ValueError(f"tracking.kind={self.kind} is unknown; choose one of {', '.join(KINDS)}")
+        """Raises ValueError naming the key if a value is invalid."""
         if self.mode is not None and self.mode not in WANDB_MODES:
             raise ValueError(
-                f"tracking.mode={self.mode} is unknown; choose one of {', '.join(WANDB_MODES)}, "
+                f"tracking.wandb.mode={self.mode} is unknown; choose one of {', '.join(WANDB_MODES)}, "
                 "or null to let the presence of an API key decide"
             )
+
+
+@dataclass
+class TrackingConfig:
+    """The trackers beside metrics.jsonl, any number of them: `tracking=none`, `tracking=[wandb,tensorboard]`."""
+
+    console: bool = True  # a progress bar, or plain lines when the output is not a terminal
+    tensorboard: bool = False
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+
+    def validate(self) -> None:
+        """Raises ValueError naming the key if a value is invalid or a chosen tracker's package is not installed."""
+        self.wandb.validate()
+        for key, chosen, package, command in (
+            ("tracking.tensorboard", self.tensorboard, "tensorboard", "pip install 'megatron-lite[tensorboard]'"),
+            ("tracking.wandb.enabled", self.wandb.enabled, "wandb", "pip install wandb"),
+        ):
+            if chosen and find_spec(package) is None:
+                raise ValueError(f"{key}=true needs the package {package}: {command}, or set {key}=false")
 
 
 @dataclass(kw_only=True)
@@ -49,6 +67,7 @@ class RunInfo:
     name: str
     total_steps: int
     start_step: int = 0  # 0: a fresh start; n: resumed from the checkpoint of step n
+    validation_due: bool = False  # the validation after start_step was cut short: it is done, and logged, in this job
     config: dict[str, Any] = field(default_factory=dict)
     model: str = ""  # one line, e.g. "nemotron4, 4 layers, hidden 256"
     parameters: int | None = None
@@ -69,19 +88,50 @@ class Tracker(Protocol):
 
 
 class Trackers:
-    """Several trackers as one, called in order (closed in reverse). Without any it does nothing."""
+    """The record and the observers as one tracker. Without any it does nothing.
 
-    def __init__(self, trackers: Iterable[Tracker] = ()) -> None:
-        self.trackers = list(trackers)
+    A run must not go on without its record, so the record's errors are raised. An observer never ends a training: one
+    that raises is warned of once and left out from then on.
+    """
+
+    def __init__(self, record: Tracker | None = None, observers: Iterable[Tracker] = ()) -> None:
+        self.record = record
+        self.observers = list(observers)
 
     def start(self, run: RunInfo) -> None:
-        for tracker in self.trackers:
-            tracker.start(run)
+        if self.record:
+            self.record.start(run)  # first: observers read a resumed run's past from it
+        self._observe(lambda observer: observer.start(run))
 
     def log(self, row: Row) -> None:
-        for tracker in self.trackers:
-            tracker.log(row)
+        if self.record:
+            self.record.log(row)
+        self._observe(lambda observer: observer.log(row))
 
     def close(self, status: str) -> None:
-        for tracker in reversed(self.trackers):
-            tracker.close(status)
+        self._observe(lambda observer: observer.close(status))
+        if self.record:
+            self.record.close(status)
+
+    def _observe(self, action: Callable[[Tracker], None]) -> None:
+        for observer in list(self.observers):
+            try:
+                action(observer)
+            except (Exception, SystemExit) as error:  # SystemExit: rich, when the pipe that it prints to is closed
+                self.observers.remove(observer)
+                warnings.warn(
+                    f"{type(observer).__name__} is left out from now on: {type(error).__name__}: {error}. "
+                    "Training goes on; metrics.jsonl has every row.",
+                    stacklevel=3,
+                )
+
+
+def flatten(row: Row) -> Row:
+    """Nested dictionaries as `outer/inner` keys, which W&B and TensorBoard group; values of None are left out."""
+    flat: Row = {}
+    for key, value in row.items():
+        if isinstance(value, dict):
+            flat.update({f"{key}/{inner}": item for inner, item in flatten(value).items()})
+        elif value is not None:
+            flat[key] = value
+    return flat

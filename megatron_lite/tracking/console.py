@@ -2,18 +2,19 @@
 
 Notable:
   - when the output is not a terminal (a log file, Slurm) there is no bar: one plain line per logged step;
-  - ETA = steps left * an exponential moving average of the step time (pauses for validation and saving apart);
+  - ETA = steps left * the median step time of the last ten rows (pauses for validation and saving not counted);
   - on resume the first validation losses come from metrics.jsonl, so the last table spans the whole run.
 """
 
 from __future__ import annotations
 
 import math
+from collections import deque
+from statistics import median
 from typing import Any
 
 from rich import box
 from rich.console import Console
-from rich.panel import Panel
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 from rich.text import Text
@@ -21,29 +22,13 @@ from rich.text import Text
 from megatron_lite.tracking.base import Row, RunInfo
 from megatron_lite.tracking.jsonl import METRICS_FILE, read_rows
 
-_MEMORY = 0.9  # of the moving average: about the last 10 rows count
-
-
-class Eta:
-    """Seconds left, from an exponential moving average of the step time that starts unbiased."""
-
-    def __init__(self) -> None:
-        self._sum = self._weight = 0.0
-
-    def update(self, step_seconds: float) -> None:
-        self._sum = _MEMORY * self._sum + (1 - _MEMORY) * step_seconds
-        self._weight = _MEMORY * self._weight + (1 - _MEMORY)
-
-    def seconds(self, steps_left: int) -> float | None:
-        return steps_left * self._sum / self._weight if self._weight else None
-
 
 class ConsoleTracker:
     """Shows the run on a rich console (standard output by default)."""
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(highlight=False)
-        self._eta = Eta()
+        self._step_seconds: deque[float] = deque(maxlen=10)
         self._run: RunInfo | None = None
         self._progress: Progress | None = None
         self._task = TaskID(0)
@@ -84,31 +69,27 @@ class ConsoleTracker:
         self._run = None
 
     def _header(self, run: RunInfo) -> None:
-        lines = {"model": run.model}
-        if run.parameters is not None:
-            lines["parameters"] = f"{run.parameters:,}"
         steps = f"{run.total_steps:,} steps"
         if run.tokens_per_step is not None:
             steps = f"{human(run.total_steps * run.tokens_per_step)} ({steps} of {run.tokens_per_step:,})"
-        lines["tokens"] = steps
-        lines["layout"] = run.layout
-        lines["MFU against"] = run.peak
-        lines["run"] = str(run.run_dir)
-        if run.start_step:
-            lines["resumed"] = f"after step {run.start_step:,}"
-        lines = {key: value for key, value in lines.items() if value}
-        if self.console.is_terminal:
-            grid = Table.grid(padding=(0, 2))
-            for key, value in lines.items():
-                grid.add_row(Text(key, style="dim"), Text(value))
-            self.console.print(Panel(grid, title=Text(run.name, style="bold"), expand=False, padding=(0, 2)))
-        else:
-            for key, value in {"name": run.name, **lines}.items():
+        lines = {
+            "name": run.name,
+            "model": run.model,
+            "parameters": "" if run.parameters is None else f"{run.parameters:,}",
+            "tokens": steps,
+            "layout": run.layout,
+            "MFU against": run.peak,
+            "run": run.run_dir,
+            "resumed": f"after step {run.start_step:,}" if run.start_step else "",
+        }
+        for key, value in lines.items():
+            if value:
                 self._print(f"{key:<12} {value}")
 
     def _training(self, row: Row, total: int) -> None:
-        self._eta.update(row.get("step_seconds") or 0.0)
-        left = self._eta.seconds(max(0, total - row["step"]))
+        if row.get("step_seconds") is not None:
+            self._step_seconds.append(row["step_seconds"])
+        left = (total - row["step"]) * median(self._step_seconds) if self._step_seconds else None
         line = describe(row, total, left)
         if self._progress is None:
             self._print(line)
@@ -142,7 +123,7 @@ class ConsoleTracker:
             self._last[source] = loss
 
     def _print(self, text: str) -> None:
-        """Text as it is: no markup, no wrapping in the middle of a line of a log file."""
+        """Print text as it is: no markup, and no line of a log file is wrapped."""
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 

@@ -1,9 +1,9 @@
 """metrics.jsonl: the record of a run, one JSON object a line.
 
 Notable:
-  - a row is one flushed line, so that a killed process loses no finished row (flushed to the kernel, not
-    fsynced: a power cut may cost the last seconds);
-  - floats are written with their full repr, and read back to the same bits; NaN and infinities, which JSON
+  - a row is one flushed line, so a killed process loses no finished row (flushed to the kernel, not
+    fsynced: a power failure may lose the last seconds);
+  - floats are written with their full repr and read back to the same bits; NaN and infinities, which JSON
     lacks, are the strings "NaN", "Infinity" and "-Infinity" (Python's `float()` reads them, and so does
     JavaScript's `Number()`); `read_rows` turns them back into floats;
   - on resume the file is cut back to the resumed step, so every step appears once.
@@ -30,7 +30,7 @@ def encode_row(row: Row) -> bytes:
 
 
 def read_rows(path: str | Path) -> Iterator[Row]:
-    """The rows of a metrics file, also of one that is being written: a torn or foreign line is passed over."""
+    """The rows of a metrics file, also of one that is being written: a torn or foreign line is skipped."""
     path = Path(path)
     if not path.exists():
         return
@@ -41,11 +41,11 @@ def read_rows(path: str | Path) -> Iterator[Row]:
                 yield _from_json(row)
 
 
-def truncate_rows(path: Path, *, step: int) -> int:
-    """Drop a torn last line and every row past `step`; return how many lines went.
+def truncate_rows(path: Path, *, step: int, validation: bool = False) -> int:
+    """Drop a torn last line and every row past `step`, with `validation` also that step's validation row; return how many went.
 
-    Kept lines stay as they are, byte for byte. The file is replaced atomically, and only if something goes.
-    At step 0 there is no checkpoint, so the run begins anew and everything goes, a validation row of step 0 too.
+    Kept lines stay as they are, byte for byte. The file is replaced atomically, and only if something is dropped.
+    At step 0 there is no checkpoint: the run starts over and everything is dropped, a validation row of step 0 too.
     """
     if not path.exists():
         return 0
@@ -53,7 +53,7 @@ def truncate_rows(path: Path, *, step: int) -> int:
     temporary = path.with_name(f".{path.name}.tmp")
     with path.open("rb") as source, temporary.open("wb") as target:
         for line in source:
-            if _is_past(line, step):
+            if _is_past(line, step, validation):
                 dropped += 1
             else:
                 target.write(line if line.endswith(b"\n") else line + b"\n")
@@ -76,7 +76,7 @@ class JsonlTracker:
     def start(self, run: RunInfo) -> None:
         path = run.run_dir / METRICS_FILE
         path.parent.mkdir(parents=True, exist_ok=True)
-        truncate_rows(path, step=run.start_step)
+        truncate_rows(path, step=run.start_step, validation=run.validation_due)
         self._file = path.open("ab")
 
     def log(self, row: Row) -> None:
@@ -91,11 +91,11 @@ class JsonlTracker:
             self._file = None
 
 
-def _is_past(line: bytes, step: int) -> bool:
+def _is_past(line: bytes, step: int, validation: bool) -> bool:
     row = _decode(line)
     if row is None:
-        return not line.endswith(b"\n")  # torn; a whole line that is no row of ours is not ours to drop
-    return step == 0 or row["step"] > step
+        return not line.endswith(b"\n")  # torn; a whole line that is not our row is not ours to drop
+    return step == 0 or row["step"] > step or (validation and row["step"] == step and "val_loss" in row)
 
 
 def _decode(line: bytes) -> dict[str, Any] | None:

@@ -1,10 +1,10 @@
 """Where the time of a step goes: `profile.steps=3` leaves a trace and a table in `<run.dir>/profile/`.
 
 Notable features:
-- `Profiler.watch` stands around the iterator of the steps, so that the loop knows nothing of it: from one step to the next is
-  that step with its logging, and the wait for its batch is marked `wait for data`.
-- Only one process records. Numbers are not changed, speed is: the rows of profiled steps are slower than others.
-- trace.json opens in https://ui.perfetto.dev or chrome://tracing; table.txt ranks the operators by the time spent in themselves.
+- `Profiler.watch` wraps the iterator over the steps, so the loop knows nothing of it: a recorded step lasts until the
+  next one is asked for, logging included, and the wait for its batch is marked `wait for data`.
+- Only one process records. The numbers do not change, but profiled steps are slower than others.
+- trace.json opens in https://ui.perfetto.dev or chrome://tracing; table.txt ranks the operators by their own time.
 """
 
 from __future__ import annotations
@@ -25,27 +25,27 @@ Step = TypeVar("Step")
 
 @dataclass
 class ProfileConfig:
-    """steps: how many steps are recorded, 0 for none. skip: steps of this job before it, so that warm-up is not measured."""
+    """steps: number of steps to record, 0 for none. skip: steps of this job before them (warm-up is not recorded)."""
 
     steps: int = 0
     skip: int = 2
 
     def validate(self) -> None:
-        """Raise ValueError naming the key."""
+        """Raises ValueError naming the key if a value is invalid."""
         for key in ("steps", "skip"):
             if getattr(self, key) < 0:
                 raise ValueError(f"profile.{key}={getattr(self, key)} must not be negative")
 
 
 class Profiler:
-    """Records `config.steps` steps of this job and writes them to `directory` when they are done, or the job is."""
+    """Records `config.steps` steps of this job and writes them to `directory` when they, or the job, are done."""
 
     def __init__(self, config: ProfileConfig, directory: Path, *, main_process: bool = True) -> None:
         self.config, self.directory = config, directory
         self.enabled = main_process and config.steps > 0
 
     def watch(self, steps: Iterator[Step]) -> Generator[Step, None, None]:
-        """The same steps; what is done with each of them, until the next is asked for, is recorded when its turn has come."""
+        """Yields the same steps and records, for the chosen ones, all that happens until the next is asked for."""
         if not self.enabled:
             yield from steps
             return
@@ -70,8 +70,8 @@ class Profiler:
         recording.export_chrome_trace(str(self.directory / TRACE))
         device = "cuda" if torch.cuda.is_available() else "cpu"
         table = recording.key_averages().table(sort_by=f"self_{device}_time_total", row_limit=_ROWS)
-        text = f"{done} steps after the first {self.config.skip} of the job; `Self` is without what an operator calls\n\n{table}"
-        (self.directory / TABLE).write_text(text, encoding="utf-8")
+        head = f"{done} steps after the first {self.config.skip} of the job; `Self` excludes what an operator calls"
+        (self.directory / TABLE).write_text(f"{head}\n\n{table}", encoding="utf-8")
 
 
 def _next(steps: Iterator[Step]) -> Step | None:

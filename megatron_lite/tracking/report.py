@@ -18,10 +18,10 @@ from statistics import median
 from typing import Any
 
 from megatron_lite.tracking.console import clock, human, perplexity
+from megatron_lite.tracking.curves import Curves, read_curves, smooth
 from megatron_lite.tracking.jsonl import METRICS_FILE, read_rows
-from megatron_lite.tracking.page import page
-from megatron_lite.tracking.plot import Curves, read_curves, smooth, smoothing_width
-from megatron_lite.tracking.svg import Curve, line_chart
+from megatron_lite.tracking.page import chart, key, page, table
+from megatron_lite.tracking.plot import COLORS, column_svg, loss_svg
 
 
 def write_report(run_dir: str | Path) -> Path:
@@ -71,14 +71,14 @@ def _tiles(curves: Curves, status: dict[str, Any], manifest: dict[str, Any]) -> 
     if tokens := last.get("consumed_tokens"):
         tiles.append(("tokens seen", human(tokens)))
     if losses := curves.column("loss")[1]:
-        tiles.append(("training loss", f"{smooth(losses, smoothing_width(len(losses)))[-1]:.3f}"))
+        tiles.append(("training loss", f"{smooth(losses)[-1]:.3f}"))
     if final := [curves.source(source)[1][-1] for source in curves.sources() if curves.source(source)[1]]:
         tiles.append(("validation, mean of sources", f"{sum(final) / len(final):.3f}"))
     tiles.append(("training time", clock(_training_seconds(curves))))
     if speeds := curves.column("tokens_per_second")[1]:
-        tiles.append(("tokens a second", f"{median(speeds):,.0f}"))
+        tiles.append(("tokens per second", f"{median(speeds):,.0f}"))
     if mfu := curves.column("mfu")[1]:
-        against = "measured CPU peak" if last.get("mfu_peak_measured") else "data sheet's peak"
+        against = "measured CPU peak" if last.get("mfu_peak_measured") else "data sheet peak"
         tiles.append((f"MFU, {against}", f"{median(mfu):.1%}"))
     if memory := curves.column("memory_gib")[1]:
         tiles.append(("peak memory", f"{max(memory):.2f} GiB"))
@@ -87,7 +87,7 @@ def _tiles(curves: Curves, status: dict[str, Any], manifest: dict[str, Any]) -> 
 
 
 def _training_seconds(curves: Curves) -> float:
-    """Mean step time of each row, times the steps it speaks for."""
+    """Each row's mean step time, times the number of steps that it covers."""
     total, before = 0.0, 0
     for step, seconds in zip(*curves.column("step_seconds")):
         total += seconds * (step - before)
@@ -96,21 +96,13 @@ def _training_seconds(curves: Curves) -> float:
 
 
 def _losses(curves: Curves) -> str:
-    steps, losses = curves.column("loss")
-    width = smoothing_width(len(losses))
-    drawn = [Curve("training loss", steps, losses, "raw")] if width > 1 else []
+    if not curves.training and not curves.validation:
+        return '<section><h2>Loss by source</h2><p class="quiet">Nothing logged yet.</p></section>'
+    rows = [[key(None) + "training", *_first_last(curves.column("loss")[1])]]
     for i, source in enumerate(curves.sources()):
-        drawn.append(Curve(source, *curves.source(source), _series(i), points=True))
-    drawn.append(Curve("training loss, smoothed", steps, smooth(losses, width), "train"))
-    chart = line_chart(drawn, label="Training and validation loss by step", height=320)
-    return f"<section><h2>Loss by source</h2>{chart}{_loss_table(curves)}</section>"
-
-
-def _loss_table(curves: Curves) -> str:
-    rows = [[_key("train") + "training", *_first_last(curves.column("loss")[1])]]
-    for i, source in enumerate(curves.sources()):
-        rows.append([_key(_series(i)) + escape(source), *_first_last(curves.source(source)[1])])
-    return _table(("source", "first", "last", "change", "perplexity"), rows)
+        rows.append([key(i) + escape(source), *_first_last(curves.source(source)[1])])
+    losses = table(("source", "first", "last", "change", "perplexity"), rows)
+    return f"<section><h2>Loss by source</h2>{chart(loss_svg(curves))}{losses}</section>"
 
 
 def _first_last(values: list[float]) -> list[str]:
@@ -122,15 +114,15 @@ def _first_last(values: list[float]) -> list[str]:
 
 def _small_charts(curves: Curves) -> str:
     charts = []
-    for title, key, style, zero in (
-        ("Learning rate", "lr", "s0", True),
-        ("Gradient norm", "grad_norm", "s1", False),
-        ("Tokens a second", "tokens_per_second", "s2", True),
-        ("Seconds a step", "step_seconds", "s6", True),
+    for title, column, color, zero in (
+        ("Learning rate", "lr", COLORS[0], True),
+        ("Gradient norm", "grad_norm", COLORS[1], False),
+        ("Tokens per second", "tokens_per_second", COLORS[2], True),
+        ("Seconds per step", "step_seconds", COLORS[6], True),
     ):
-        curve = Curve(title, *curves.column(key), style)
-        chart = line_chart([curve], label=f"{title} by step", width=440, height=210, zero=zero)
-        charts.append(f"<section><h2>{title}</h2>{chart}</section>")
+        if curves.column(column)[1]:
+            svg = column_svg(curves, column, title=title, color=color, zero=zero)
+            charts.append(f"<section><h2>{title}</h2>{chart(svg)}</section>")
     return f'<div class="pair">{"".join(charts)}</div>'
 
 
@@ -139,7 +131,7 @@ def _blend(seen: Any, manifest: dict[str, Any]) -> str:
     if isinstance(seen, dict) and seen:
         full = max(float(facts.get(key, 0)) for facts in seen.values() for key in ("share", "target")) or 1.0
         rows = [_blend_row(source, facts, full=full) for source, facts in seen.items()]
-        parts.append(_table(("source", "samples", "share", "target", "difference", "epochs", ""), rows))
+        parts.append(table(("source", "samples", "share", "target", "difference", "epochs", ""), rows))
     phases = manifest.get("data", {}).get("phases")
     if isinstance(phases, list) and len(phases) > 1:
         parts.append("<h3>Phases, as planned</h3>" + _phases(phases))
@@ -151,12 +143,7 @@ def _blend(seen: Any, manifest: dict[str, Any]) -> str:
 def _blend_row(source: str, facts: dict[str, Any], *, full: float) -> list[str]:
     """The last cell is a bar of the share with a mark at the target; `full` is the share of a full bar."""
     share, target = float(facts.get("share", 0)), float(facts.get("target", 0))
-    bar = (
-        f'<svg class="bar" viewBox="0 0 100 10" role="img" aria-label="share {share:.1%}">'
-        f'<rect class="track" width="100" height="10" rx="2"/>'
-        f'<rect class="fill" width="{100 * share / full:.1f}" height="10" rx="2"/>'
-        f'<rect class="mark" x="{99 * target / full:.1f}" width="1.2" height="10"/></svg>'
-    )
+    fill, mark = f"width: {100 * share / full:.1f}%", f"left: {99 * target / full:.1f}%"
     return [
         escape(source),
         f"{int(facts.get('samples', 0)):,}",
@@ -164,7 +151,7 @@ def _blend_row(source: str, facts: dict[str, Any], *, full: float) -> list[str]:
         f"{target:.2%}",
         f"{100 * (share - target):+.2f} pt",
         f"{float(facts.get('epochs', 0)):.2f}",
-        bar,
+        f'<div class="bar"><i style="{fill}"></i><b style="{mark}"></b></div>',
     ]
 
 
@@ -175,7 +162,7 @@ def _phases(phases: list[dict[str, Any]]) -> str:
     for source in sources:
         shares = [phase.get("shares", {}).get(source, "0") for phase in phases]
         rows.append([escape(source), *(f"{float(Fraction(str(share))):.2%}" for share in shares)])
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def _checkpoints(manifests: list[tuple[Path, dict[str, Any]]]) -> str:
@@ -189,8 +176,8 @@ def _checkpoints(manifests: list[tuple[Path, dict[str, Any]]]) -> str:
         consumed = manifest.get("consumed_samples")
         samples = f"{consumed:,}" if isinstance(consumed, int) else ""
         rows.append([escape(path.name), samples, str(len(files)), _bytes(size), f"{saved:%Y-%m-%d %H:%M} UTC"])
-    table = _table(("checkpoint", "samples", "files", "size", "saved"), rows)
-    return f"<section><h2>Checkpoints</h2>{table}</section>"
+    listed = table(("checkpoint", "samples", "files", "size", "saved"), rows)
+    return f"<section><h2>Checkpoints</h2>{listed}</section>"
 
 
 def _config(path: Path) -> str:
@@ -201,7 +188,7 @@ def _config(path: Path) -> str:
 
 
 def _manifests(run_dir: Path) -> list[tuple[Path, dict[str, Any]]]:
-    """Whole checkpoints in the order of their steps. Only looked at here, not verified."""
+    """Complete checkpoints in the order of their steps. They are listed, not verified."""
     found = sorted((run_dir / "checkpoints").glob("step_*/manifest.json"))
     return [(file.parent, _read_json(file)) for file in found]
 
@@ -212,22 +199,6 @@ def _read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):  # not there, or damaged: a report shows what there is
         return {}
     return value if isinstance(value, dict) else {}
-
-
-def _table(head: tuple[str, ...], rows: list[list[str]]) -> str:
-    """`head` is text, the cells of `rows` are HTML."""
-    titles = "".join(f"<th>{escape(cell)}</th>" for cell in head)
-    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
-    return f'<div class="scroll"><table><thead><tr>{titles}</tr></thead><tbody>{body}</tbody></table></div>'
-
-
-def _series(i: int) -> str:
-    """Eight colors; then the same dashed."""
-    return f"s{i % 8}" + (f" d{i // 8 % 4}" if i >= 8 else "")
-
-
-def _key(style: str) -> str:
-    return f'<svg class="key" viewBox="0 0 22 8" aria-hidden="true"><path class="{style}" d="M1 4L21 4"/></svg>'
 
 
 def _bytes(size: float) -> str:

@@ -1,26 +1,23 @@
 """Weights & Biases: the one file that imports `wandb`, and only when it is chosen.
 
 Notable:
-  - offline without an API key: everything lands in `run_dir/wandb`, `wandb sync run_dir/wandb/offline-run-*`
-    sends it later (the pieces of a resumed run go up in order of their start);
-  - one run id for the life of the run directory, drawn once and kept in `run_dir/wandb_id`. It is random
-    because two machines may both have a `runs/smoke`, and the same id would make them one run;
-  - W&B's own step counter refuses to go back, which a run resumed after a kill must do. So we log without it
-    and declare `step` the axis of every metric;
-  - a kill loses what W&B had not written yet, so a resumed run logs its last minute once more;
-  - no failure of W&B ends a training: one warning, and the run goes on without it.
+  - offline without an API key: everything goes to `run_dir/wandb`, and `wandb sync run_dir/wandb/offline-run-*`
+    sends it later (the parts of a resumed run in the order of their start);
+  - one run id for the life of the run directory, drawn once and kept in `run_dir/wandb_id`. It is random,
+    because two machines may both have a `runs/smoke`, and one id would make them one run;
+  - W&B's own step counter refuses to go back, which a run resumed after a kill must do; we log without it and
+    declare `step` the axis of every metric;
+  - a kill loses what W&B had not written yet, so a resumed run logs its last minute once more.
 """
 
 from __future__ import annotations
 
 import os
 import secrets
-import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megatron_lite.tracking.base import Row, RunInfo, TrackingConfig
+from megatron_lite.tracking.base import Row, RunInfo, WandbConfig, flatten
 from megatron_lite.tracking.jsonl import METRICS_FILE, read_rows
 
 ID_FILE = "wandb_id"
@@ -32,24 +29,12 @@ REPEATED_SECONDS = 60.0  # of training before the step that a run resumes at; fa
 class WandbTracker:
     """Mirrors the rows to W&B: training keys as they are, validation as `val_loss/<source>`."""
 
-    def __init__(self, config: TrackingConfig, *, has_key: bool = False) -> None:
+    def __init__(self, config: WandbConfig, *, has_key: bool = False) -> None:
         self.config = config
         self.mode = config.mode or ("online" if has_key else "offline")
         self._run: Any = None
 
     def start(self, run: RunInfo) -> None:
-        self._guard("could not start", lambda: self._start(run))
-
-    def log(self, row: Row) -> None:
-        if self._run is not None:
-            self._guard("could not log a row", lambda: self._run.log(flatten(row)))
-
-    def close(self, status: str) -> None:
-        if self._run is not None:
-            self._guard("could not finish", lambda: self._close(status))
-            self._run = None
-
-    def _start(self, run: RunInfo) -> None:
         import wandb
 
         settings: dict[str, Any] = {"console": "off", "mode": self.mode}  # the live progress bar would fill W&B's log
@@ -71,20 +56,12 @@ class WandbTracker:
         for row in last_rows(run.run_dir / METRICS_FILE, upto=run.start_step):
             self._run.log(flatten(row))
 
-    def _close(self, status: str) -> None:
+    def log(self, row: Row) -> None:
+        self._run.log(flatten(row))
+
+    def close(self, status: str) -> None:
         self._run.summary["status"] = status
         self._run.finish(exit_code=1 if status == "failed" else 0)
-
-    def _guard(self, what: str, action: Callable[[], None]) -> None:
-        try:
-            action()
-        except Exception as error:  # whatever it is, the training matters more
-            self._run = None
-            warnings.warn(
-                f"W&B {what}: {type(error).__name__}: {error}. Training goes on without it; metrics.jsonl has "
-                "every row. tracking=console turns W&B off.",
-                stacklevel=3,
-            )
 
 
 def stable_id(run_dir: Path) -> str:
@@ -110,14 +87,3 @@ def last_rows(path: Path, *, upto: int) -> list[Row]:
         rows.append(row)
         seconds += row.get("step_seconds") or 0.0
     return rows[::-1]
-
-
-def flatten(row: Row) -> Row:
-    """Nested dictionaries as `outer/inner` keys, which W&B groups into panels."""
-    flat: Row = {}
-    for key, value in row.items():
-        if isinstance(value, dict):
-            flat.update({f"{key}/{inner}": item for inner, item in flatten(value).items()})
-        elif value is not None:
-            flat[key] = value
-    return flat

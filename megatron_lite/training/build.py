@@ -198,12 +198,13 @@ def build_metrics(run: RunConfig, runtime: Runtime, *, consumed: int) -> Metrics
 def run_info(run: RunConfig, trainer: Trainer) -> RunInfo:
     """What trackers show of a run."""
     model = run.model
-    size = f"{len(model.letters)} layers, hidden {model.hidden_size}, vocabulary {model.vocab_size}"
+    size = f"{len(model.symbols)} layers, hidden {model.hidden_size}, vocabulary {model.vocab_size}"
     return RunInfo(
         run_dir=Path(run.run.dir),
         name=run.run.name,
         total_steps=trainer.schedule.total_steps,
         start_step=trainer.position.step,
+        validation_due=trainer.position.validation_due,
         config=to_dict(run),
         model=f"{model.family}, {size}",
         parameters=parameter_count(model),

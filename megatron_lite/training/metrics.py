@@ -163,7 +163,7 @@ def memory_gib(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 2**30
     status = Path("/proc/self/status")
     if status.exists():  # getrusage would also count the process that started this one
-        for line in status.read_text().splitlines():
+        for line in status.read_text().split("\n"):
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) / 2**20
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes on a Mac, KiB on Linux

@@ -133,7 +133,9 @@ def check_same_run(manifest: dict[str, Any], run: RunConfig, tokenizer: Tokenize
             f"run.dir={run.run.dir} holds converted weights and no training state to go on with; give another run.dir and "
             f"init_from={run.run.dir}"
         )
-    before, now = flatten(manifest["config"]), flatten(to_dict(run))
+    # through ModelConfig: a key that came after this checkpoint has its default there
+    model = to_dict(from_dict(ModelConfig, manifest["config"]["model"]))
+    before, now = flatten(manifest["config"] | {"model": model}), flatten(to_dict(run))
     fixed = ("model.", "train.global_batch_size", "train.batch_ramp")
     keys = sorted(key for key in before.keys() | now.keys() if key.startswith(fixed))
     different = [

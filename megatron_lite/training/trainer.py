@@ -4,7 +4,9 @@ Notable features:
 - `Trainer.fit` is the only loop, the same for every engine, layout and objective.
 - The state of a run is the engine's tensors and a few integers (`Position`); a checkpoint's manifest holds these and, for the
   record and for the checks at a resume, the config and the state of the blend.
-- Nothing in the loop waits for the device unless a row is written or a checkpoint is saved.
+- Nothing in the loop waits for the device unless a row is written or a checkpoint is saved, and no step asks all hosts (see
+  `preemption`).
+- A signal is noticed during validation too: the checkpoint is saved at once and the validation is done from its start on resume.
 """
 
 from __future__ import annotations
@@ -12,25 +14,26 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Generator, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from megatron_lite.checkpoint.store import CheckpointStore
 from megatron_lite.data.loader import DataLoader
 from megatron_lite.data.packing import Batch
-from megatron_lite.engine.base import Engine
-from megatron_lite.errors import CheckpointError, TrainingDivergedError, TrainingFailedError, error_text
+from megatron_lite.engine.base import Engine, StepResult
+from megatron_lite.errors import TrainingDivergedError
 from megatron_lite.optim.schedule import BatchSize, RampStage, Schedule
 from megatron_lite.parallel.global_view import State
 from megatron_lite.runtime import Runtime, Signals
 from megatron_lite.tracking.base import Tracker
 from megatron_lite.tracking.profile import Profiler
 from megatron_lite.training.metrics import Metrics
+from megatron_lite.training.preemption import Preemption
+from megatron_lite.training.reporting import reported, write_end, write_status
 from megatron_lite.training.rng import rng_state, set_rng_state
 from megatron_lite.training.status import Status
 from megatron_lite.training.watchdog import Watchdog
@@ -43,6 +46,7 @@ class TrainConfig:
     max_steps: int | None = None
     max_tokens: int | None = None
     stop_at: int | None = None  # this job saves and exits 0 after that step; the length of the run stays
+    validate_only: bool = False  # check the config for WORLD_SIZE ranks, exit with 0 or 2, touch nothing
     global_batch_size: int = 8
     micro_batch_size: int = 8
     batch_ramp: list[RampStage] = field(default_factory=list)
@@ -53,7 +57,7 @@ class TrainConfig:
     deterministic: bool = False
 
     def validate(self) -> None:
-        """Raise ValueError naming the key whose value cannot be."""
+        """Raise ValueError naming the key if a value is invalid."""
         if (self.max_steps is None) == (self.max_tokens is None):
             raise ValueError(
                 f"train.max_steps={self.max_steps}, train.max_tokens={self.max_tokens}: set exactly one of them"
@@ -74,10 +78,11 @@ class TrainConfig:
 
 @dataclass
 class Position:
-    """Where a run stands."""
+    """Where a run stands. validation_due: the validation after `step` was cut short and has to be done again."""
 
     step: int = 0
     consumed_samples: int = 0
+    validation_due: bool = False
 
 
 @dataclass
@@ -97,87 +102,101 @@ class Trainer:
     watchdog: Watchdog
     base_manifest: dict[str, Any]  # the part of every manifest that a run never changes
     position: Position = field(default_factory=Position)
+    preemption: Preemption = field(init=False)
 
     def fit(self) -> str:
         """Train to the end, `stop_at` or a signal; returns finished, stopped or preempted. A failure raises."""
-        batch, end = self.schedule.batch, self.schedule.total_samples
-        if self.config.stop_at is not None:
-            end = min(end, batch.samples(self.config.stop_at))
-        skips = torch.zeros((), device=self.runtime.device)
-        outcome, saved = "stopped", True
-        self.metrics.start()
-        self.watchdog.enter("data", self.position.step + 1)
-        with self._reported(), Signals() as signals, closing(self._steps(end)) as steps:
-            for size, micro_batches in steps:
-                self.position.step += 1
-                self.position.consumed_samples += size
-                step, consumed = self.position.step, self.position.consumed_samples
-                lr = self.schedule.rate(step=step, consumed_samples=consumed)
-                self.watchdog.enter("train_step", step)
-                result = self.engine.train_step(micro_batches, lr=lr)
+        skips = torch.zeros((), device=self.runtime.device)  # non-finite steps in a row
+        with reported(self), Signals() as signals, closing(self._batches()) as batches:
+            self.preemption = Preemption(self.runtime, signals)
+            outcome = self._outcome()
+            if self.position.validation_due:
+                outcome = self.validate(outcome)
+            saved, save_began = True, time.monotonic()
+            self.metrics.start()
+            while outcome == "running":
+                result, lr = self._step(batches)
                 skips = (skips + result.skipped) * result.skipped
-                self.watchdog.enter("agree", step)
-                outcome = self._outcome(signals, consumed, end)
-                self.watchdog.enter("log", step)
-                row = self.metrics.update(
-                    result, step=step, consumed_samples=consumed, lr=lr, last=outcome != "running"
-                )
-                if row:
-                    self.tracker.log(row)
-                    self._give_up_after(skips)
+                outcome = self._outcome(ask=True)
+                self._log(result, lr=lr, skips=skips, last=outcome != "running")
                 if self._due(self.config.eval_every) or outcome == "finished":
-                    self.validate()
+                    outcome = self.validate(outcome)
                 if self._due(self.store.config.every) or outcome != "running":
+                    save_began = time.monotonic()
                     saved = self.save(skips)
-                if outcome != "running":
-                    break
-                self.watchdog.enter("data", step + 1)
             self.store.wait()
-            reasons = {
-                "finished": "all steps done",
-                "stopped": f"train.stop_at={self.config.stop_at}",
-                "preempted": str(signals.requested),
-            }
-            reason = reasons[outcome]
-            if not saved:
-                outcome = "preempted"
-                reason += (
-                    "; the last step was not finite and not saved, the same command goes on from the newest checkpoint"
-                )
-            self._write_status("finished" if outcome == "finished" else "preempted", reason)
+            outcome = write_end(self, outcome, saved=saved, save_seconds=time.monotonic() - save_began)
             self.watchdog.end()
         return outcome
 
-    def declare_finished(self) -> None:
-        """For a run whose last checkpoint is there: whoever reads status.json shall know that nothing is left to do."""
-        self._write_status("finished", "all steps done")
+    @property
+    def is_finished(self) -> bool:
+        """Whether nothing is left to do: every step is done, and the validation after the last one."""
+        return self.position.consumed_samples >= self.schedule.total_samples and not self.position.validation_due
 
-    def _steps(self, end: int) -> Generator[tuple[int, list[Batch]], None, None]:
-        steps = self.loader.steps(self.position.consumed_samples, self.schedule.batch.at, end)
+    def _batches(self) -> Generator[tuple[int, list[Batch]], None, None]:
+        steps = self.loader.steps(self.position.consumed_samples, self.schedule.batch.at, self._end())
         yield from self.profiler.watch(steps)
 
-    def restore(self, path: Path) -> None:
-        """Take over tensors, counters and random generators of a checkpoint. Raises CheckpointError or ValueError."""
-        self.watchdog.enter(f"restore {path.name}", 0)
-        state = self.engine.state()
-        manifest = self.store.load(path, state.tensors)
-        self.engine.load_state(State(state.tensors, manifest["counters"]))
-        self.position = Position(manifest["step"], manifest["consumed_samples"])
-        set_rng_state(manifest["rng"])
+    def _end(self) -> int:
+        """The sample at which this job ends."""
+        end = self.schedule.total_samples
+        return end if self.config.stop_at is None else min(end, self.schedule.batch.samples(self.config.stop_at))
 
-    def validate(self) -> dict[str, float]:
-        """Mean loss on the held-out batches of every source, logged as one row."""
+    def _step(self, batches: Iterator[tuple[int, list[Batch]]]) -> tuple[StepResult, float]:
+        """One step of the optimizer; returns its result, still on the device, and its learning rate."""
+        self.watchdog.enter("data", self.position.step + 1)
+        size, micro_batches = next(batches)
+        self.position.step += 1
+        self.position.consumed_samples += size
+        lr = self.schedule.rate(step=self.position.step, consumed_samples=self.position.consumed_samples)
+        self.watchdog.enter("train_step", self.position.step)
+        return self.engine.train_step(micro_batches, lr=lr), lr
+
+    def _outcome(self, *, ask: bool = False) -> str:
+        """What follows from the position, and, if the ranks are to be asked, from a signal: running means one more step."""
+        if self.position.consumed_samples >= self.schedule.total_samples:
+            return "finished"
+        if self.position.consumed_samples >= self._end():
+            return "stopped"
+        if not ask:
+            return "running"
+        self.watchdog.enter("agree", self.position.step)
+        return "preempted" if self.preemption.requested_after("step") else "running"
+
+    def _log(self, result: StepResult, *, lr: float, skips: torch.Tensor, last: bool) -> None:
+        self.watchdog.enter("log", self.position.step)
+        step, consumed = self.position.step, self.position.consumed_samples
+        row = self.metrics.update(result, step=step, consumed_samples=consumed, lr=lr, last=last)
+        if row:
+            self.tracker.log(row)
+            self._give_up_after(skips)
+
+    def _due(self, every: int) -> bool:
+        return every > 0 and self.position.step % every == 0
+
+    def validate(self, outcome: str) -> str:
+        """Log the mean loss on the held-out batches of every source as one row.
+
+        A signal, before or during it, puts it off until the run is resumed. Returns the outcome that follows: `preempted`
+        instead of `running` and `finished`, for something is left to do.
+        """
+        self.position.validation_due = True
         losses = {}
         with self.metrics.paused():
             for source, batches in self.loader.validation():
                 sums = torch.zeros(2, dtype=torch.float64, device=self.runtime.device)
                 for item in batches:
+                    if self.preemption.signal:
+                        return outcome if outcome == "stopped" else "preempted"
                     self.watchdog.enter(f"validate {source}", self.position.step)
                     sums += torch.stack([value.double() for value in self.engine.evaluate(item)])
+                    self.preemption.requested_after("validation batch")
                 total, tokens = self.runtime.sum(sums).tolist()
                 losses[source] = total / max(tokens, 1.0)
-            self.tracker.log({"step": self.position.step, "val_loss": losses})
-        return losses
+        self.tracker.log({"step": self.position.step, "val_loss": losses})
+        self.position.validation_due = False
+        return "preempted" if self.preemption.signal and outcome == "running" else outcome
 
     def save(self, skips: torch.Tensor) -> bool:
         """Write a checkpoint of this step, unless the last step was not finite: such weights must not become the newest.
@@ -193,65 +212,32 @@ class Trainer:
             manifest = {
                 **self.base_manifest,
                 "consumed_samples": self.position.consumed_samples,
+                "validation_due": self.position.validation_due,
                 "counters": state.counters,
                 "rng": rng_state(),
             }
             self.store.save(self.position.step, state.tensors, manifest)
+        self.preemption.resume()
         return True
 
-    def _outcome(self, signals: Signals, consumed: int, end: int) -> str:
-        if consumed >= self.schedule.total_samples:
-            return "finished"
-        if consumed >= end:
-            return "stopped"
-        return "preempted" if self.runtime.any(signals.requested is not None) else "running"
+    def restore(self, path: Path) -> None:
+        """Take over tensors, counters and random generators of a checkpoint. Raises CheckpointError or ValueError."""
+        self.watchdog.enter(f"restore {path.name}", 0)
+        state = self.engine.state()
+        manifest = self.store.load(path, state.tensors)
+        self.engine.load_state(State(state.tensors, manifest["counters"]))
+        due = bool(manifest.get("validation_due"))
+        self.position = Position(manifest["step"], manifest["consumed_samples"], validation_due=due)
+        set_rng_state(manifest["rng"])
 
-    def _due(self, every: int) -> bool:
-        return bool(every) and self.position.step % every == 0
+    def declare_finished(self) -> None:
+        """Write status.json for a run whose last checkpoint exists: a job may have been killed between the two."""
+        write_status(self, "finished", "all steps done")
 
     def _give_up_after(self, skips: torch.Tensor) -> None:
         if skips.item() >= self.config.max_skipped_steps:
             raise TrainingDivergedError(
                 f"{int(skips.item())} steps in a row without a finite loss or gradient, the last one step "
                 f"{self.position.step}: lower optim.lr, lengthen schedule.warmup_steps, or resume from an earlier "
-                "checkpoint (train.max_skipped_steps sets how many are borne)"
+                "checkpoint (train.max_skipped_steps sets how many are allowed)"
             )
-
-    def _write_status(self, state: str, reason: str) -> None:
-        seen = self.loader.seen(self.position.consumed_samples)
-        self.status.write(state, self.position.step, reason, blend_seen=seen, job=self.runtime.job, time=time.time())
-
-    def _lost(self, reason: str) -> str:
-        steps = self.store.steps()
-        saved = f"the checkpoint of step {steps[-1]} is there" if steps else "no checkpoint is there yet"
-        return (
-            f"step {self.position.step}, run.dir={self.store.directory.parent}: {reason}; {saved}: when this is "
-            "mended, the same command goes on from it"
-        )
-
-    @contextmanager
-    def _reported(self) -> Iterator[None]:
-        """status.json and the trackers learn how it ended, whatever happens."""
-        self._write_status("running", "")
-        try:
-            yield
-        except BaseException as error:
-            text = error_text(error)
-            if lost := _is_lost_connection(error):
-                text = (
-                    f"rank {self.runtime.rank} lost another rank in {self.watchdog.phase}, see who ended first: {text}"
-                )
-            if not self.watchdog.has_spoken():
-                with suppress(OSError):  # a full disk: what is to be said is the first error, not this one
-                    self._write_status("failed", text)
-            with suppress(OSError):
-                self.tracker.close("failed")
-            if lost or isinstance(error, OSError | CheckpointError | ValueError):
-                raise TrainingFailedError(self._lost(text)) from error
-            raise
-        self.tracker.close(self.status.state)
-
-
-def _is_lost_connection(error: BaseException) -> bool:
-    """Whether a collective ended because another rank's process did: gloo says so as a RuntimeError, NCCL and the store as DistError."""
-    return isinstance(error, dist.DistError) or (type(error) is RuntimeError and "gloo/transport" in str(error))

@@ -1,18 +1,19 @@
-"""Who hangs, and who is slow: a thread beside every rank of a training job, from its start to its end.
+"""Finds ranks that hang and ranks that are slow: a thread in every rank of a training job, from its start to its end.
 
     start:    enter("check run.dir", 0)  enter("prepare data", 0)  enter("build", 0)  enter("restore step_00000006", 0)
     loop:     enter("data", 7)  enter("train_step", 7)  enter("save", 7) ...
-    thread:   looks every tick at where the loop is; tells the others through the process group's store
+    thread:   looks at every tick where the loop is; publishes it in the process group's store
 
 Notable features:
 - Hang: when the loop has stayed in one phase for `timeout_seconds`, every rank that can writes the stacks of its threads (and on GPUs
-  the flight recorder) to <run.dir>/hang, the ranks compare notes, one of them names the culprit in status.json, and all end.
-  Culprits are ranks that do not answer, else ranks that are not themselves waiting for others.
-- A rank whose interpreter is stuck (its thread cannot run either) is ended by faulthandler's own C thread, stacks to stderr.
-- Slow: a rank's own time is what it does not spend waiting in a collective, found by looking at its stack at every tick. Where one
-  rank's own time per step is `slow_factor` times the median, rank 0 warns with the times. It sees the host: a GPU that computes
-  slowly while its host runs ahead shows only where the host waits for it.
-- No collective is used and nothing waits for the device; one process needs no watchdog and starts none.
+  the flight recorder) to <run.dir>/hang, the ranks compare notes, one of them names the culprit in status.json, and all exit.
+  Culprits are the ranks that do not answer, else those that are not waiting for other ranks.
+- A rank whose interpreter is stuck (so that its watchdog thread cannot run either) is ended by faulthandler's C thread, stacks to
+  stderr.
+- Slow: a rank's own time is the time that it does not spend waiting in a collective, sampled from its stack at every tick. Where
+  one rank's own time per step is `slow_factor` times the median, rank 0 warns. This sees the host only: a GPU that computes slowly
+  while its host runs ahead shows where the host waits for it.
+- No collective is used and nothing waits for the device. A single process has no watchdog.
 """
 
 from __future__ import annotations
@@ -39,9 +40,9 @@ from megatron_lite.training.status import Status
 
 logger = logging.getLogger(__name__)
 EXIT_CODE = 3
-_START, _END = "start", "end"  # phases in which the run directory is not, or no longer, to be written
+_START, _END = "start", "end"  # phases in which the run directory must not be written yet, or any more
 _COUNTED = ("data", "train_step", "agree")  # phases that belong to a step
-# Where a rank waits for others: in torch's collectives, and in modules of ours that say so by `WAITS_FOR_OTHER_RANKS = True`.
+# A rank waits for others in torch's collectives, and in modules of ours that set `WAITS_FOR_OTHER_RANKS = True`.
 _WAITING = "torch/distributed/"
 _PASSED_THROUGH = (
     "torch/_ops.py",
@@ -57,7 +58,7 @@ _PASSED_THROUGH = (
 class WatchdogConfig:
     """timeout_seconds: longest stay in one phase (building the model, a step, one validation batch, a save); 0: no watchdog.
 
-    slow_factor: own time per step, over the median of all ranks, from which a rank is called slow; 0: never.
+    slow_factor: own time per step, relative to the median of all ranks, above which a rank is reported as slow; 0: never.
     report_seconds: how often ranks are compared.
     """
 
@@ -67,15 +68,15 @@ class WatchdogConfig:
 
     @property
     def group_seconds(self) -> float:
-        """Timeout of the process group itself: the watchdog, which knows names, comes first."""
+        """Timeout of the process group itself: longer, so that the watchdog, which knows the culprit, ends the job first."""
         return self.timeout_seconds + 60.0 if self.timeout_seconds > 0 else 1800.0
 
     def validate(self) -> None:
-        """Raise ValueError naming the key whose value cannot be."""
+        """Raise ValueError naming the key if a value is invalid."""
         if self.timeout_seconds < 0:
             raise ValueError(f"watchdog.timeout_seconds={self.timeout_seconds} must not be negative; 0 switches it off")
         if self.slow_factor != 0 and self.slow_factor <= 1:
-            raise ValueError(f"watchdog.slow_factor={self.slow_factor} must be above 1, or 0 to compare nobody")
+            raise ValueError(f"watchdog.slow_factor={self.slow_factor} must be above 1, or 0 to compare no ranks")
         if self.report_seconds <= 0:
             raise ValueError(f"watchdog.report_seconds={self.report_seconds} must be above 0")
 
@@ -101,12 +102,12 @@ class Watchdog:
         self._where = (step, phase, time.monotonic())
 
     def end(self) -> None:
-        """Nothing is left to do but to close: a hang from here on ends the process and leaves status.json as it is."""
+        """The training is over: a hang from here on ends the process and leaves status.json as it is."""
         self.enter(_END, self._where[0])
 
-    def has_spoken(self) -> bool:
-        """Whether a rank's watchdog has told in status.json who hangs: it then ends its rank, and what others see is a consequence."""
-        return self._notes is not None and self._notes.is_settled()
+    def has_reported(self) -> bool:
+        """Whether a rank's watchdog has written the verdict to status.json: errors of other ranks are then a consequence."""
+        return self._notes is not None and self._notes.is_reported()
 
     @property
     def phase(self) -> str:
@@ -131,7 +132,7 @@ class Watchdog:
             self._thread.join(timeout=10)
 
     def _arm(self) -> None:
-        """The last resort, for when this thread does not get its turn any more: it needs no interpreter lock."""
+        """Set faulthandler's timer, which ends the process if this thread cannot: it needs no interpreter lock."""
         if sys.__stderr__ is not None:
             with contextlib.suppress(OSError, ValueError):  # no file behind it
                 faulthandler.dump_traceback_later(self.config.timeout_seconds + 60, exit=True, file=sys.__stderr__)
@@ -140,7 +141,7 @@ class Watchdog:
 
     def _watch(self, notes: RankNotes) -> None:
         last = compared = time.monotonic()
-        told = last - 5.0  # the first note at once
+        published = last - 5.0  # the first note at once
         self._arm()
         while not self._ended.wait(self._tick):
             now = time.monotonic()
@@ -150,9 +151,9 @@ class Watchdog:
             last = now
             if now - since > self.config.timeout_seconds:
                 self._end_the_job(notes, now - since)
-            if now - told > min(5.0, self.config.timeout_seconds / 4, self.config.report_seconds / 2):
-                notes.tell("beat", {"step": step, "phase": phase, "own": self._own, "steps": self._steps})
-                told = now
+            if now - published > min(5.0, self.config.timeout_seconds / 4, self.config.report_seconds / 2):
+                notes.publish("beat", {"step": step, "phase": phase, "own": self._own, "steps": self._steps})
+                published = now
                 self._arm()
             if self.runtime.rank == 0 and self.config.slow_factor and now - compared > self.config.report_seconds:
                 self._compare(notes)
@@ -172,22 +173,22 @@ class Watchdog:
             )  # fmt: skip
 
     def _end_the_job(self, notes: RankNotes, seconds: float) -> None:
-        """Dump, compare notes, say who it was, end this process. Never returns."""
+        """Dump the stacks, compare notes, write the verdict, end this process. Never returns."""
         rank = self.runtime.rank
         step, phase, _ = self._where
         frame = self._frame()
         try:
             self._dump(rank)
-            notes.tell("hang", {"step": step, "phase": phase, "waits": waits_for_others(frame), "at": place(frame)})
+            notes.publish("hang", {"step": step, "phase": phase, "waits": waits_for_others(frame), "at": place(frame)})
             patience = min(20.0, max(3.0, self.config.timeout_seconds / 4))
             if notes.first_to_arrive(patience):
                 verdict = self._verdict(notes.read("hang"), notes.read("beat"), seconds)
                 print(f"watchdog: {verdict}", file=sys.stderr, flush=True)
-                if phase not in (_START, _END):  # before, the run may be another process's; after, what it says is true
+                if phase not in (_START, _END):  # before, another process may own the run; after, its status is final
                     Status(self.run_dir, main_process=True).write(
                         "failed", step, verdict, job=self.runtime.job, time=time.time()
                     )
-                notes.settled()
+                notes.report()
         except Exception as error:  # whatever goes wrong here, the process must end
             print(
                 f"watchdog: rank {rank}: step {step}, {phase}: no progress for {seconds:.0f} s ({error})",
@@ -229,7 +230,7 @@ class Watchdog:
 
 
 def waits_for_others(frame: FrameType | None) -> bool:
-    """Whether the innermost frame, thin wrappers aside, stands in a collective, or waits for one."""
+    """Whether the innermost frame, wrappers of torch left aside, is in a collective or waits for one."""
     while frame is not None and any(part in frame.f_code.co_filename for part in _PASSED_THROUGH):
         frame = frame.f_back
     if frame is None:
@@ -250,7 +251,7 @@ def slow_ranks(times: dict[int, float], factor: float) -> list[int]:
     """Ranks whose own time is more than `factor` times the median, the slowest first."""
     if len(times) < 2:
         return []
-    typical = statistics.median_low(times.values())  # of two ranks the faster one is typical
+    typical = statistics.median_low(times.values())  # of two ranks, the faster one
     return sorted((rank for rank, own in times.items() if own > factor * max(typical, 1e-3)), key=lambda r: -times[r])
 
 

@@ -12,6 +12,7 @@ import pytest
 
 from megatron_lite.data.tokenizer import train_tokenizer
 from tests import runs
+from tests.distributed import PATIENCE_SECONDS
 from tests.hf_folders import CONFIGS
 
 # $RUN is a finished run, $EMPTY an empty folder, $DATA what the runs read
@@ -161,7 +162,7 @@ def test_in_processes_of_their_own(tour, tiny_data):
         for says, call in calls.items()
     }
     for says, process in started.items():
-        output, _ = process.communicate(timeout=120)
+        output, _ = process.communicate(timeout=PATIENCE_SECONDS)
         assert process.returncode == 2, output
         assert "Traceback" not in output
         assert says.split(": ")[-1] in output

@@ -74,7 +74,7 @@ def test_without_a_whole_checkpoint_a_run_does_not_start_afresh_over_its_record(
 
 
 OTHER_RUNS = [
-    ("model.ffn_size=128", r"another config: model\.ffn_size=128 \(checkpoint: 64\).*resume_allow"),
+    ("model.mlp.ffn_size=128", r"another config: model\.mlp\.ffn_size=128 \(checkpoint: 64\).*resume_allow"),
     ("train.global_batch_size=4", r"train\.global_batch_size=4 \(checkpoint: 8\)"),
     ("seed=1", r"seed=1, but the checkpoint was trained with 0.*set it back"),
     ("data.seq_len=16", r"data\.seq_len=16, but .* trained with 32"),

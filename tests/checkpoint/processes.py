@@ -13,6 +13,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from tests.distributed import PATIENCE_SECONDS
+
 # the server imports torch once; its forks start in milliseconds
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["torch", "megatron_lite.checkpoint"])
@@ -51,7 +53,7 @@ def fresh_ranks(size: int, function: Callable[..., Any], *args: Any) -> list[Any
             pipes.append(here)
             processes.append(process)
         for pipe in pipes:
-            assert pipe.poll(60), "a rank hangs"
+            assert pipe.poll(PATIENCE_SECONDS), "a rank hangs"
             try:
                 results.append(pipe.recv())
             except EOFError:
@@ -71,7 +73,7 @@ def _join(rank: int, size: int, folder: str, pipe: Connection, function: Callabl
         pipe.send(traceback.format_exc())
 
 
-def run_alone(function: Callable[..., None], *args: Any, timeout: float = 60) -> int:
+def run_alone(function: Callable[..., None], *args: Any, timeout: float = PATIENCE_SECONDS) -> int:
     """Run `function(*args)` in a process of its own and return its exit code."""
     process = _CONTEXT.Process(target=_alone, args=(function, *args), daemon=True)
     process.start()

@@ -47,7 +47,7 @@ def save_replicas(rank: int, size: int, folder: str) -> list[str]:
     }
     store = CheckpointStore(folder, CheckpointConfig(), group=first_ranks(size, size))
     written = []
-    store._saver._open_stream = lambda path: (written.append(path.name), open(path, "wb"))[1]
+    store._saver._open_stream = lambda path: (written.append(path.name), path.open("wb"))[1]
     store.save(1, pieces, STATE)
     return [name for name in written if name != "manifest.json"]
 

@@ -6,10 +6,11 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from megatron_lite.checkpoint.opening import load_tensors
+from megatron_lite.narrowing import narrow
 from megatron_lite.weights import load, open_weights
 from tests import runs
 from tests.hf_folders import command, make_folder
@@ -96,6 +97,34 @@ def test_dtype_casts_once(straight, tmp_path):
     for name, tensor in full.items():
         assert torch.equal(tensor.bfloat16(), half[name])
     assert json.loads((folder / "config.json").read_text())["torch_dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize("to", ["hf", "native"])
+@pytest.mark.parametrize(
+    ("value", "lost"),
+    [(-70_000.0, r"1 of 2080 values of layers\.3\."), (None, r"2080 of 2080 values of layers\.3\..* become zero")],
+    ids=["overflow", "underflow"],
+)
+def test_a_cast_that_loses_values_is_refused(value, lost, to, tmp_path):
+    source = make_folder(tmp_path / "in", "llama")
+    weights = load_file(source / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    if value is None:
+        weights[name] *= 1e-9
+    else:
+        weights[name][3, 5] = value
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"{lost}.*fp32"):
+        convert(source, tmp_path / "out", to, "dtype=fp16")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
+    convert(source, tmp_path / "out", to, "dtype=bf16")
+
+
+def test_infinities_of_the_source_are_not_the_casts_doing(tmp_path):
+    values = torch.tensor([float("inf"), float("nan"), 1e-9, *range(1, 200)])
+    assert torch.equal(narrow("w", values, torch.float16).nan_to_num(), values.half().nan_to_num())
+    with pytest.raises(ValueError, match=r"1 of 2 values of w .*float32"):  # a folder in float64, loaded in fp32
+        narrow("w", torch.tensor([1.0, 1e300], dtype=torch.float64), torch.float32)
 
 
 def test_a_folder_without_a_tokenizer(tmp_path, capsys):

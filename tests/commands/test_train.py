@@ -14,6 +14,7 @@ import pytest
 from megatron_lite.checkpoint.opening import find_checkpoint, load_tensors
 from megatron_lite.errors import CheckpointError, TrainingDivergedError
 from tests import runs
+from tests.distributed import PATIENCE_SECONDS
 
 ROW = {
     "step", "consumed_samples", "consumed_tokens", "loss", "grad_norm", "lr", "step_seconds", "tokens_per_second",
@@ -84,7 +85,7 @@ def test_killed_at_random_moments_it_is_the_same_run(tiny_data, straight, tmp_pa
         process = runs.start(tiny_data, run_dir)
         metrics = run_dir / "metrics.jsonl"
         before = len(metrics.read_text().splitlines()) if metrics.exists() else 0
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + PATIENCE_SECONDS
         while time.monotonic() < deadline and process.poll() is None:
             if metrics.exists() and len(metrics.read_text().splitlines()) > before + 1:
                 break
@@ -103,7 +104,7 @@ def test_a_signal_saves_and_exits_zero(tiny_data, straight, tmp_path, number):
     while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= 1):
         time.sleep(0.005)
     process.send_signal(number)
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=PATIENCE_SECONDS)
     assert process.returncode == 0, output
     left = runs.status(tmp_path / "r")
     assert left["state"] in ("preempted", "finished")  # the tiny run may just have ended
@@ -162,7 +163,7 @@ def test_never_refuses_to_write_over_a_run(tiny_data, straight, copy_of):
 @pytest.mark.parametrize(
     ("override", "named"),
     [
-        ("model.ffn_size=128", "model.ffn_size"),
+        ("model.mlp.ffn_size=128", "model.mlp.ffn_size"),
         ("seed=1", "seed"),
         ("data.seq_len=16", "data.seq_len"),
         ("train.global_batch_size=4", "train.global_batch_size"),

@@ -18,7 +18,6 @@ some_shares = st.dictionaries(st.sampled_from(names), st.integers(1, 10**6), min
 )
 
 
-@settings(deadline=None)
 @given(shares=some_shares)
 def test_every_sample_continues_its_source_and_every_prefix_keeps_the_shares(shares: dict) -> None:
     tree = ProportionTree(shares)
@@ -32,7 +31,6 @@ def test_every_sample_continues_its_source_and_every_prefix_keeps_the_shares(sha
             assert abs(seen[source] - share * (i + 1)) <= Fraction(max(tree.depth, 1), 2)
 
 
-@settings(deadline=None)
 @given(shares=some_shares, start=st.integers(10**13, 10**13 + 10**6))
 def test_exact_at_ten_to_the_thirteen(shares: dict, start: int) -> None:
     tree = ProportionTree(shares)

@@ -38,14 +38,14 @@ def parse(prefix: Path) -> tuple[list[list[int]], list[int]]:
     return [list(sequence) for sequence in found], list(document_index)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(documents=documents_of_tokens, dtype=st.sampled_from(["uint16", "int32", "int64"]))
 def test_another_parser_reads_what_was_written(tmp_path: Path, documents: list[list[int]], dtype: str) -> None:
     prefix = write(tmp_path / "x", documents, dtype)
     assert parse(prefix) == (documents, list(range(len(documents) + 1)))
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(documents=documents_of_tokens, data=st.data())
 def test_stream_and_document_starts(tmp_path: Path, documents: list[list[int]], data: st.DataObject) -> None:
     dataset = IndexedDataset(write(tmp_path / "x", documents))

@@ -17,6 +17,7 @@ from megatron_lite.data.loader import DataLoader, rank_samples, validation_batch
 from megatron_lite.data.sidecar import TokenizerIdentity
 from megatron_lite.data.packing import Example
 from megatron_lite.data.source import Source
+from tests.distributed import PATIENCE_SECONDS
 
 
 class Numbers:
@@ -100,7 +101,7 @@ def test_reading_ahead_is_bounded_and_closing_ends_the_thread() -> None:
     numbers = Numbers()
     steps = DataLoader(numbers, micro_batch_size=12).steps(0, lambda consumed: 12)
     next(steps)
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + PATIENCE_SECONDS
     while numbers.read < 35 and time.monotonic() < deadline:  # two steps ahead of the one taken
         time.sleep(0.01)
     time.sleep(0.05)

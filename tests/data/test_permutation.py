@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from megatron_lite.data.permutation import MAX_SIZE, make_key, permute
 
 
-@settings(deadline=None)
 @given(n=st.integers(1, 3000), seed=st.integers(0, 2**63))
 def test_bijection(n: int, seed: int) -> None:
     key = make_key(seed, "english/wiki", 3)
@@ -25,7 +24,6 @@ def test_bijection_for_every_small_size() -> None:
         assert sorted(permute(i, n, key) for i in range(n)) == list(range(n))
 
 
-@settings(deadline=None)
 @given(n=st.integers(1, MAX_SIZE), data=st.data())
 def test_large_sizes_stay_inside_and_apart(n: int, data: st.DataObject) -> None:
     """The whole domain can't be walked here; no two of some drawn indices meet."""

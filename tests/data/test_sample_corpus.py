@@ -29,6 +29,7 @@ MINIATURE = {"scale": 0.02, "vocab_size": 512}
 BUILD = f"""
 import os, signal, sys
 from megatron_lite.data.sample.corpus import prepare
+from tests.distributed import PATIENCE_SECONDS
 
 def report(line):
     print(line, flush=True)
@@ -77,7 +78,7 @@ def test_killed_anywhere_it_leaves_nothing_that_looks_whole(corpus, tmp_path):
     assert building.exists()
     assert not folder.exists()
     killed = start_build(folder)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE_SECONDS
     while not list(building.glob("tokens/*.idx")) and time.monotonic() < deadline:
         time.sleep(0.002)
     killed.kill()  # in the middle of the token files

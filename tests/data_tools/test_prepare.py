@@ -194,7 +194,7 @@ def test_rows_in_quarantine_are_told(make_recipe, tmp_path) -> None:
     path.write_text("{broken\n" + path.read_text())
     output = io.StringIO()
     prepare(PrepareConfig(recipe, stages=["read"]), Console(file=output, width=80))
-    assert f"1 rows cannot be used, first {path}:1: not JSON" in output.getvalue()
+    assert f"1 rows or files cannot be used, first {path}:1: not JSON" in output.getvalue()
     assert ".quarantine.jsonl" in output.getvalue()
 
 

@@ -14,7 +14,7 @@ from megatron_lite.data.tokenizer import load_tokenizer, train_tokenizer
 from tests.data_tools.texts import article, program
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     st.lists(st.lists(st.tuples(st.integers(0, 2**64 - 1), st.integers(1, 5)), max_size=8), min_size=1, max_size=4),
     st.integers(1, 200),

@@ -15,7 +15,6 @@ import torch
 from megatron_lite.checkpoint.store import CheckpointConfig, CheckpointStore
 from megatron_lite.engine.deepspeed import DeepSpeedConfig
 from megatron_lite.engine.fsdp import FsdpConfig
-from megatron_lite.models.config import ModelConfig
 from megatron_lite.objectives.next_token import NextTokenConfig
 from megatron_lite.optim.optimizer import OptimConfig
 from megatron_lite.parallel.global_view import State
@@ -24,6 +23,7 @@ from megatron_lite.precision.dtypes import PrecisionConfig
 from megatron_lite.training.build import build_engine, build_grid
 from megatron_lite.training.config import RunConfig
 from tests.engine.bugs import BUGS
+from tests.model_configs import model_config
 
 STEPS = 20
 SAMPLES = 8
@@ -45,7 +45,7 @@ Boxes = dict[str, tuple[tuple[int, ...], tuple[int, ...], torch.Tensor]]
 
 @dataclass(frozen=True)
 class Case:
-    """One layout, engine and precision. `parallel` and `engine` are fields of their configs, `model` of ModelConfig."""
+    """One layout, engine and precision. `parallel` and `engine` are fields of their configs, `model` holds dotted keys."""
 
     parallel: dict[str, Any] = field(default_factory=dict)
     engine: dict[str, Any] = field(default_factory=dict)
@@ -66,14 +66,14 @@ class Trace:
 def run_config(case: Case) -> RunConfig:
     """The typed config of a case."""
     model: dict[str, Any] = {
-        "family": "nemotron4", "unit": "*-", "num_layers": 2, "hidden_size": 32, "num_heads": 4, "num_kv_heads": 4,
-        "head_dim": 8, "ffn_size": 64, "vocab_size": WORDS, "max_seq_len": LENGTH, "activation": "squared_relu",
+        "family": "nemotron4", "num_layers": 2, "hidden_size": 32, "attention.heads": 4, "attention.kv_heads": 4,
+        "attention.head_dim": 8, "mlp.ffn_size": 64, "vocab_size": WORDS, "max_seq_len": LENGTH, "mlp.activation": "squared_relu",
         "norm": "layernorm1p", "linear_bias": True,
     }  # fmt: skip
     kinds, settings = {"fsdp": FsdpConfig, "deepspeed": DeepSpeedConfig}, dict(case.engine)
     return RunConfig(
         seed=7,
-        model=ModelConfig(**(model | case.model)),
+        model=model_config(model | case.model),
         engine=kinds[settings.pop("kind", "fsdp")](**settings),
         objective=NextTokenConfig(),
         parallel=ParallelConfig(**case.parallel),
@@ -82,14 +82,14 @@ def run_config(case: Case) -> RunConfig:
     )
 
 
-def sample(step: int, index: int) -> dict[str, torch.Tensor]:
+def sample(step: int, index: int, length: int = LENGTH) -> dict[str, torch.Tensor]:
     """Sample `index` of the global batch of `step`: the next word is mostly three times this one plus one."""
     draw = torch.Generator().manual_seed(1000 * step + index)
-    words = torch.randint(1, WORDS, (LENGTH + 1,), generator=draw)
-    for position in range(LENGTH):
+    words = torch.randint(1, WORDS, (length + 1,), generator=draw)
+    for position in range(length):
         if torch.rand((), generator=draw) < 0.7:
             words[position + 1] = (3 * words[position] + 1) % WORDS
-    words[torch.rand(LENGTH + 1, generator=draw) < 0.1] = END
+    words[torch.rand(length + 1, generator=draw) < 0.1] = END
     tokens, targets = words[:-1], words[1:]
     mask = targets != END
     if index == SAMPLES - 1:

@@ -34,7 +34,7 @@ def refused(rank: int, world_size: int) -> str:
 
 
 def test_replicas_are_refused() -> None:
-    for text in run_ranks(2, refused, timeout=180):
+    for text in run_ranks(2, refused):
         assert "parallel.dp_replicate=2" in text
         assert "engine=fsdp" in text
 
@@ -47,9 +47,7 @@ def losses(rank: int, world_size: int, case: Case) -> list[float]:
 def test_an_odd_number_of_elements(stage: int) -> None:
     model = {"hidden_size": 33, "norm": "rmsnorm"}
     alone = harness.train(0, 1, Case(model=model), steps=3).losses
-    for found in run_ranks(
-        2, losses, Case(engine={"kind": "deepspeed", "zero_stage": stage}, model=model), timeout=180
-    ):
+    for found in run_ranks(2, losses, Case(engine={"kind": "deepspeed", "zero_stage": stage}, model=model)):
         assert found == pytest.approx(alone, rel=harness.TOLERANCE)
 
 
@@ -64,7 +62,6 @@ def test_nothing_loads_it_unasked_and_nothing_is_compiled_or_said() -> None:
         [sys.executable, "-c", code],
         capture_output=True,
         text=True,
-        timeout=180,
         env={"PATH": "/nowhere", "PYTHONPATH": "."},
     )
     assert done.stdout == "2\n", done.stderr

@@ -54,7 +54,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory):
             directory = tmp_path_factory.mktemp("checkpoints")
             world_size, case = LAYOUTS[name]
             case = Case(case.parallel, case.engine, precision, micro_batch=case.micro_batch)
-            done[name, precision] = directory, run_ranks(world_size, save, case, str(directory), timeout=180)
+            done[name, precision] = directory, run_ranks(world_size, save, case, str(directory))
         return done[name, precision]
 
     return get
@@ -64,7 +64,7 @@ def check(saved, before: str, after: str, precision: str = "fp32") -> None:
     directory, wrote = saved(before, precision)
     world_size, case = LAYOUTS[after]
     case = Case(case.parallel, case.engine, precision, micro_batch=case.micro_batch)
-    read = run_ranks(world_size, resume, case, str(directory), timeout=180)
+    read = run_ranks(world_size, resume, case, str(directory))
     wanted = harness.assemble([trace.boxes["saved"] for trace in wrote])
     got = harness.assemble([trace.boxes["loaded"] for trace in read])
     assert wanted.keys() == got.keys()
@@ -89,7 +89,7 @@ def test_bf16_keeps_fp32_master_weights(saved) -> None:
 def test_the_same_layout_goes_on_with_the_same_bits(saved, name: str) -> None:
     directory, wrote = saved(name)
     world_size, case = LAYOUTS[name]
-    read = run_ranks(world_size, resume, case, str(directory), timeout=180)
+    read = run_ranks(world_size, resume, case, str(directory))
     assert (read[0].losses, read[0].norms) == (wrote[0].losses[SAVED:], wrote[0].norms[SAVED:])
 
 

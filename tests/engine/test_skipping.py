@@ -59,7 +59,7 @@ CASES = {
     "name", [pytest.param(name, marks=[pytest.mark.slow] if "zero 2" in name else []) for name in CASES]
 )
 def test_nothing_moves(name: str, where: str) -> None:
-    for result in run_ranks(2, bad_step, CASES[name], where, timeout=180):
+    for result in run_ranks(2, bad_step, CASES[name], where):
         assert result["skipped"] == [0, 1, 0]
         assert result["adam_steps"] == [1, 1, 2]
         assert result["unchanged"]

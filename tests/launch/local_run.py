@@ -17,7 +17,7 @@ PROJECT = Path(__file__).parents[2]
 
 def environment(**settings: str) -> dict[str, str]:
     """This process's environment with the settings, able to import the project and the slowed ranks."""
-    fixed = {"PYTHON": sys.executable, "PYTHONPATH": f"{SLOWED}:{PROJECT}", "OMP_NUM_THREADS": "1"}
+    fixed = {"PYTHON": sys.executable, "PYTHONPATH": f"{SLOWED}:{PROJECT}", "OMP_NUM_THREADS": "1", "SAVE_SECONDS": "1"}
     return {**os.environ, **fixed, **settings}
 
 

@@ -191,7 +191,7 @@ def test_kubernetes_manifest(tiny_data, tmp_path, straight):
     assert int(pod["terminationGracePeriodSeconds"]) > int(values["SHUTDOWN_TIMEOUT"])
     command = [*container["command"], *container["args"]]
     assert command[0] == "mlite"
-    command = [sys.executable, "-m", "megatron_lite.cli", *command[1:]]
+    command = [sys.executable, "-m", "megatron_lite", *command[1:]]
     pods = [
         subprocess.Popen(
             command, env=local_run.environment(**values, LOCAL_ADDR="127.0.0.1", JOB_COMPLETION_INDEX=str(index)),

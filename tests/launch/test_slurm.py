@@ -130,10 +130,11 @@ def test_a_node_lost_during_a_save(slurm, tiny_data, tmp_path, uninterrupted):
 
 
 def test_a_wrong_config_is_not_requeued(slurm, tiny_data, tmp_path):
-    job = Job(slurm, tiny_data, tmp_path / "wrong", "train.micro_batch_size=3")
+    """One that only the ranks can find, because it takes the nodes' files."""
+    job = Job(slurm, tiny_data, tmp_path / "wrong", "data.tokenizer=/nowhere")
     assert job.wait() == "FAILED"
     assert job.restarts == 0
-    assert "does not divide" in job.output()
+    assert "/nowhere" in job.output()
 
 
 def test_a_cancelled_job_stays_cancelled(slurm, tiny_data, tmp_path):

@@ -9,37 +9,38 @@ import pytest
 import torch
 
 from megatron_lite.models import Decoder, ModelConfig
+from tests.model_configs import model_config
 
 NEMOTRON = {
     "family": "nemotron4",
     "num_layers": 2,
     "hidden_size": 48,
-    "num_heads": 4,
-    "num_kv_heads": 2,
-    "head_dim": 12,
-    "ffn_size": 80,
+    "attention.heads": 4,
+    "attention.kv_heads": 2,
+    "attention.head_dim": 12,
+    "mlp.ffn_size": 80,
     "vocab_size": 101,
     "vocab_multiple": 16,
     "max_seq_len": 64,
-    "rotary_fraction": 0.5,
+    "rope.fraction": 0.5,
 }
 LLAMA = NEMOTRON | {
     "family": "llama",
     "norm": "rmsnorm",
-    "activation": "swiglu",
-    "rotary_fraction": 1.0,
-    "rope_base": 5000.0,
+    "mlp.activation": "swiglu",
+    "rope.fraction": 1.0,
+    "rope.base": 5000.0,
 }
 
 
 def nemotron_config(**changes: Any) -> ModelConfig:
-    """A tiny Nemotron-4 with `changes`."""
-    return ModelConfig(**(NEMOTRON | changes))
+    """A tiny Nemotron-4 with `changes` (dotted keys: `**{"attention.heads": 2}`)."""
+    return model_config(NEMOTRON | changes)
 
 
 def llama_config(**changes: Any) -> ModelConfig:
     """A tiny Llama with `changes`."""
-    return ModelConfig(**(LLAMA | changes))
+    return model_config(LLAMA | changes)
 
 
 def loud_decoder(config: ModelConfig, seed: int = 0, std: float = 0.3) -> Decoder:

@@ -80,7 +80,7 @@ def test_one_document_equals_no_documents(nemotron, loud):
 @pytest.mark.parametrize("chunks", [[20], [7, 13], [1] * 20, [5, 1, 1, 6, 7]])
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 def test_cached_forward_equals_the_whole(nemotron, loud, chunks, kv_heads):
-    model = loud(nemotron(num_kv_heads=kv_heads)).double()
+    model = loud(nemotron(**{"attention.kv_heads": kv_heads})).double()
     tokens = tokens_of(model.config)
     cache = KeyValueCache(capacity=20)
     parts = [model(part, cache=cache) for part in tokens.split(chunks, dim=1)]
@@ -99,7 +99,7 @@ def test_cache_refuses_overflow_and_documents(nemotron, loud):
 
 
 def test_a_model_without_positions_and_with_any_pattern_runs(nemotron, loud):
-    model = loud(nemotron(rotary_fraction=0.0, num_layers=None, pattern="-*--")).double()
+    model = loud(nemotron(**{"rope.fraction": 0.0, "num_layers": None, "pattern": "-*--"})).double()
     tokens = tokens_of(model.config)
     mixed = tokens[:, torch.cat([torch.randperm(19), torch.tensor([19])])]
     # without positions the last token sees a bag of tokens before it

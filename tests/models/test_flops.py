@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 
+from megatron_lite.config.compose import from_dict
 from megatron_lite.models import Decoder, ModelConfig
 from megatron_lite.models.flops import flops_per_token, parameter_count
 
@@ -15,7 +16,7 @@ CONFIGS = Path(__file__).parents[2] / "configs" / "model"
 
 
 def load(name: str) -> ModelConfig:
-    return ModelConfig(**yaml.safe_load((CONFIGS / f"{name}.yaml").read_text()))
+    return from_dict(ModelConfig, yaml.safe_load((CONFIGS / f"{name}.yaml").read_text()))
 
 
 def test_nemotron4_15b_has_exactly_the_published_shapes():
@@ -25,7 +26,7 @@ def test_nemotron4_15b_has_exactly_the_published_shapes():
     assert sum(p.numel() for p in model.parameters()) == 15_628_775_424
     assert parameter_count(config) == 15_628_775_424
     assert len(model.layers) == 64
-    assert config.letters == "*-" * 32
+    assert config.symbols == "*-" * 32
     assert all(p.is_meta for p in model.parameters())
 
 

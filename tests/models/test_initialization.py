@@ -39,7 +39,7 @@ def boxes(draw):
     return shape, starts, sizes
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(boxes(), st.sampled_from([torch.float32, torch.bfloat16]), st.sampled_from([None, 5, 20]))
 def test_any_box_equals_the_slice_of_the_full_tensor(box, dtype, valid_rows):
     shape, starts, sizes = box
@@ -147,14 +147,14 @@ def fill(shape, dim, start, rows):
 torch.zeros(1000, 50).normal_(generator=torch.Generator())  # what torch itself needs the first time
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 dim, rows = int(sys.argv[1]), eval(sys.argv[2])
-fill((8192, 16384), dim, 64, rows)  # 512 MiB in float32
+fill((4096, 16384), dim, 64, rows)  # 256 MiB in float32
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
 """
 
 
-@pytest.mark.parametrize(("dim", "rows"), [(0, (128, 16384)), (1, (8192, 256))])
+@pytest.mark.parametrize(("dim", "rows"), [(0, (128, 16384)), (1, (4096, 512))])
 def test_a_shard_never_needs_the_full_tensor(dim, rows):
     command = [sys.executable, "-c", PEAK, str(dim), str(rows)]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
-    # the shard has 8 MiB and a block 256 KiB; 32 MiB leave room for the allocator, a sixteenth of the tensor
+    # the shard has 8 MiB and a block 512 KiB; 32 MiB leave room for the allocator, an eighth of the tensor
     assert int(result.stdout) < 32, result.stdout

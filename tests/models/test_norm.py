@@ -25,14 +25,14 @@ def reference(kind: type, x: torch.Tensor, weight: torch.Tensor, bias: torch.Ten
 @pytest.mark.parametrize("kind", [LayerNorm, LayerNorm1p, RMSNorm])
 def test_norm_follows_its_formula(kind):
     torch.manual_seed(0)
-    module = kind(24, EPS)
+    module = kind(24, EPS).double()
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.normal_(0, 0.3)
-    x = torch.randn(3, 5, 24) * 0.1 + 0.5
+    x = torch.randn(3, 5, 24, dtype=torch.float64) * 0.1 + 0.5
     expected = reference(kind, x, module.weight, getattr(module, "bias", None))
-    # float32 has 1.2e-7 relative precision; values are below 5
-    torch.testing.assert_close(module(x).double(), expected, rtol=0, atol=5e-6)
+    # a float64 model stays in float64 (2e-16 of values below 5); a step in float32 would be off by 1e-7
+    torch.testing.assert_close(module(x), expected, rtol=0, atol=1e-13)
 
 
 @pytest.mark.parametrize("kind", [LayerNorm, LayerNorm1p, RMSNorm])

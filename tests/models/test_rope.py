@@ -15,15 +15,15 @@ def test_rotation_is_multiplication_by_a_unit_complex_number(head_dim, rotary_di
     torch.manual_seed(0)
     x = torch.randn(2, 7, 3, 2, head_dim, dtype=torch.float64)
     positions = torch.tensor([[0, 1, 2, 3, 4, 5, 6], [0, 1, 2, 0, 1, 2, 3]])
-    y = apply_rotary(x, *rotary_tables(positions, rotary_dim, 100.0))
+    y = apply_rotary(x, *rotary_tables(positions, rotary_dim, 100.0, dtype=torch.float64))
     half = rotary_dim // 2
     pair = torch.complex(x[..., :half], x[..., half:rotary_dim])
     for j in range(half):
         angle = positions.double() * 100.0 ** (-2 * j / rotary_dim)
         turned = pair[..., j] * torch.polar(torch.ones_like(angle), angle)[:, :, None, None]
-        # the tables are float32: angles below 7 radians, so about 1e-6
-        torch.testing.assert_close(y[..., j], turned.real, rtol=0, atol=5e-6)
-        torch.testing.assert_close(y[..., half + j], turned.imag, rtol=0, atol=5e-6)
+        # float64 has 2e-16; tables in float32 would be off by 1e-7
+        torch.testing.assert_close(y[..., j], turned.real, rtol=0, atol=1e-13)
+        torch.testing.assert_close(y[..., half + j], turned.imag, rtol=0, atol=1e-13)
     assert torch.equal(y[..., rotary_dim:], x[..., rotary_dim:])
 
 

@@ -32,7 +32,7 @@ def brute_force(logits: list[float], temperature: float, top_k: int, top_p: floa
     return [weights[i] / total if i in chosen else 0.0 for i in range(len(logits))]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     st.lists(st.integers(-40, 40), min_size=1, max_size=12),
     st.sampled_from([0.25, 0.7, 1.0, 3.0]),
@@ -73,7 +73,7 @@ def test_cached_greedy_equals_the_uncached_forward(kind, request, loud):
     assert list(generate_tokens(model, prompt, max_new_tokens=30)) == expected[len(prompt) :]
     eod = expected[-1]
     stop = expected.index(eod, len(prompt))
-    stopped = list(generate_tokens(model, prompt, max_new_tokens=30, eod=eod))
+    stopped = list(generate_tokens(model, prompt, max_new_tokens=30, end_tokens=[eod]))
     assert stopped == expected[len(prompt) : stop]
 
 

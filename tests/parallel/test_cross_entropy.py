@@ -42,7 +42,7 @@ def assert_near(actual: Tensor, expected: Tensor, relative: float) -> None:
     assert (actual.double() - expected).abs().max() <= relative * expected.abs().max().clamp(min=1e-30)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(tokens=st.integers(1, 40), chunk=st.integers(1, 50), pad=st.integers(0, 5))
 def test_agrees_with_float64(tokens: int, chunk: int, pad: int) -> None:
     vocab = 24 - pad

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_lite.models.decoder import Decoder, ModelConfig
+from megatron_lite.models.config import AttentionConfig, MlpConfig, ModelConfig
+from megatron_lite.models.decoder import Decoder
 from megatron_lite.models.initialization import initialize_model_
 from megatron_lite.parallel.mesh import Mesh, ParallelConfig
 from megatron_lite.parallel.parallelize import parallelize
@@ -17,9 +18,8 @@ CONFIG = ModelConfig(
     family="nemotron4",
     num_layers=2,
     hidden_size=16,
-    num_heads=4,
-    num_kv_heads=2,
-    ffn_size=32,
+    attention=AttentionConfig(heads=4, kv_heads=2),
+    mlp=MlpConfig(ffn_size=32),
     vocab_size=128,
     max_seq_len=8,
 )

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from megatron_lite.tracking import ConsoleTracker, RunInfo
-from megatron_lite.tracking.console import Eta, clock, describe, human, perplexity
+from megatron_lite.tracking.console import clock, describe, human, perplexity
 from megatron_lite.tracking.jsonl import METRICS_FILE, encode_row
 
 ROW = {
@@ -87,14 +87,12 @@ def test_skipped_and_not_finite_steps_are_said(tmp_path: Path, terminal: bool) -
     assert "loss nan" in text
 
 
-def test_eta_is_unbiased_from_the_first_step_and_follows() -> None:
-    eta = Eta()
-    assert eta.seconds(10) is None
-    eta.update(2.0)
-    assert eta.seconds(10) == pytest.approx(20.0)
-    for _ in range(200):
-        eta.update(1.0)
-    assert eta.seconds(10) == pytest.approx(10.0, rel=1e-6)  # 0.9^200 of the first step is left
+def test_eta_follows_the_median_of_the_last_rows(tmp_path: Path) -> None:
+    slow = {**ROW, "step": 1, "step_seconds": 60.0}
+    rows = [slow, *({**ROW, "step": step, "step_seconds": 1.0} for step in range(2, 100))]
+    text = play(tmp_path, [*rows, *({**ROW, "step": step, "step_seconds": 2.0} for step in range(100, 110))])
+    eta = {int(step): found for step, found in re.findall(r"step (\d+)/200 .* eta (\S+)", text)}
+    assert (eta[1], eta[3], eta[99], eta[109]) == ("3:19:00", "03:17", "01:41", "03:02")
 
 
 @pytest.mark.parametrize(

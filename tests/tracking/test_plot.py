@@ -1,13 +1,15 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from megatron_lite.tracking import write_loss_plot
+from megatron_lite.tracking.curves import read_curves, smooth
 from megatron_lite.tracking.jsonl import METRICS_FILE, encode_row
-from megatron_lite.tracking.plot import read_curves, smooth
+from megatron_lite.tracking.plot import column_svg, loss_svg
 
 
 def write(run_dir: Path, rows: list[dict]) -> None:
@@ -61,12 +63,42 @@ def test_nothing_to_draw(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("width", [1, 2, 5, 40])
-def test_smoothing_against_a_plain_mean(width: int) -> None:
-    values = list(np.random.default_rng(0).normal(size=30))
-    half = width // 2
-    for i, value in enumerate(smooth(values, width)):
-        reach = min(half, i)
-        # Differences of running sums: 30 roundings of 1e-16.
-        assert value == pytest.approx(np.mean(values[i - reach : i + reach + 1]), abs=1e-13)
-    assert smooth([], width) == []
+@pytest.mark.parametrize("count", [0, 1, 79, 80, 200])
+def test_smoothing_against_a_plain_mean(count: int) -> None:
+    values = list(np.random.default_rng(0).normal(size=count))
+    means = smooth(values)
+    assert len(means) == count
+    for i, mean in enumerate(means):
+        reach = min(count // 80, i)
+        # Differences of running sums: 200 roundings of 1e-15.
+        assert mean == pytest.approx(np.mean(values[i - reach : i + reach + 1]), abs=1e-12)
+
+
+def test_the_same_rows_give_the_same_bytes() -> None:
+    first, second = (
+        loss_svg(curves) + column_svg(curves, "lr", title="rate", color="#2a78d6", zero=True)
+        for curves in (read_curves(rows(3)), read_curves(rows(3)))
+    )
+    assert "url(#" in first  # ids, which matplotlib draws at random by default
+    assert first == second
+
+
+def test_a_long_curve_is_small_and_keeps_its_spikes() -> None:
+    noise = np.random.default_rng(0).uniform(1, 2, size=50_000)
+    noise[31_234] = 40.0
+    curves = read_curves({"step": i, "loss": 1.0, "grad_norm": float(value)} for i, value in enumerate(noise))
+    svg = column_svg(curves, "grad_norm", title="norm", color="#123456", zero=False)
+    assert len(svg) < 200_000
+    (path,) = re.findall(r'<path d="([^"]*)"[^>]*stroke: #123456', svg)
+    heights = [float(y) for y in re.findall(r"[ML] \S+ (\S+)", path)]
+    middle = np.median(heights)  # of a curve between 1 and 2, with a spike to 40: 38.5 up against 0.5 down
+    assert (middle - min(heights)) / (max(heights) - middle) == pytest.approx(77, rel=0.1)
+
+
+@pytest.mark.parametrize("values", [[1.0], [0.0, 0.0], [-3.0, -3.0], [1e-30, 1e30]])
+def test_odd_curves_can_be_drawn(values: list[float]) -> None:
+    curves = read_curves({"step": i, "loss": 1.0, "lr": value} for i, value in enumerate(values))
+    for zero in (True, False):
+        svg = column_svg(curves, "lr", title="rate", color="#123456", zero=zero)
+        assert "#123456" in svg
+        assert "nan" not in svg

@@ -4,31 +4,32 @@ import json
 import subprocess
 import sys
 import time
-import warnings
 from collections import defaultdict
 from pathlib import Path
 
 import pytest
 
-from megatron_lite.tracking import RunInfo, TrackingConfig, WandbTracker
+from megatron_lite.tracking import WandbConfig, WandbTracker
+from megatron_lite.tracking.base import flatten
 from megatron_lite.tracking.jsonl import METRICS_FILE, encode_row
-from megatron_lite.tracking.wandb import flatten, last_rows, stable_id
+from megatron_lite.tracking.wandb import last_rows, stable_id
+from tests.distributed import PATIENCE_SECONDS
 
 pytest.importorskip("wandb")
 
 RUN = """
 import sys, time
 from pathlib import Path
-from megatron_lite.tracking import RunInfo, TrackingConfig, WandbTracker
+from megatron_lite.tracking import RunInfo, WandbConfig, WandbTracker
 folder, start, end, hang = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "hang"
-tracker = WandbTracker(TrackingConfig(kind="wandb", project="p", tags=["t"]))
+tracker = WandbTracker(WandbConfig(project="p", tags=["t"]))
 tracker.start(RunInfo(run_dir=folder, name="smoke", total_steps=12, start_step=start, config={"seed": 7}))
 for step in range(start + 1, end + 1):
     tracker.log({"step": step, "loss": 1 / step, "mfu": None})
     if step % 5 == 0:
         tracker.log({"step": step, "val_loss": {"english text": 2 / step}})
 if hang:
-    time.sleep(600)
+    time.sleep(3600)
 tracker.close("finished")
 """
 
@@ -41,7 +42,9 @@ def start(folder: Path, *arguments: object) -> subprocess.Popen[bytes]:
 def records(folder: Path) -> dict[str, list[dict]]:
     """The records of an offline run by their kind, by wandb's own reader."""
     command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(folder)]
-    out = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=60).stdout
+    out = subprocess.run(
+        command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=PATIENCE_SECONDS
+    ).stdout
     found: dict[str, list[dict]] = defaultdict(list)
     for line in out.splitlines():
         record = json.loads(line)
@@ -57,14 +60,21 @@ def history(found: dict[str, list[dict]]) -> list[dict]:
     return rows
 
 
+def rows(steps: range) -> list[dict]:
+    """What the script above logs, in the order of metrics.jsonl."""
+    training = [{"step": i, "loss": 1 / i} for i in steps]
+    validation = [{"step": i, "val_loss": {"english text": 2 / i}} for i in steps if i % 5 == 0]
+    return sorted(training + validation, key=lambda row: row["step"])
+
+
 def wait_for_rows(folder: Path, count: int) -> Path:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE_SECONDS
     while time.monotonic() < deadline:
         for run in folder.glob("wandb/offline-run-*"):
             if len(history(records(run))) >= count:
                 return run
         time.sleep(0.3)
-    raise AssertionError(f"no {count} rows in {folder} within a minute")
+    raise AssertionError(f"no {count} rows in {folder} within {PATIENCE_SECONDS:g} s")
 
 
 def test_one_run_id_through_a_kill_and_steps_that_go_back(tmp_path: Path) -> None:
@@ -74,7 +84,8 @@ def test_one_run_id_through_a_kill_and_steps_that_go_back(tmp_path: Path) -> Non
     finally:
         process.kill()  # SIGKILL
         process.wait()
-    assert start(tmp_path, 6, 12, "end").wait(timeout=60) == 0
+    (tmp_path / METRICS_FILE).write_bytes(b"".join(map(encode_row, rows(range(4, 7)))))
+    assert start(tmp_path, 6, 12, "end").wait(timeout=PATIENCE_SECONDS) == 0
     (second,) = set(tmp_path.glob("wandb/offline-run-*")) - {first}
 
     expected = (tmp_path / "wandb_id").read_text().strip()
@@ -88,59 +99,23 @@ def test_one_run_id_through_a_kill_and_steps_that_go_back(tmp_path: Path) -> Non
         assert metrics["*"]["step_metric"] == "step"
         assert "step" in metrics
 
-    def rows(steps: range) -> list[dict]:
-        training = [{"step": i, "loss": 1 / i} for i in steps]
-        validation = [{"step": i, "val_loss/english text": 2 / i} for i in steps if i % 5 == 0]
-        return sorted(training + validation, key=lambda row: row["step"])
-
-    assert history(before) == rows(range(1, 11))
-    assert history(after) == rows(range(7, 13))
+    assert history(before) == [flatten(row) for row in rows(range(1, 11))]
+    assert history(after) == [
+        flatten(row) for row in rows(range(4, 13))
+    ]  # the last minute before the checkpoint once more
     summary = {key: value for record in after["summary"] for key, value in record["update"].items()}
     assert summary["status"] == "finished"
 
 
-def test_a_resumed_run_logs_its_last_minute_once_more(tmp_path: Path) -> None:
-    """A kill loses what W&B had not written: whole runs of quick steps, where the process dies within its first second."""
-    rows: list[dict] = [{"step": step, "loss": 1.0, "step_seconds": 7.0} for step in range(1, 41)]
-    rows.insert(20, {"step": 20, "val_loss": {"a": 2.0}})
-    (tmp_path / METRICS_FILE).write_bytes(b"".join(map(encode_row, rows)))
+def test_the_last_minute_of_training_before_a_step(tmp_path: Path) -> None:
+    """What a resumed run logs again: a kill loses what W&B had not written."""
+    written: list[dict] = [{"step": step, "loss": 1.0, "step_seconds": 7.0} for step in range(1, 41)]
+    written.insert(20, {"step": 20, "val_loss": {"a": 2.0}})
+    (tmp_path / METRICS_FILE).write_bytes(b"".join(map(encode_row, written)))
     again = last_rows(tmp_path / METRICS_FILE, upto=25)
     assert [row["step"] for row in again] == [17, 18, 19, 20, 20, 21, 22, 23, 24, 25]
     assert last_rows(tmp_path / METRICS_FILE, upto=0) == []
     assert last_rows(tmp_path / "absent", upto=3) == []
-
-    assert start(tmp_path, 25, 26, "end").wait(timeout=60) == 0
-    (run,) = tmp_path.glob("wandb/offline-run-*")
-    assert [row["step"] for row in history(records(run))] == [*(row["step"] for row in again), 26]
-
-
-def test_no_failure_of_wandb_reaches_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Broken:
-        def __init__(self) -> None:
-            self.summary: dict = {}
-
-        def log(self, row: dict) -> None:
-            raise RuntimeError("the disk is full")
-
-        def finish(self, exit_code: int) -> None:
-            raise OSError("gone")
-
-    info = RunInfo(run_dir=tmp_path, name="x", total_steps=1)
-    tracker = WandbTracker(TrackingConfig(kind="wandb"))
-    monkeypatch.setitem(sys.modules, "wandb", None)  # makes the import fail
-    with pytest.warns(UserWarning, match="W&B could not start: ModuleNotFoundError.*Training goes on"):
-        tracker.start(info)
-    with warnings.catch_warnings():  # one warning is enough
-        warnings.simplefilter("error")
-        tracker.log({"step": 1})
-        tracker.close("finished")
-
-    tracker._run = Broken()
-    with pytest.warns(UserWarning, match="W&B could not log a row: RuntimeError: the disk is full"):
-        tracker.log({"step": 1})
-    tracker._run = Broken()
-    with pytest.warns(UserWarning, match="W&B could not finish: OSError: gone"):
-        tracker.close("finished")
 
 
 @pytest.mark.parametrize(
@@ -148,15 +123,10 @@ def test_no_failure_of_wandb_reaches_the_training(tmp_path: Path, monkeypatch: p
     [(None, False, "offline"), (None, True, "online"), ("offline", True, "offline"), ("disabled", False, "disabled")],
 )
 def test_mode(mode: str | None, has_key: bool, expected: str) -> None:
-    assert WandbTracker(TrackingConfig(kind="wandb", mode=mode), has_key=has_key).mode == expected
+    assert WandbTracker(WandbConfig(mode=mode), has_key=has_key).mode == expected
 
 
 def test_ids_stay_with_their_directory(tmp_path: Path) -> None:
     ids = [stable_id(tmp_path / name) for name in ("a", "b", "a")]
     assert ids[0] == ids[2] != ids[1]
     assert ids[0].isalnum()
-
-
-def test_flatten() -> None:
-    row = {"step": 3, "val_loss": {"a": 1.0, "b": {"c": 2.0}}, "mfu": None}
-    assert flatten(row) == {"step": 3, "val_loss/a": 1.0, "val_loss/b/c": 2.0}

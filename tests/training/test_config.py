@@ -16,6 +16,7 @@ from megatron_lite.config.compose import compose_config, from_dict, help_text, t
 from megatron_lite.config.errors import ConfigError
 from megatron_lite.models.config import ModelConfig
 from megatron_lite.training.config import RunConfig, compose_run, validate
+from tests.distributed import PATIENCE_SECONDS
 
 
 def test_smoke_is_typed_and_valid():
@@ -58,7 +59,9 @@ def test_help_lists_the_groups_that_the_door_takes_and_no_others():
 
 def test_help_may_be_cut_off_by_the_reader():
     command = f"{sys.executable} -m megatron_lite generate --help | true"
-    ended = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, timeout=120)
+    ended = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, timeout=PATIENCE_SECONDS
+    )
     assert (ended.returncode, ended.stderr) == (0, "")
 
 
@@ -94,7 +97,7 @@ def test_what_does_not_fit_together(overrides, world_size, message):
 
 
 @given(st.text(min_size=0, max_size=30).filter(lambda text: "\x00" not in text))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_a_prompt_is_taken_letter_by_letter(prompt):
     if len(prompt) > 1 and prompt[0] == prompt[-1] and prompt[0] in "'\"":
         return  # quoted for Hydra by the person

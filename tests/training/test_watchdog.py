@@ -15,9 +15,12 @@ import pytest
 import torch
 
 from megatron_lite.errors import TrainingFailedError
+from megatron_lite.parallel import collectives
 from megatron_lite.runtime import Runtime
+from megatron_lite.training import metrics
+from megatron_lite.training.reporting import reported
 from megatron_lite.training.status import Status
-from megatron_lite.training.trainer import Position, Trainer
+from megatron_lite.training.trainer import Position
 from megatron_lite.training.watchdog import Watchdog, WatchdogConfig, numbers, place, slow_ranks, waits_for_others
 from tests import runs
 from tests.launch import local_run
@@ -36,20 +39,30 @@ def test_numbers():
 
 
 def test_a_frame_of_ours_waits_for_nobody():
-    frame = sys._getframe()
-    assert not waits_for_others(frame)
-    assert place(frame).endswith("test_a_frame_of_ours_waits_for_nobody")
+    assert not waits_for_others(sys._getframe())
+    assert place(sys._getframe()).endswith("test_a_frame_of_ours_waits_for_nobody")
     assert not waits_for_others(None)
 
 
-@pytest.mark.parametrize(
-    ("file", "waits"),
-    [("torch/distributed/c10d.py", True), ("megatron_lite/parallel/collectives.py", True), ("torch/nn/x.py", False)],
-)
-def test_where_a_rank_waits_for_others(file, waits):
-    standing = {}
-    exec(compile("import sys\ndef stand(): return sys._getframe()", f"/somewhere/{file}", "exec"), standing)
-    assert waits_for_others(standing["stand"]()) is waits
+def frame(file: str, back: SimpleNamespace | None = None, **names: object) -> SimpleNamespace:
+    """A frame of a function in `file`."""
+    return SimpleNamespace(f_code=SimpleNamespace(co_filename=f"/somewhere/{file}"), f_globals=names, f_back=back)
+
+
+def test_a_rank_waits_for_others_in_torchs_collectives():
+    """Also when torch's wrappers are the innermost frames; code that a collective calls back works for itself."""
+    collective = frame("torch/distributed/distributed_c10d.py")
+    assert waits_for_others(collective)
+    assert waits_for_others(frame("torch/_ops.py", frame("torch/utils/_contextlib.py", collective)))
+    assert not waits_for_others(frame("torch/nn/functional.py", collective))
+    assert not waits_for_others(frame("torch/_ops.py"))
+
+
+def test_a_module_says_that_it_waits_for_others(monkeypatch):
+    monkeypatch.setitem(globals(), "WAITS_FOR_OTHER_RANKS", True)
+    assert waits_for_others(sys._getframe())
+    for module in (collectives, metrics):
+        assert module.WAITS_FOR_OTHER_RANKS
 
 
 def test_on_a_gpu_the_flight_recorder_is_that_of_nccl(tmp_path, monkeypatch):
@@ -68,24 +81,26 @@ def test_refused(key, value):
 
 
 @pytest.mark.parametrize(
-    ("spoken", "reason"), [(True, "rank 1 is stuck"), (False, "rank 0 lost another rank in train_step")]
+    ("known", "reason"), [(True, "rank 1 is stuck"), (False, "rank 0 lost another rank in train_step")]
 )
-def test_a_verdict_is_not_written_over_by_a_rank_that_it_ended(tmp_path, spoken, reason):
+def test_a_verdict_is_not_written_over_by_a_rank_that_it_ended(tmp_path, known, reason):
     """Other ranks may see the connection break before their own watchdog ends them."""
-    trainer = object.__new__(Trainer)  # only what tells of an end
-    trainer.status, trainer.position = Status(tmp_path, main_process=True), Position(step=7, consumed_samples=56)
-    trainer.watchdog = SimpleNamespace(has_spoken=lambda: spoken, phase="train_step")
-    trainer.runtime = SimpleNamespace(rank=0, job="")
-    trainer.loader = SimpleNamespace(seen=lambda consumed: {})
-    trainer.tracker = SimpleNamespace(close=lambda state: None)
-    trainer.store = SimpleNamespace(steps=lambda: [4], directory=tmp_path / "checkpoints")
+    trainer = SimpleNamespace(  # what a report needs
+        status=Status(tmp_path, main_process=True),
+        position=Position(step=7, consumed_samples=56),
+        watchdog=SimpleNamespace(has_reported=lambda: known, phase="train_step"),
+        runtime=SimpleNamespace(rank=0, job=""),
+        loader=SimpleNamespace(seen=lambda consumed: {}),
+        tracker=SimpleNamespace(close=lambda state: None),
+        store=SimpleNamespace(steps=lambda: [4], directory=tmp_path / "checkpoints"),
+    )
 
     def ended_by_another() -> None:
-        with trainer._reported():
+        with reported(trainer):
             trainer.status.write("failed", 7, "rank 1 is stuck")
             raise RuntimeError("[gloo/transport/tcp/pair.cc] Connection closed by peer")
 
-    with pytest.raises(TrainingFailedError, match="lost another rank"):
+    with pytest.raises(TrainingFailedError, match="rank 0"):
         ended_by_another()
     assert runs.status(tmp_path)["reason"].startswith(reason)
 

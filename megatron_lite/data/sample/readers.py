@@ -207,7 +207,7 @@ def _license(metadata: Message) -> str:
     classifiers = [c for c in metadata.get_all("Classifier") or [] if c.startswith("License ::")]
     if classifiers:
         return str(classifiers[0]).rsplit(" :: ", 1)[-1]
-    return str(metadata.get("License") or "see package").splitlines()[0][:60]
+    return str(metadata.get("License") or "see package").split("\n")[0][:60]
 
 
 def _messages_of(source: Source) -> Iterator[Document]:
@@ -241,7 +241,7 @@ def _translations(catalogue: str) -> Iterator[str]:
         if re.search(r"^#,.*\bfuzzy\b", entry, re.MULTILINE):
             continue
         fields = [
-            (key, "".join(ast.literal_eval(line.strip()) for line in value.strip().splitlines()))
+            (key, "".join(ast.literal_eval(line.strip()) for line in value.strip().split("\n")))
             for key, value in _ENTRY.findall(entry)
         ]
         originals = {text for key, text in fields if key.startswith("msgid")}

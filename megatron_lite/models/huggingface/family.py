@@ -10,10 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
-from megatron_lite.models.config import ModelConfig
+from megatron_lite.models.config import AttentionConfig, MlpConfig, ModelConfig, RopeConfig
 from megatron_lite.models.huggingface.rules import Rule
+from megatron_lite.models.pattern import BLOCK
 
 # Where older and newer transformers keep the same thing; always regenerated, never carried along.
 REWRITTEN = ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor", "dtype", "torch_dtype")
@@ -23,7 +25,7 @@ REWRITTEN = ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_fa
 class Family:
     """One mapping.
 
-    required: fields of ModelConfig that such a model always has, and their value.
+    required: keys of ModelConfig (dotted) that such a model always has, and their value.
     defaults: what transformers assumes for fields that config.json leaves out.
     only: fields of config.json that change the model, and the values of them that we can hold.
     """
@@ -41,17 +43,18 @@ class Family:
     def to_hf_config(self, config: ModelConfig) -> dict[str, Any]:
         """config.json for `config`, without dtype. Raises ValueError naming the key that does not fit."""
         config.validate()
-        letters = config.letters
-        if letters != "*-" * (len(letters) // 2):
+        symbols = config.symbols
+        if symbols != BLOCK * (len(symbols) // 2):
             raise ValueError(
-                f"the layers {letters!r} are no {self.architecture}, whose blocks are all '*-' (attention, "
+                f"model.pattern={symbols!r} cannot be written as {self.architecture}, which repeats {BLOCK!r} (attention, "
                 "feed-forward)"
             )
         for key, value in self.required.items():
-            if getattr(config, key) != value:
+            found = attrgetter(key)(config)
+            if found != value:
                 raise ValueError(
-                    f"model.{key}={getattr(config, key)!r} cannot be written as {self.architecture}, which "
-                    f"has {value!r}; another model.family may fit"
+                    f"model.{key}={found!r} cannot be written as {self.architecture}, which has {value!r}; another "
+                    "model.family may fit"
                 )
         head = {"architectures": [self.architecture], "model_type": self.model_type}
         return head | self.write_config(config)
@@ -107,8 +110,8 @@ def switch(hf: Mapping[str, Any], key: str) -> bool:
     return value
 
 
-def rope(hf: Mapping[str, Any], *, default_fraction: float) -> tuple[float, float]:
-    """(base, rotary fraction) from config.json: transformers 5 nests them in `rope_parameters`, older ones
+def rope(hf: Mapping[str, Any], *, default_fraction: float) -> RopeConfig:
+    """Base and rotary fraction from config.json: transformers 5 nests them in `rope_parameters`, older ones
     are flat.
 
     Raises ValueError for any kind of scaling.
@@ -123,15 +126,15 @@ def rope(hf: Mapping[str, Any], *, default_fraction: float) -> tuple[float, floa
         **flat,
         **{name: nested[name] for name in ("rope_theta", "partial_rotary_factor") if name in nested},
     }
-    return number(merged, "rope_theta"), number(merged, "partial_rotary_factor")
+    return RopeConfig(base=number(merged, "rope_theta"), fraction=number(merged, "partial_rotary_factor"))
 
 
-def head_sizes(hf: Mapping[str, Any]) -> dict[str, int]:
-    """num_heads, num_kv_heads and head_dim; the latter two may be null in config.json."""
+def attention(hf: Mapping[str, Any]) -> AttentionConfig:
+    """Heads, key-value heads and head dim; the latter two may be null in config.json."""
     heads, hidden = integer(hf, "num_attention_heads"), integer(hf, "hidden_size")
     kv_heads = heads if hf.get("num_key_value_heads") is None else integer(hf, "num_key_value_heads")
     head_dim = hidden // max(1, heads) if hf.get("head_dim") is None else integer(hf, "head_dim")
-    return {"num_heads": heads, "num_kv_heads": kv_heads, "head_dim": head_dim}
+    return AttentionConfig(heads=heads, kv_heads=kv_heads, head_dim=head_dim)
 
 
 def written_sizes(config: ModelConfig) -> dict[str, Any]:
@@ -139,29 +142,29 @@ def written_sizes(config: ModelConfig) -> dict[str, Any]:
     return {
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
-        "intermediate_size": config.ffn_size,
-        "num_hidden_layers": len(config.letters) // 2,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_size,
+        "intermediate_size": config.mlp.ffn_size,
+        "num_hidden_layers": len(config.symbols) // len(BLOCK),
+        "num_attention_heads": config.attention.heads,
+        "num_key_value_heads": config.attention.kv_heads,
+        "head_dim": config.head_dim,
         "max_position_embeddings": config.max_seq_len,
         "initializer_range": config.init_std,
         "tie_word_embeddings": config.tie_embeddings,
         # Both spellings: transformers 5 reads the nested one, older readers and other engines the flat one.
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_base},
-        "rope_theta": config.rope_base,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope.base},
+        "rope_theta": config.rope.base,
     }
 
 
-def read_sizes(hf: Mapping[str, Any]) -> dict[str, Any]:
+def read_sizes(hf: Mapping[str, Any], *, activation: str) -> dict[str, Any]:
     """The fields of ModelConfig that every family reads under the same names."""
     return {
         "num_layers": integer(hf, "num_hidden_layers"),
         "hidden_size": integer(hf, "hidden_size"),
-        "ffn_size": integer(hf, "intermediate_size"),
         "vocab_size": integer(hf, "vocab_size"),
         "max_seq_len": integer(hf, "max_position_embeddings"),
         "init_std": number(hf, "initializer_range"),
         "tie_embeddings": switch(hf, "tie_word_embeddings"),
-        **head_sizes(hf),
+        "attention": attention(hf),
+        "mlp": MlpConfig(ffn_size=integer(hf, "intermediate_size"), activation=activation),
     }

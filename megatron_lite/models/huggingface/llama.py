@@ -15,7 +15,12 @@ from megatron_lite.models.config import ModelConfig
 from megatron_lite.models.huggingface.family import Family, number, read_sizes, rope, written_sizes
 from megatron_lite.models.huggingface.rules import transformer_rules
 
-REQUIRED: dict[str, Any] = {"norm": "rmsnorm", "activation": "swiglu", "rotary_fraction": 1.0}
+REQUIRED: dict[str, Any] = {
+    "norm": "rmsnorm",
+    "mlp.activation": "swiglu",
+    "rope.fraction": 1.0,
+    "linear_bias": False,
+}
 SHARED_DEFAULTS: dict[str, Any] = {
     "vocab_size": 32000,
     "hidden_size": 4096,
@@ -32,11 +37,10 @@ SHARED_DEFAULTS: dict[str, Any] = {
 
 def write_llama(config: ModelConfig) -> dict[str, Any]:
     """config.json's fields for LlamaForCausalLM."""
-    if config.hidden_size % config.num_heads:
+    if config.hidden_size % config.attention.heads:
         raise ValueError(
-            f"model.hidden_size={config.hidden_size} does not divide by model.num_heads={config.num_heads}, "
-            "which LlamaForCausalLM insists on; model.family=mistral writes the same model as "
-            "MistralForCausalLM"
+            f"model.hidden_size={config.hidden_size} does not divide by model.attention.heads={config.attention.heads}, which "
+            "LlamaForCausalLM insists on; model.family=mistral writes the same model as MistralForCausalLM"
         )
     biases = {"attention_bias": False, "mlp_bias": False}
     return written_sizes(config) | _common(config) | biases
@@ -53,19 +57,25 @@ def _common(config: ModelConfig) -> dict[str, Any]:
 
 def read_config(hf: Mapping[str, Any], *, family: str) -> ModelConfig:
     """The model of a config.json."""
-    base, fraction = rope(hf, default_fraction=1.0)
-    if fraction != 1.0:
+    found = rope(hf, default_fraction=1.0)
+    if found.fraction != 1.0:
         raise ValueError(
-            f"config.json: partial_rotary_factor={fraction} cannot be held by family {family!r} (only 1.0)"
+            f"config.json: partial_rotary_factor={found.fraction} cannot be held by family {family!r} (only 1.0)"
         )
-    return ModelConfig(family=family, norm_eps=number(hf, "rms_norm_eps"), rope_base=base, **REQUIRED, **read_sizes(hf))
+    return ModelConfig(
+        family=family,
+        norm=REQUIRED["norm"],
+        norm_eps=number(hf, "rms_norm_eps"),
+        rope=found,
+        **read_sizes(hf, activation=REQUIRED["mlp.activation"]),
+    )
 
 
 LLAMA = Family(
     name="llama",
     model_type="llama",
     architecture="LlamaForCausalLM",
-    required=REQUIRED | {"linear_bias": False},
+    required=REQUIRED,
     defaults=SHARED_DEFAULTS
     | {
         "intermediate_size": 11008,
@@ -89,7 +99,7 @@ MISTRAL = Family(
     name="mistral",
     model_type="mistral",
     architecture="MistralForCausalLM",
-    required=REQUIRED | {"linear_bias": False},
+    required=REQUIRED,
     defaults=SHARED_DEFAULTS
     | {
         "intermediate_size": 14336,

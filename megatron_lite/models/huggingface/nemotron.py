@@ -13,20 +13,20 @@ from megatron_lite.models.config import ModelConfig
 from megatron_lite.models.huggingface.family import Family, number, read_sizes, rope, written_sizes
 from megatron_lite.models.huggingface.rules import transformer_rules
 
-REQUIRED: dict[str, Any] = {"norm": "layernorm1p", "activation": "squared_relu"}
+REQUIRED: dict[str, Any] = {"norm": "layernorm1p", "mlp.activation": "squared_relu", "linear_bias": False}
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
     """config.json's fields."""
     if config.rotary_dim == 0:
         raise ValueError(
-            f"model.rotary_fraction={config.rotary_fraction} rotates nothing, and NemotronForCausalLM "
+            f"model.rope.fraction={config.rope.fraction} rotates nothing, and NemotronForCausalLM "
             "always rotates some dimensions; use at least 2 of a head's"
         )
     sizes = written_sizes(config)
-    sizes["rope_parameters"]["partial_rotary_factor"] = config.rotary_fraction
+    sizes["rope_parameters"]["partial_rotary_factor"] = config.rope.fraction
     return sizes | {
-        "partial_rotary_factor": config.rotary_fraction,
+        "partial_rotary_factor": config.rope.fraction,
         "hidden_act": "relu2",
         "norm_eps": config.norm_eps,
         "attention_bias": False,
@@ -37,14 +37,12 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
 
 def read_config(hf: Mapping[str, Any]) -> ModelConfig:
     """The model of a config.json."""
-    base, fraction = rope(hf, default_fraction=0.5)
     return ModelConfig(
         family="nemotron4",
         norm_eps=number(hf, "norm_eps"),
-        rope_base=base,
-        rotary_fraction=fraction,
-        **REQUIRED,
-        **read_sizes(hf),
+        norm=REQUIRED["norm"],
+        rope=rope(hf, default_fraction=0.5),
+        **read_sizes(hf, activation=REQUIRED["mlp.activation"]),
     )
 
 
@@ -52,7 +50,7 @@ NEMOTRON4 = Family(
     name="nemotron4",
     model_type="nemotron",
     architecture="NemotronForCausalLM",
-    required=REQUIRED | {"linear_bias": False},
+    required=REQUIRED,
     defaults={
         "vocab_size": 256000,
         "hidden_size": 6144,

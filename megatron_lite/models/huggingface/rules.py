@@ -73,8 +73,8 @@ def vocabulary(native: str, hf: str, *, config: ModelConfig) -> Rule:
 
 def fused_qkv(native: str, hf: Sequence[str], *, config: ModelConfig) -> Rule:
     """Group-major rows <-> three matrices (rows, D)."""
-    groups, head = config.num_kv_heads, config.head_size
-    queries = config.num_heads // groups * head
+    groups, head = config.attention.kv_heads, config.head_dim
+    queries = config.attention.heads // groups * head
     sizes = (queries, head, head)  # rows of q, k and v in a group
     runs = [Run(part, group * size, size) for group in range(groups) for part, size in enumerate(sizes)]
     return Rule(native, tuple(hf), lambda rows: runs)
@@ -83,14 +83,14 @@ def fused_qkv(native: str, hf: Sequence[str], *, config: ModelConfig) -> Rule:
 def transformer_rules(config: ModelConfig) -> list[Rule]:
     """Rules for blocks `*-` with the names that Llama, Mistral and Nemotron share."""
     norm_parts = ("weight",) if config.norm == "rmsnorm" else ("weight", "bias")
-    projections = ("gate", "up", "down") if config.activation == "swiglu" else ("up", "down")
+    projections = ("gate", "up", "down") if config.mlp.activation == "swiglu" else ("up", "down")
     rules = [vocabulary("embedding.weight", "model.embed_tokens.weight", config=config)]
-    for block in range(len(config.letters) // 2):
+    for block in range(len(config.symbols) // 2):
         attention, mlp, hf = f"layers.{2 * block}", f"layers.{2 * block + 1}", f"model.layers.{block}"
         for part in norm_parts:
             rules.append(renamed(f"{attention}.norm.{part}", f"{hf}.input_layernorm.{part}"))
             rules.append(renamed(f"{mlp}.norm.{part}", f"{hf}.post_attention_layernorm.{part}"))
-        names = [f"{hf}.self_attn.{letter}_proj.weight" for letter in "qkv"]
+        names = [f"{hf}.self_attn.{part}_proj.weight" for part in "qkv"]
         rules.append(fused_qkv(f"{attention}.mixer.qkv.weight", names, config=config))
         rules.append(renamed(f"{attention}.mixer.out.weight", f"{hf}.self_attn.o_proj.weight"))
         for name in projections:

@@ -63,5 +63,5 @@ _asked = {key: value for key, value in os.environ.items() if key.startswith(("SL
 _rank = os.environ.get("RANK")
 _first = os.environ.get("SLURM_RESTART_COUNT", "0") == "0" and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
 _meant = _rank is not None and _asked.get("SLOW_RANK", _rank) == _rank
-if _asked and _first and _meant and "megatron_lite.commands.train" in sys.orig_argv:
+if _asked and _first and _meant and {"megatron_lite", "train"} <= set(sys.orig_argv):
     _apply(_asked)

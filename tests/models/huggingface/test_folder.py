@@ -40,7 +40,7 @@ def exported(nemotron, loud, tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("max_shard_bytes", [1, 20_000, 1 << 30])
-@pytest.mark.parametrize("changes", [{}, {"num_kv_heads": 1, "tie_embeddings": True}])
+@pytest.mark.parametrize("changes", [{}, {"attention.kv_heads": 1, "tie_embeddings": True}])
 def test_native_hf_native_hf_is_byte_stable(nemotron, loud, tmp_path, dtype, max_shard_bytes, changes):
     config = nemotron(**changes)
     tensors = native(loud(config).to(dtype))
@@ -68,7 +68,7 @@ def test_native_hf_native_hf_is_byte_stable(nemotron, loud, tmp_path, dtype, max
 def test_config_survives(nemotron, llama, loud, tmp_path):
     configs = [
         nemotron(vocab_multiple=128, init_std=0.0134),
-        llama(vocab_multiple=128, norm_eps=1e-6, rope_base=1e6),
+        llama(**{"vocab_multiple": 128, "norm_eps": 1e-6, "rope.base": 1e6}),
         llama(vocab_multiple=128, family="mistral", tie_embeddings=True),
     ]
     for index, config in enumerate(configs):
@@ -107,19 +107,20 @@ def test_token_ids_and_other_fields_are_kept(exported, tmp_path):
 
 STREAM = """
 import resource, sys, torch
-from megatron_lite.models import ModelConfig
+from dataclasses import replace
 from megatron_lite.models.huggingface import export_folder, open_folder
 from megatron_lite.models.huggingface.export import expected_shapes
+from tests.model_configs import model_config
 torch.set_num_threads(1)
-config = ModelConfig(family="nemotron4", num_layers=16, hidden_size=512, num_heads=8, num_kv_heads=2,
-                     ffn_size=3072, vocab_size=1000, max_seq_len=64, rotary_fraction=0.5)
+config = model_config({"family": "nemotron4", "num_layers": 16, "hidden_size": 512, "attention.heads": 8, "attention.kv_heads": 2,
+                       "mlp.ffn_size": 3072, "vocab_size": 1000, "max_seq_len": 64, "rope.fraction": 0.5})
 class Lazy(dict):
     def __getitem__(self, name):
         return torch.full(super().__getitem__(name), 0.5)
 lazy = Lazy(expected_shapes(config))
 megabytes = sum(shape.numel() for shape in lazy.values()) * 4 >> 20
 assert megabytes > 230, megabytes
-small = ModelConfig(**{**vars(config), "num_layers": 1})
+small = replace(config, num_layers=1)
 export_folder(sys.argv[1] + "/warm", config=small, tensors=Lazy(expected_shapes(small)), max_shard_bytes=1 << 20)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 export_folder(sys.argv[1] + "/a", config=config, tensors=lazy, max_shard_bytes=16 << 20)
@@ -149,7 +150,7 @@ BAD_FIELDS = [
     ({"hidden_size": "48"}, "hidden_size='48' must be a whole number"),
     ({"norm_eps": None}, "norm_eps=None must be a number"),
     ({"tie_word_embeddings": "no"}, "tie_word_embeddings='no' must be true or false"),
-    ({"num_key_value_heads": 3}, "num_kv_heads=3"),
+    ({"num_key_value_heads": 3}, "attention.kv_heads=3"),
     ({"num_hidden_layers": 0}, "num_layers=0"),
     ({"hidden_size": 56}, "has shape"),
     ({"num_hidden_layers": 3}, r"missing \['model.layers.2"),
@@ -198,7 +199,7 @@ def test_older_config_fields_are_read(exported):
     del content["rope_parameters"]
     path.write_text(json.dumps(content | {"rope_theta": 123.0, "partial_rotary_factor": 1.0, "head_dim": None}))
     after = open_folder(exported).config
-    assert (after.rope_base, after.rotary_fraction) == (123.0, 1.0)
+    assert (after.rope.base, after.rope.fraction) == (123.0, 1.0)
     assert (after.head_dim, before.head_dim) == (12, 12)
 
 
@@ -288,10 +289,10 @@ def test_quantised_weights_are_refused(exported):
     [
         ({"family": "bert"}, "model.family='bert' is not one of nemotron4, llama, mistral"),
         ({"norm": "rmsnorm"}, "model.norm='rmsnorm' cannot be written as NemotronForCausalLM"),
-        ({"activation": "swiglu"}, "model.activation='swiglu'"),
+        ({"mlp.activation": "swiglu"}, "model.mlp.activation='swiglu'"),
         ({"linear_bias": True}, "model.linear_bias=True"),
-        ({"pattern": "*--", "num_layers": None}, r"the layers '\*--' are no NemotronForCausalLM"),
-        ({"rotary_fraction": 0.0}, "model.rotary_fraction=0.0"),
+        ({"pattern": "*--", "num_layers": None}, r"model.pattern='\*--' cannot be written as NemotronForCausalLM"),
+        ({"rope.fraction": 0.0}, "model.rope.fraction=0.0"),
         ({"family": "llama"}, "model.norm='layernorm1p' cannot be written as LlamaForCausalLM"),
     ],
 )

@@ -19,17 +19,20 @@ from megatron_lite.tensor_files import WholeTensors
 
 CASES = {
     "nemotron": ("nemotron", {}),
-    "nemotron one kv head, head_dim not hidden/heads": ("nemotron", {"num_kv_heads": 1, "head_dim": 20}),
-    "nemotron every head its own kv": ("nemotron", {"num_kv_heads": 4, "vocab_size": 97}),
-    "nemotron hidden not divisible": ("nemotron", {"hidden_size": 50, "num_heads": 3, "num_kv_heads": 3}),
-    "nemotron quarter rotary": ("nemotron", {"head_dim": 16, "rotary_fraction": 0.25}),
-    "nemotron full rotary, other base": ("nemotron", {"rotary_fraction": 1.0, "rope_base": 500.0}),
+    "nemotron one kv head, head_dim not hidden/heads": (
+        "nemotron",
+        {"attention.kv_heads": 1, "attention.head_dim": 20},
+    ),
+    "nemotron every head its own kv": ("nemotron", {"attention.kv_heads": 4, "vocab_size": 97}),
+    "nemotron hidden not divisible": ("nemotron", {"hidden_size": 50, "attention.heads": 3, "attention.kv_heads": 3}),
+    "nemotron quarter rotary": ("nemotron", {"attention.head_dim": 16, "rope.fraction": 0.25}),
+    "nemotron full rotary, other base": ("nemotron", {"rope.fraction": 1.0, "rope.base": 500.0}),
     "nemotron tied, large eps": ("nemotron", {"tie_embeddings": True, "norm_eps": 0.1}),
     "llama": ("llama", {}),
-    "llama tied, one kv head": ("llama", {"tie_embeddings": True, "num_kv_heads": 1}),
-    "llama head_dim not hidden/heads": ("llama", {"head_dim": 10, "norm_eps": 0.1, "vocab_size": 99}),
+    "llama tied, one kv head": ("llama", {"tie_embeddings": True, "attention.kv_heads": 1}),
+    "llama head_dim not hidden/heads": ("llama", {"attention.head_dim": 10, "norm_eps": 0.1, "vocab_size": 99}),
     "mistral": ("llama", {"family": "mistral"}),
-    "mistral hidden not divisible": ("llama", {"family": "mistral", "hidden_size": 50, "num_heads": 6}),
+    "mistral hidden not divisible": ("llama", {"family": "mistral", "hidden_size": 50, "attention.heads": 6}),
 }
 
 

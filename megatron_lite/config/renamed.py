@@ -1,0 +1,66 @@
+"""Keys that have been renamed: old dotted key -> new dotted key, for old checkpoints, old YAML files and old habits.
+
+Pure data and pure functions. A stored config is brought up to date silently (`upgraded`); a person who types an old key is told the
+new one (`renamed_key`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+RENAMED: dict[str, str] = {
+    "model.num_heads": "model.attention.heads",
+    "model.num_kv_heads": "model.attention.kv_heads",
+    "model.head_dim": "model.attention.head_dim",
+    "model.rope_base": "model.rope.base",
+    "model.rotary_fraction": "model.rope.fraction",
+    "model.ffn_size": "model.mlp.ffn_size",
+    "model.activation": "model.mlp.activation",
+}
+# Old dotted key -> what to do instead.
+DROPPED: dict[str, str] = {
+    "model.unit": "model.num_layers counts blocks of '*-', and model.pattern spells the layers of any other model",
+}
+
+
+def upgraded(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """A whole config as an older version stored it, under the keys of today; `tree` itself stays as it is."""
+    new = _copied(tree)
+    for old, name in RENAMED.items():
+        section, key = _section(new, old)
+        if section is not None and key in section:
+            value = section.pop(key)
+            *path, last = name.split(".")
+            target = new
+            for part in path:
+                target = target.setdefault(part, {})
+            target[last] = value
+    model = new.get("model")
+    unit = model.pop("unit", None) if isinstance(model, dict) else None
+    if unit not in (None, "*-") and model.get("pattern") is None:
+        model |= {"pattern": unit * model["num_layers"], "num_layers": None}
+    return new
+
+
+def renamed_key(key: str) -> str | None:
+    """What became of a dotted key, in a sentence; None for a key that was never renamed."""
+    for old, new in RENAMED.items():
+        if key == old or key.startswith(f"{old}."):
+            return f"{key} is now {new}{key[len(old) :]}"
+    return f"{key} is gone: {DROPPED[key]}" if key in DROPPED else None
+
+
+def _copied(tree: Any) -> Any:
+    return {key: _copied(value) for key, value in tree.items()} if isinstance(tree, Mapping) else tree
+
+
+def _section(tree: dict[str, Any], dotted: str) -> tuple[dict[str, Any] | None, str]:
+    """The innermost dict that would hold the dotted key, None where it is missing, and the key's last part."""
+    *path, last = dotted.split(".")
+    for part in path:
+        inner = tree.get(part)
+        if not isinstance(inner, dict):
+            return None, last
+        tree = inner
+    return tree, last
