@@ -49,11 +49,11 @@ class EvaluateConfig:
         """Raise ValueError naming the key if a value is invalid."""
         if self.micro_batch_size < 1:
             raise ValueError(f"micro_batch_size={self.micro_batch_size} must be at least 1")
+        if self.engine.name != "fsdp":
+            raise ValueError(f"engine={self.engine.name} only trains; evaluate with engine=fsdp")
         for section in (self.data, self.precision, self.engine):
             section.validate()
         self.parallel.validate(world_size)
-        if self.engine.name != "fsdp":
-            raise ValueError(f"engine={self.engine.name} only trains; evaluate with engine=fsdp")
         if world_size == 1 and self.engine.cpu_offload:
             raise ValueError("engine.cpu_offload=true needs two processes or more; drop it")
 
