@@ -22,7 +22,7 @@ from megatron_lite.commands.ranks import all_ranks
 from megatron_lite.data.config import DataConfig
 from megatron_lite.data.loader import validation_batches
 from megatron_lite.data.source import Source, open_validation
-from megatron_lite.engine.fsdp import FsdpConfig, computing
+from megatron_lite.engine.fsdp import computing
 from megatron_lite.objectives.next_token import NextToken
 from megatron_lite.parallel.assemble import assemble, from_tensors
 from megatron_lite.parallel.mesh import Mesh, ParallelConfig, sum_over
@@ -42,7 +42,7 @@ class EvaluateConfig:
     data: DataConfig = field(default_factory=DataConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    engine: Any = field(default_factory=FsdpConfig)  # an `EngineConfig`, chosen by its group
+    engine: Any = None  # an `EngineConfig`, chosen by its group
     micro_batch_size: int = 8
     json: bool = False
 
@@ -50,6 +50,8 @@ class EvaluateConfig:
         """Raise ValueError naming the key if a value is invalid."""
         if self.micro_batch_size < 1:
             raise ValueError(f"micro_batch_size={self.micro_batch_size} must be at least 1")
+        if self.engine.name != "fsdp":
+            raise ValueError(f"engine={self.engine.name} only trains; evaluate with engine=fsdp")
         for section in (self.data, self.precision, self.engine):
             section.validate()
         self.parallel.validate(world_size)

@@ -20,6 +20,9 @@ RENAMED: dict[str, str] = {
 }
 # Old dotted key -> what to do instead.
 DROPPED: dict[str, str] = {
+    "engine.kind": "choose the engine by its group: engine=fsdp or engine=deepspeed",
+    "objective.kind": "choose the objective by its group: objective=next_token",
+    "objective.options": "an objective's settings are keys of its own: objective.<setting>",
     "model.unit": "model.num_layers counts blocks of '*-', and model.pattern spells the layers of any other model",
 }
 

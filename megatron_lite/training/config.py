@@ -79,7 +79,7 @@ class RunConfig:
     engine: Any = None  # an `EngineConfig`, chosen by its group
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
-    objective: Any = field(default_factory=NextTokenConfig)  # an `ObjectiveConfig`, chosen by its group
+    objective: Any = None  # an `ObjectiveConfig`, chosen by its group
     profile: ProfileConfig = field(default_factory=ProfileConfig)
     watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
     init_from: InitFromSection = field(default_factory=InitFromSection)
