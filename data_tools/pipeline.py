@@ -62,7 +62,7 @@ class Pipeline:
         lines = None
         if settings.enabled:
             lines = self._add("normalize", "lines", asdict(settings), lambda n, f: CountLinesStep(n, f, settings, read))
-        key = "" if settings.enabled else asdict(settings)
+        key: Any = "" if settings.enabled else asdict(settings)
         normalized = self._add("normalize", "normalize", key, lambda n, f: NormalizeStep(n, f, settings, read, lines))
         corpus = Corpus(normalized)
         if recipe.filter.enabled:

@@ -84,7 +84,7 @@ class DeepSpeedConfig:
                 materialize(part)
                 for parameter in part.parameters():
                     if dtype is not torch.float32:
-                        parameter.exact_rows = own_rows(parameter.detach(), unit).clone()  # type: ignore[attr-defined]
+                        parameter.exact_rows = own_rows(parameter.detach(), unit).clone()
                         parameter.data = parameter.data.to(dtype)  # `zero.Init` would shard and compute in fp32
                 if self.zero_stage == 3:
                     deepspeed.zero.Init(module=part, data_parallel_group=unit.get_data_parallel_group(), **settings)
