@@ -241,8 +241,10 @@ def test_a_parameter_that_computes_in_fp32(name: str) -> None:
     for got in run_ranks(world_size, train_scaled, case):
         assert [weight.dtype for weight in got[2]] == [torch.float32] * 3
         assert torch.equal(got[2][0], seen[0])
-        # DeepSpeed rounds the gradient of this weight to bf16, as it does all gradients; Adam makes a step of lr = 1e-3 of it
-        torch.testing.assert_close(torch.stack(got[2]), torch.stack(seen), rtol=0, atol=1e-5)
+        # DeepSpeed rounds the parts of this weight's gradient to bf16, as it does all gradients. Where they cancel, Adam's step of
+        # 1e-3 notices (3e-5 was seen); the weight itself rounded would be off by up to 2^-9 |w|, 20 times the tolerance.
+        rounding = 2e-4 if case.engine.get("kind") == "deepspeed" else 1e-5
+        torch.testing.assert_close(torch.stack(got[2]), torch.stack(seen), rtol=0, atol=rounding)
         assert got[0] == pytest.approx(losses, rel=1e-5)
         assert got[1] == pytest.approx(norms, rel=1e-4)
 
