@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 import torch
 
 from megatron_lite.checkpoint.store import CheckpointConfig, CheckpointStore
+from megatron_lite.parallel.mesh import Mesh
 from megatron_lite.training.build import build_engine
 from megatron_lite.training.config import compose_run
 
@@ -50,7 +51,7 @@ class SlowFile:
 def step_times(*, background: bool) -> list[float]:
     """Seconds of each step, its save included."""
     run = compose_run(["experiment=smoke"])
-    engine = build_engine(run, None, torch.device("cpu"))
+    engine = build_engine(run, Mesh())
     size = sum(piece.local.nbytes for piece in engine.state().tensors.values())
     tokens = torch.randint(0, run.model.vocab_size, (1, 257))
     batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "loss_mask": torch.ones(1, 256, dtype=torch.bool)}

@@ -39,6 +39,7 @@ from torch.profiler import ProfilerActivity, profile
 from megatron_lite.engine.deepspeed import DeepSpeedConfig
 from megatron_lite.engine.fsdp import FsdpConfig
 from megatron_lite.models.config import AttentionConfig, MlpConfig, ModelConfig
+from megatron_lite.objectives.next_token import NextTokenConfig
 from megatron_lite.parallel.mesh import ParallelConfig
 from megatron_lite.precision.dtypes import PrecisionConfig
 from megatron_lite.training.build import build_engine, build_grid
@@ -108,8 +109,8 @@ def measure(rank: int, ranks: int, mode: Mode, options: argparse.Namespace, fold
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=ranks)
     run = run_config(mode, ranks, options)
-    mesh = build_grid(run, world_size=ranks, device_type="cpu")
-    engine = build_engine(run, mesh, torch.device("cpu"))
+    mesh = build_grid(run.parallel, run.engine, world_size=ranks, device=torch.device("cpu"))
+    engine = build_engine(run, mesh)
     draw = torch.Generator().manual_seed(rank)
     words = torch.randint(1, VOCABULARY, (options.micro_batch, LENGTH + 1), generator=draw)
     batch = {
@@ -142,7 +143,13 @@ def run_config(mode: Mode, ranks: int, options: argparse.Namespace) -> RunConfig
         vocab_size=VOCABULARY, max_seq_len=LENGTH,
     )  # fmt: skip
     parallel = ParallelConfig(tp=ranks if mode.tp else 1, recompute=options.recompute)
-    return RunConfig(model=model, engine=mode.engine, parallel=parallel, precision=PrecisionConfig(options.precision))
+    return RunConfig(
+        model=model,
+        engine=mode.engine,
+        parallel=parallel,
+        objective=NextTokenConfig(),
+        precision=PrecisionConfig(options.precision),
+    )
 
 
 def storages() -> dict[int, int]:

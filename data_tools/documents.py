@@ -1,7 +1,7 @@
 """Documents between the stages: shards of zstd-compressed JSON lines, and lists of dropped documents beside them.
 
 Only `read` and `normalize` write text. Every later stage writes *which* documents it drops, so a filter or a deduplication
-costs a few bytes a document on disk, and a changed threshold does not copy the corpus again.
+costs a few bytes per document on disk, and a changed threshold does not copy the corpus again.
 
 Notable features:
 - a document's *ordinal* is its number over all shards in recipe order: shard offset + row. "The first copy stays" means
@@ -32,7 +32,7 @@ HASH_RANGE = 1 << 64
 
 @dataclass(slots=True)
 class Document:
-    """One text and what is known of it. `kind` is "prose" or "code"; `dataset` names the .bin/.idx pair it goes to."""
+    """One text and what is known about it. `kind` is "prose" or "code"; `dataset` names the .bin/.idx pair that it is written to."""
 
     text: str
     id: str
@@ -45,7 +45,7 @@ class Document:
 
 
 class ShardWriter:
-    """Writes one shard; visible under its name only when whole. Use as a context manager."""
+    """Writes one shard, which appears under its final name only when complete. Use as a context manager."""
 
     def __init__(self, path: Path) -> None:
         self.documents = 0
@@ -77,7 +77,7 @@ class ShardWriter:
 
 
 def read_shard(path: Path, skip: np.ndarray | None = None) -> Iterator[tuple[int, Document]]:
-    """(row, document) of a shard, leaving out the rows in `skip`."""
+    """(row, document) of one shard without the rows in `skip`."""
     skipped = set() if skip is None else set(skip.tolist())
     with path.open("rb") as raw, zstandard.ZstdDecompressor().stream_reader(raw) as stream:
         for row, line in enumerate(io.BufferedReader(stream, 1 << 20)):
@@ -87,7 +87,7 @@ def read_shard(path: Path, skip: np.ndarray | None = None) -> Iterator[tuple[int
 
 @dataclass
 class Corpus:
-    """The normalized shards, their document counts, and the folders of the stages that dropped documents so far."""
+    """The normalized shards, their document counts, and the folders of the stages that have dropped documents so far."""
 
     folder: Path
     dropped_by: Sequence[Path] = field(default_factory=list)
@@ -116,7 +116,7 @@ class Corpus:
         return sizes
 
     def summarize(self) -> None:
-        """Write offsets and sizes once, so that a task need not read every other task's counts."""
+        """Write offsets and sizes once, so that no task has to read the counts of all others."""
         write_json(self.folder / SOURCES, self.bytes_by_source())
         write_array(self.folder / OFFSETS, self.offsets())
 
@@ -135,20 +135,20 @@ class Corpus:
         return np.unique(np.concatenate(rows))
 
     def read(self, shard: int) -> Iterator[tuple[int, Document]]:
-        """(row, document) of the documents of `shard` that are still in."""
+        """(row, document) of the documents of `shard` that no stage has dropped."""
         return read_shard(self.shards()[shard], self.dropped_rows(shard))
 
 
 def stats_path(folder: Path, rank: int) -> Path:
-    """Where a task leaves its counts."""
+    """The file with the counts of one task."""
     return folder / f"{rank:05d}.stats.json"
 
 
 def drop_path(folder: Path, shard: int) -> Path:
-    """Where a stage leaves the rows of one shard that it drops."""
+    """The file with the rows of one shard that a stage drops."""
     return folder / f"{shard:05d}.drop.npy"
 
 
 def is_held_out(document: Document, share: float) -> bool:
-    """Whether a document belongs to validation: by its text alone, so equal texts are always on one side."""
+    """Whether a document is held out for validation. Decided by its text alone, so equal texts get the same answer."""
     return xxhash.xxh3_64_intdigest(document.text.encode(), seed=1) < share * HASH_RANGE

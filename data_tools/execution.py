@@ -1,9 +1,9 @@
 """Steps on datatrove's executors: this machine, Slurm or Ray, with the same tasks, the same marks and the same bytes.
 
 Notable features:
-- datatrove marks every finished task by a file; a killed run finds them and goes on with the others
-- local workers are forked from a clean server process and end when the command does, however it ends
-- the command shows progress by reading the tasks' own small files, which works on a cluster's shared disk as well
+- datatrove marks every finished task by a file; after a kill, the same command continues with the remaining tasks
+- local workers are forked from a clean server process and end with the command, however it ends
+- progress is read from small files of the tasks, which also works on the shared disk of a cluster
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ DONE = "DONE.json"
 
 
 class RunStep(PipelineStep):
-    """One of our steps as a datatrove pipeline of one block; a refusal is written where the command finds it."""
+    """One of our steps as a datatrove pipeline of one block. A task's error message is written to a file that the command reads."""
 
     type = "megatron_lite"
 
@@ -44,7 +44,7 @@ class RunStep(PipelineStep):
         self.step = step
 
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Iterator[Any]:
-        """Do task `rank`."""
+        """Run task `rank`."""
         folder = self.step.folder
         try:
             with self.track_time():
@@ -59,7 +59,7 @@ class RunStep(PipelineStep):
 
 
 class LocalExecutor(LocalPipelineExecutor):
-    """datatrove's local executor with its messages in a file, and workers that do not outlive a killed command."""
+    """datatrove's local executor, logging to a file, with workers that do not outlive a killed command."""
 
     def run(self) -> None:
         """Run the tasks that are not marked as finished."""
@@ -70,11 +70,11 @@ class LocalExecutor(LocalPipelineExecutor):
             with log.open("a") as file, contextlib.redirect_stderr(file):
                 for rank in ranks:
                     self._run_for_rank(rank)
-            setup_default_logger()  # datatrove's logger had taken the file for standard error
+            setup_default_logger()  # datatrove's logger holds the file as its standard error
             return
         context = multiprocess.get_context("forkserver")
         context.set_forkserver_preload(["data_tools.pipeline"])
-        # A single task has a process of its own too: what training a tokenizer took is given back with it.
+        # A single task also runs in its own process: the memory that training a tokenizer took is freed with it.
         workers = min(self.workers, len(ranks))
         with context.Pool(workers, _start_worker, (str(log), os.getpid(), workers)) as pool:
             for _ in pool.imap_unordered(self._run_for_rank, ranks):
@@ -82,9 +82,11 @@ class LocalExecutor(LocalPipelineExecutor):
 
 
 def _start_worker(log: str, command: int, workers: int) -> None:
-    # A tokenizer starts a thread for every core: with several workers they would take turns on the same ones.
+    # A tokenizer starts one thread per core; several workers would compete for the same cores.
     os.environ["RAYON_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // workers))
-    with contextlib.suppress(OSError):  # a full disk is told by the task; a worker that cannot start is started forever
+    with contextlib.suppress(
+        OSError
+    ):  # the task reports a full disk; the pool restarts a worker that fails here forever
         sys.stderr = open(log, "a", buffering=1)  # noqa: SIM115  (for the life of the process)
 
     def watch() -> None:
@@ -102,7 +104,7 @@ def run_step(step: Step, executor: ExecutorConfig, console: Console) -> float:
     """Run what is left of `step` and return the seconds it took; 0 when it was finished before.
 
     Raises:
-        ValueError: a task refused its input (its own message), or did not finish.
+        ValueError: a task rejected its input (with its own message), or did not finish.
     """
     if (step.folder / DONE).exists():
         return 0.0
@@ -121,8 +123,10 @@ def run_step(step: Step, executor: ExecutorConfig, console: Console) -> float:
                 engine.run()
                 if executor.kind == "slurm":
                     _wait(step, engine, executor)
-                if engine.get_incomplete_ranks(range(tasks)):  # Ray goes on when a task fails
-                    raise ValueError(_refusals(step) or f"{step.name}: tasks are left; logs: {step.folder / 'logs'}")
+                if engine.get_incomplete_ranks(range(tasks)):  # Ray continues when a task fails
+                    raise ValueError(
+                        _refusals(step) or f"{step.name}: tasks are unfinished; logs: {step.folder / 'logs'}"
+                    )
             except Exception as error:
                 if refusals := _refusals(step):
                     raise ValueError(refusals) from None
@@ -173,7 +177,7 @@ def _refusals(step: Step) -> str:
 
 
 def _wait(step: Step, engine: Any, executor: ExecutorConfig) -> None:
-    """Until every task of a Slurm job is marked; a refused task or a job that is gone with tasks left ends the wait."""
+    """Wait until every task of a Slurm job is marked as finished. Ends early if a task failed or the job disappeared."""
     gone = 0
     while engine.get_incomplete_ranks(skip_completed=True):
         if refusals := _refusals(step):
@@ -181,8 +185,8 @@ def _wait(step: Step, engine: Any, executor: ExecutorConfig) -> None:
         gone = gone + 1 if not _queued(engine.job_id) else 0
         if gone > 2:
             raise WorkFailedError(
-                f"{step.name}: Slurm job {engine.job_id} ended with tasks left; its output is in {engine.slurm_logs_folder}. The "
-                "same command goes on with the unfinished tasks"
+                f"{step.name}: Slurm job {engine.job_id} ended with unfinished tasks; its output is in {engine.slurm_logs_folder}. The "
+                "same command continues with the unfinished tasks"
             )
         time.sleep(executor.poll_seconds)
 
@@ -196,7 +200,7 @@ def _queued(job: str) -> bool:
 
 @contextlib.contextmanager
 def _shown(step: Step, tasks: int, console: Console) -> Iterator[None]:
-    """A progress bar (a plain line where there is no terminal) until the block ends."""
+    """A progress bar until the block ends; nothing where there is no terminal."""
     if not console.is_terminal:
         yield
         return

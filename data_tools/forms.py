@@ -27,6 +27,7 @@ HEAD_BYTES = 1 << 16
 JSONL = (".jsonl", ".json", ".ndjson", ".jl")
 PARQUET = (".parquet", ".pq", ".parq")
 COMPRESSED = (".gz", ".zst", ".zstd", ".bz2", ".xz", ".lzma")
+MAX_WINDOW = 1 << 31  # of zstd, as `zstd --long=31` makes it
 READ_ERRORS = (EOFError, OSError, zlib.error, lzma.LZMAError, zstandard.ZstdError)
 
 _BY_DATASETS = "read it with type=datasets, path={builder} and data_files=<the files>"
@@ -222,7 +223,7 @@ class _ZstdStream(io.RawIOBase):
                     raise EOFError("the compressed stream ends without its end mark")
                 return 0
             if self._decoder is None or self._decoder.eof:
-                self._decoder = zstandard.ZstdDecompressor().decompressobj()
+                self._decoder = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW).decompressobj()
             self._ready = memoryview(self._decoder.decompress(data))
         count = min(len(buffer), len(self._ready))
         buffer[:count] = self._ready[:count]

@@ -1,10 +1,10 @@
 """The command: `python -m megatron_lite inspect data=<name>` shows what a run will read, before it runs.
 
-Shown: weights and epochs of every source at a token budget, the phases, the first samples' places, and decoded samples with their
-document boundaries; a table on the terminal and a picture. `--config-dir <corpus> data=<recipe>` takes the blend that `prepare` left.
+It prints weights and epochs of every source at a token budget, the phases, where the first samples come from, and decoded samples
+with their document boundaries, and draws a picture. `--config-dir <corpus> data=<recipe>` takes the blend that `prepare` wrote.
 
-It warns when a source would be read more than `max_epochs` times: by Muennighoff et al. (https://arxiv.org/abs/2305.16264) up to 4
-passes are about as good as new text, and beyond about 16 nothing is gained.
+It warns if a source would be read more than `max_epochs` times: according to Muennighoff et al. (https://arxiv.org/abs/2305.16264),
+up to 4 passes are about as good as new text, and passes beyond about 16 gain nothing.
 """
 
 from __future__ import annotations
@@ -21,12 +21,15 @@ from megatron_lite.commands.command import run_command
 from megatron_lite.data.blend import Blend, open_blend
 from megatron_lite.data.config import DataConfig
 from megatron_lite.data.sidecar import TokenizerIdentity
-from megatron_lite.data.tokenizer import fingerprint, load_tokenizer
+from megatron_lite.data.tokenizer import fingerprint, load_tokenizer, vocabulary_size
+
+PICTURE_TITLE = "blend drawn by mlite inspect"
 
 
 @dataclass
 class InspectConfig:
-    """`tokens`: the budget; 0 is one pass over all data. `samples` are decoded, `places` are listed; `picture` empty: none."""
+    """`tokens`: the token budget; 0 is one pass over all data. `samples`: how many are decoded; `places`: how many are listed;
+    `picture`: an image file, empty for none."""
 
     data: DataConfig = field(default_factory=DataConfig)
     seed: int = 0
@@ -57,7 +60,9 @@ def inspect(config: InspectConfig, console: Console | None = None) -> list[str]:
             "data.tokenizer is empty: name the folder of the tokenizer that the token files were written with"
         )
     tokenizer = load_tokenizer(data.tokenizer)
-    identity = TokenizerIdentity(fingerprint(tokenizer), data.tokenizer, tokenizer.eos_token_id, len(tokenizer))
+    identity = TokenizerIdentity(
+        fingerprint(tokenizer), data.tokenizer, tokenizer.eos_token_id, vocabulary_size(tokenizer)
+    )
     blend = open_blend(data, tokenizer=identity, seed=config.seed, total_samples=1)
     available = sum(source.num_tokens for source in blend.sources.values())
     horizon = max(1, int(config.tokens or available) // data.seq_len)
@@ -76,6 +81,7 @@ def inspect(config: InspectConfig, console: Console | None = None) -> list[str]:
     for i in range(config.samples):
         _sample(blend, i, tokenizer, config.characters, console)
     if config.picture:
+        _require_own_picture(Path(config.picture))
         draw(blend, rows, Path(config.picture))
         console.print(f"picture: {config.picture}", highlight=False)
     return warnings
@@ -151,6 +157,14 @@ def _sample(blend: Blend, i: int, tokenizer: Any, characters: int, console: Cons
         console.print(shown, markup=False, highlight=False)
 
 
+def _require_own_picture(path: Path) -> None:
+    """Only a picture that `inspect` has drawn is replaced."""
+    if path.exists() and not (path.is_file() and PICTURE_TITLE.encode() in path.read_bytes()):
+        raise ValueError(
+            f"picture={path} exists and was not drawn by mlite inspect; give another name, or picture='' for none"
+        )
+
+
 def draw(blend: Blend, rows: list[dict[str, Any]], path: Path) -> None:
     """Shares over the run (one column a phase) and epochs of every source, as a picture."""
     import matplotlib
@@ -177,7 +191,7 @@ def draw(blend: Blend, rows: list[dict[str, Any]], path: Path) -> None:
     right.set(xlabel="passes over the source", title="repetition")
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, metadata={"Title": PICTURE_TITLE})
     pyplot.close(figure)
 
 

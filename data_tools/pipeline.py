@@ -1,6 +1,6 @@
-"""The chain of steps that a recipe stands for: who reads whose folder, and what their names are.
+"""The steps of a recipe in order: which step reads the folder of which, and what their folders are called.
 
-    read -> lines -> normalize -> filter -> exact -> near -> decontaminate -> tokenizer -> tokenize
+    read -> normalize (lines, normalize) -> filter -> exact -> near -> decontaminate -> tokenizer -> tokenize
 
 A step's folder is `work/<step>-<fingerprint>`: the fingerprint covers its settings and all steps before it.
 """
@@ -40,7 +40,7 @@ class Pipeline:
         self._build()
 
     def _add(self, stage: str, name: str, key: Any, make: Callable[[str, Path], Step]) -> Path:
-        """Append the step that `make(name, folder)` gives; `key` is all that its output depends on besides earlier steps."""
+        """Append the step that `make(name, folder)` returns. `key`: all that its output depends on besides earlier steps."""
         self._last = fingerprint(key, self._last)
         folder = self.output / "work" / f"{name}-{self._last}"
         self.steps[name] = make(name, folder)
@@ -59,12 +59,17 @@ class Pipeline:
             lambda name, folder: ReadStep(name, folder, recipe.read, recipe.sources, pieces),
         )
         settings = recipe.normalize
-        lines = self._add("normalize", "lines", asdict(settings), lambda n, f: CountLinesStep(n, f, settings, read))
-        normalized = self._add("normalize", "normalize", "", lambda n, f: NormalizeStep(n, f, settings, read, lines))
-        filtered = self._add(
-            "filter", "filter", asdict(recipe.filter), lambda n, f: FilterStep(n, f, recipe.filter, normalized)
-        )
-        corpus = self._deduplicate(Corpus(normalized, [filtered]))
+        lines = None
+        if settings.enabled:
+            lines = self._add("normalize", "lines", asdict(settings), lambda n, f: CountLinesStep(n, f, settings, read))
+        key: Any = "" if settings.enabled else asdict(settings)
+        normalized = self._add("normalize", "normalize", key, lambda n, f: NormalizeStep(n, f, settings, read, lines))
+        corpus = Corpus(normalized)
+        if recipe.filter.enabled:
+            key = asdict(recipe.filter)
+            filtered = self._add("filter", "filter", key, lambda n, f: FilterStep(n, f, recipe.filter, normalized))
+            corpus = Corpus(normalized, [filtered])
+        corpus = self._deduplicate(corpus)
         if recipe.decontaminate.files:
             key = [asdict(recipe.decontaminate), [_stamp(file) for file in recipe.decontaminate.files.values()]]
             folder = self._add(
@@ -116,7 +121,7 @@ class Pipeline:
 
 
 def _stamp(path: str) -> list[Any]:
-    """Size and time of a file, of every file of a folder; what does not exist is told by the stage that reads it."""
+    """Size and time of a file, or of every file in a folder. A missing file is reported by the stage that reads it."""
     place = Path(path)
     files = sorted(place.rglob("*")) if place.is_dir() else [place]
     return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.is_file()]

@@ -1,7 +1,7 @@
-"""What a corpus is made of and how: the typed tree behind `configs/data_recipe/*.yaml`.
+"""What a corpus is made of and how: the typed config behind `configs/data_recipe/*.yaml`.
 
-A recipe is data only. Every stage gets its own section, and the name of a stage's work folder holds a hash of that section
-and of everything before it: a changed filter runs again from the filter, an unchanged one is found finished.
+Every stage has its own section, and the name of a stage's work folder holds a hash of that section and of everything before
+it: after a change of the filter, work restarts at the filter, and all stages before it are reused.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ KINDS = ("prose", "code")
 
 @dataclass
 class Columns:
-    """Which columns of a source hold what; an empty name means that the source's own value is used for every document."""
+    """The columns of a source. An empty name: the value of the source is used for every document."""
 
     text: str = "text"
     language: str = ""
@@ -30,7 +30,7 @@ class Columns:
 
 @dataclass
 class SourceConfig:
-    """One source: where it lies and what every document of it is.
+    """One source: its path, and what its documents are.
 
     `path` is a file, a folder, a glob, or (type=datasets) a hub name or builder. `language` is a tag such as "en" or
     "python", or "auto" for identification. `dataset` names the .bin/.idx pair: "{source}", "{group}" and "{language}" are replaced.
@@ -53,7 +53,7 @@ class SourceConfig:
 
 @dataclass
 class ReadConfig:
-    """`shard_bytes`: text in one shard, which is also the unit of restart and what a worker holds in memory at most a few times over."""
+    """`shard_bytes`: text per shard. A shard is the unit of restart, and a worker holds it in memory a few times over at most."""
 
     shard_bytes: int = 32_000_000
     max_document_bytes: int = 8_000_000
@@ -69,18 +69,20 @@ class FilterConfig:
     code: CodeFilterConfig = field(default_factory=CodeFilterConfig)
     languages: dict[str, dict[str, Any]] = field(default_factory=dict)
     examples: int = 3
+    enabled: bool = True
 
 
 @dataclass
 class ExactConfig:
-    """Exact duplicates, by a 128-bit hash of the text without letter case (prose) and runs of white space."""
+    """Exact duplicates, by a 128-bit hash of the text; prose is compared without letter case and runs of white space."""
 
     enabled: bool = True
 
 
 @dataclass
 class NearConfig:
-    """MinHash-LSH over word n-grams. `bands` x `rows` hashes; pairs below `threshold` (estimated from all hashes) are kept."""
+    """MinHash-LSH over word n-grams. `bands` x `rows` hashes; pairs whose similarity, estimated from all
+    hashes, is below `threshold` are both kept."""
 
     enabled: bool = True
     ngram: int = 5
@@ -128,7 +130,7 @@ class TokenizeConfig:
 
 @dataclass
 class ExecutorConfig:
-    """Where tasks run. `workers`: at a time; `arguments` go to datatrove's executor as they are (slurm: partition, time...)."""
+    """Where tasks run. `workers`: tasks at a time; `arguments` are passed to datatrove's executor (slurm: partition, time...)."""
 
     kind: str = "local"
     workers: int = 1
@@ -138,7 +140,7 @@ class ExecutorConfig:
 
 @dataclass
 class RecipeConfig:
-    """Everything that the corpus in `output` is a function of."""
+    """Everything that determines the corpus in `output`."""
 
     name: str = "???"
     folder: str = ""  # for recipes to build paths from: `${data_recipe.folder}/english.jsonl`
@@ -155,9 +157,8 @@ class RecipeConfig:
     tokenize: TokenizeConfig = field(default_factory=TokenizeConfig)
 
     def validate(self) -> None:
-        """ValueError naming the first key that cannot be."""
-        if not re.fullmatch(r"[A-Za-z0-9_-]+", self.name):
-            raise ValueError(f"data_recipe.name={self.name!r} becomes a file's name; use letters, digits, '_' and '-'")
+        """Raises ValueError naming the first key with an invalid value."""
+        _require_name("name", self.name)
         if not self.sources:
             raise ValueError(f"data_recipe.sources of {self.name} is empty; name at least one source")
         for name, source in self.sources.items():
@@ -179,21 +180,21 @@ class RecipeConfig:
             self.normalize.unicode_form in forms,
             ", ".join(forms),
         )
+        masks = self.normalize.mask_pii and not self.normalize.enabled
+        _require("normalize.mask_pii", self.normalize.mask_pii, not masks, "it with normalize.enabled=true")
         _require("tokenize.held_out", self.tokenize.held_out, 0 <= self.tokenize.held_out < 0.5, "0 to 0.5")
         known = {item.name for item in fields(ProseFilterConfig)}
         for language, changes in self.filter.languages.items():
             if unknown := set(changes) - known:
                 raise ValueError(
-                    f"data_recipe.filter.languages.{language} sets {sorted(unknown)}, which is no key of filter.prose: {sorted(known)}"
+                    f"data_recipe.filter.languages.{language} sets {sorted(unknown)}, which are not keys of filter.prose: {sorted(known)}"
                 )
 
 
 def _validate_source(name: str, source: SourceConfig) -> None:
     key = f"sources.{name}"
-    if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
-        raise ValueError(
-            f"data_recipe.{key}: a source's name becomes part of file names; use letters, digits, '_' and '-'"
-        )
+    _require_name(key, name)
+    _require_name(f"{key}.group", source.group)
     _require(f"{key}.type", source.type, source.type in SOURCE_TYPES, " or ".join(SOURCE_TYPES))
     _require(f"{key}.kind", source.kind, source.kind in KINDS, " or ".join(KINDS))
     _require(
@@ -207,6 +208,14 @@ def _validate_source(name: str, source: SourceConfig) -> None:
         ) from None
 
 
+def _require_name(key: str, name: str) -> None:
+    if not re.fullmatch(r"[A-Za-z0-9_-]{1,100}", name):
+        shown = name if len(name) <= 100 else f"{name[:100]}..."
+        raise ValueError(
+            f"data_recipe.{key}={shown!r} becomes part of file names; use up to 100 letters, digits, '_' and '-'"
+        )
+
+
 def _require(key: str, value: Any, holds: bool, allowed: str) -> None:
     if not holds:
-        raise ValueError(f"data_recipe.{key}={value} cannot be; allowed: {allowed}")
+        raise ValueError(f"data_recipe.{key}={value} is not allowed; use {allowed}")

@@ -1,6 +1,6 @@
-"""What happened to the corpus: counts by stage, reason and source, examples, tokenizer, datasets, time.
+"""The report on a corpus: counts by stage, reason and source, examples, tokenizer, datasets, times.
 
-`report.json` and `report.md` hold nothing that differs between two runs of one recipe; times stand in `timing.json`.
+`report.json` and `report.md` are equal for two runs of one recipe; times are in `timing.json`.
 """
 
 from __future__ import annotations
@@ -25,16 +25,17 @@ DEDUPLICATIONS = ("exact", "near")
 
 
 def collect(pipeline: Pipeline) -> dict[str, Any]:
-    """Everything that is told of a finished pipeline, as plain values."""
+    """The whole report on a finished pipeline, as plain values."""
     stages = []
     for name in ("read", "normalize", "filter"):
-        stages.append(_from_tallies(name, pipeline.steps[name].folder))
+        if name in pipeline.steps:
+            stages.append(sum_tallies(name, pipeline.steps[name].folder))
     before = stages[-1]["documents_out"], stages[-1]["bytes_out"]
     if any(name in pipeline.steps for name in DEDUPLICATIONS):
         for stage in _from_pairs(pipeline, *before):
             stages.append(stage)
     if "decontaminate" in pipeline.steps:
-        stages.append(_from_tallies("decontaminate", pipeline.steps["decontaminate"].folder))
+        stages.append(sum_tallies("decontaminate", pipeline.steps["decontaminate"].folder))
     tokenizer = pipeline.steps["tokenizer"].folder
     return {
         "recipe": pipeline.recipe.name,
@@ -44,8 +45,8 @@ def collect(pipeline: Pipeline) -> dict[str, Any]:
     }
 
 
-def _from_tallies(name: str, folder: Path) -> dict[str, Any]:
-    """The counts of all tasks of a step, added up; of the examples those with the smallest hashes."""
+def sum_tallies(name: str, folder: Path) -> dict[str, Any]:
+    """The counts of all tasks of a step, added up, with the examples that have the smallest hashes."""
     total: dict[str, Any] = dict.fromkeys(("documents_in", "documents_out", "bytes_in", "bytes_out"), 0)
     kept: dict[str, list[int]] = defaultdict(lambda: [0, 0])
     reasons: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(lambda: [0, 0]))
@@ -80,7 +81,7 @@ def _smallest(examples: list[dict[str, str]]) -> list[dict[str, str]]:
 
 
 def _from_pairs(pipeline: Pipeline, documents: int, size: int) -> Iterator[dict[str, Any]]:
-    """The deduplications know ordinals only: sizes, sources and example texts come from the shards, read once."""
+    """Deduplication stores ordinals only: sizes, sources and example texts are read from the shards, once."""
     corpus = pipeline.corpus
     offsets = corpus.offsets()
     pairs = {name: _load_pairs(pipeline.steps[name].folder) for name in DEDUPLICATIONS if name in pipeline.steps}
@@ -194,7 +195,7 @@ def _reasons(stage: dict[str, Any]) -> list[str]:
         for example in examples:
             lines += ["", f"`{example['id']}`", "", *_quoted(example["text"])]
             if "kept_id" in example:
-                lines += ["", f"stays: `{example['kept_id']}`", "", *_quoted(example["kept_text"])]
+                lines += ["", f"kept: `{example['kept_id']}`", "", *_quoted(example["kept_text"])]
     return lines
 
 
@@ -203,9 +204,9 @@ def _quoted(text: str) -> list[str]:
 
 
 def timing(pipeline: Pipeline, cores: int) -> dict[str, Any]:
-    """Seconds, share and MB/s a core of every step; of a step that was killed, what its last start took."""
+    """Seconds and share of every step, and MB/s per core. For a step that was killed: the seconds of its last start."""
     seconds = {name: float(read_json(step.folder / DONE)["seconds"]) for name, step in pipeline.steps.items()}
-    read = _from_tallies("read", pipeline.steps["read"].folder)
+    read = sum_tallies("read", pipeline.steps["read"].folder)
     total = sum(seconds.values())
     steps = {
         name: {"seconds": round(s, 2), "share": round(s / total, 4) if total else 0} for name, s in seconds.items()

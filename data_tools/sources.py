@@ -54,7 +54,7 @@ def plan_source(name: str, source: SourceConfig, read: ReadConfig) -> list[Piece
             Piece(name, "datasets", (source.path,), shard=i, shards=n) for n in [_hub_shards(source)] for i in range(n)
         ]
     usable, unusable = _sort_files(name, source)
-    _refuse(name, source, read, usable, unusable)
+    _refuse(name, source, read, list(usable), unusable)
     by_kind: dict[str, list[Path]] = {}
     for file, form in usable.items():
         by_kind.setdefault(form.kind, []).append(file)

@@ -1,7 +1,7 @@
-"""The unit of work that an executor runs: a step, cut into tasks that know nothing of each other.
+"""The unit of work that an executor runs: a step, divided into independent tasks.
 
-A step is a small picklable object: settings, folders of the steps that it reads, its own folder. `tasks()` is known once those
-are finished; `run_task(rank)` writes files into `folder`, each atomically, so a repeated task gives the same bytes.
+A step is a small picklable object: settings, folders of the steps that it reads, its own folder. `tasks()` can be called once those
+are finished; `run_task(rank)` writes files into `folder`, each atomically, so that a repeated task gives the same bytes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import xxhash
 from data_tools.documents import stats_path
 from megatron_lite.atomic import write_json
 
-FORMAT = 3  # raise when a stage's code changes what it writes: finished work of older code is then done again
+FORMAT = 3  # raise it when the code of a stage changes what it writes; finished work of older code is then redone
 EXAMPLE_CHARS = 300
 
 
@@ -40,11 +40,11 @@ class Step:
         raise NotImplementedError
 
     def finish(self) -> None:
-        """Sum up what all tasks left; the command calls it once, after the last of them."""
+        """Combine what all tasks wrote; the command calls it once, after the last task."""
 
 
 class Progress:
-    """Tells the watching command how far a task is, through a tiny file, so that it works across processes and nodes alike."""
+    """Reports how far a task is through a small file, which works across processes and nodes."""
 
     def __init__(self, path: Path | None, every_seconds: float = 0.5) -> None:
         self.path = path
@@ -53,7 +53,7 @@ class Progress:
         self._next = 0.0
 
     def add(self, text_bytes: int) -> None:
-        """Count bytes of text as done."""
+        """Count bytes of text as processed."""
         self.bytes += text_bytes
         now = time.monotonic()
         if self.path is not None and now >= self._next:
@@ -64,7 +64,7 @@ class Progress:
 
 @dataclass
 class Tally:
-    """Counts of one task by stage and reason, with a few examples that do not depend on the order of work.
+    """Counts of one task by reason and source, with a few examples that do not depend on the order of work.
 
     Examples are the texts with the smallest hashes: spread over the data, and the same on every run.
     """
@@ -79,7 +79,7 @@ class Tally:
     examples: dict[str, list[tuple[int, str, str]]] = field(default_factory=lambda: defaultdict(list))
 
     def count(self, source: str, text_bytes: int, reason: str | None = None) -> None:
-        """One document of `source` went in; it stayed (`reason` None) or was dropped for `reason`."""
+        """One document of `source` was read; it was kept (`reason` None) or dropped for `reason`."""
         self.documents_in += 1
         self.bytes_in += text_bytes
         if reason is None:
@@ -92,13 +92,13 @@ class Tally:
         cell[1] += text_bytes
 
     def note(self, reason: str, source: str, text_bytes: int) -> None:
-        """An event that drops nothing (a repair, say): counted beside the reasons."""
+        """An event that drops nothing (such as a repair), counted beside the reasons."""
         cell = self.by_reason[reason].setdefault(source, [0, 0])
         cell[0] += 1
         cell[1] += text_bytes
 
     def example(self, label: str, identity: str, text: str) -> None:
-        """Maybe keep `text` as an example of `label` ("kept" or a reason)."""
+        """Keep `text` as an example of `label` ("kept" or a reason) if its hash is among the smallest."""
         entry = (-xxhash.xxh3_64_intdigest(identity.encode()), identity, text[:EXAMPLE_CHARS])
         heap = self.examples[label]
         if len(heap) < self.examples_kept:
@@ -125,6 +125,6 @@ class Tally:
 
 
 def fingerprint(settings: Any, *parents: str) -> str:
-    """Eight hex digits of a step's settings and of the steps before it."""
+    """Eight hexadecimal digits that identify a step's settings and all steps before it."""
     text = json.dumps([FORMAT, settings, parents], sort_keys=True, default=str)
     return f"{xxhash.xxh3_64_intdigest(text.encode()):016x}"[:8]

@@ -1,4 +1,4 @@
-"""A tokenizer that exists already, in Hugging Face form: from a folder, a `tokenizer.json`, or a SentencePiece `.model`."""
+"""Takes an existing tokenizer, in Hugging Face form: from a folder, a `tokenizer.json`, or a SentencePiece `.model`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from megatron_lite.data.tokenizer import encode_documents
+from megatron_lite.data.indexed import best_dtype
+from megatron_lite.data.tokenizer import encode_documents, vocabulary_size
 
 _PROBES = (
     "Hello, world 2024!",
@@ -24,7 +25,7 @@ def take_tokenizer(path: Path, folder: Path) -> None:
     """Copy or convert the tokenizer at `path` into `folder`.
 
     Raises:
-        ValueError: nothing usable lies there, or a converted tokenizer does not give the original's ids.
+        ValueError: there is no usable tokenizer, or the converted tokenizer does not give the ids of the original.
     """
     if path.is_dir():
         for file in sorted(path.iterdir()):
@@ -48,7 +49,7 @@ def take_tokenizer(path: Path, folder: Path) -> None:
         load_tokenizer(folder).save_pretrained(str(folder))
     if not (folder / "tokenizer.json").is_file():
         raise ValueError(
-            f"data_recipe.tokenizer.path={path} has no fast form (tokenizer.json), so it cannot encode in parallel"
+            f"data_recipe.tokenizer.path={path} has no fast form (tokenizer.json), which encoding in parallel needs"
         )
 
 
@@ -61,7 +62,9 @@ def _convert_sentencepiece(path: Path, folder: Path) -> None:
     backend.save(str(folder / "tokenizer.json"))
     end = processor.id_to_piece(processor.eos_id()) if processor.eos_id() >= 0 else None
     if end is None:
-        raise ValueError(f"data_recipe.tokenizer.path={path} has no end-of-sentence piece, which ends every document")
+        raise ValueError(
+            f"data_recipe.tokenizer.path={path} has no end-of-sentence piece, which is needed to end every document"
+        )
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end, "clean_up_tokenization_spaces": False}
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     for text in _PROBES:
@@ -69,7 +72,7 @@ def _convert_sentencepiece(path: Path, folder: Path) -> None:
         if theirs != ours:
             raise ValueError(
                 f"data_recipe.tokenizer.path={path}: converted to Hugging Face form it encodes {text!r} as {ours}, sentencepiece "
-                f"gives {theirs}; its normalization has no counterpart, so train one or take a tokenizer.json"
+                f"gives {theirs}; its normalization has no equivalent there; train a tokenizer, or use one with a tokenizer.json"
             )
 
 
@@ -138,15 +141,13 @@ class FastTokenizer:
 
         self.backend_tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         self.eos_token_id = 0 if end is None else end
-
-    def __len__(self) -> int:
-        return self.backend_tokenizer.get_vocab_size()
+        self.dtype = best_dtype(vocabulary_size(self.backend_tokenizer))
 
     def encode(self, texts: list[str]) -> Iterator[np.ndarray]:
-        """Ids of each text with the end token behind it, in the smallest dtype that holds the vocabulary."""
-        return encode_documents(self, texts, chunk=len(texts))  # type: ignore[arg-type]
+        """Token ids of each text followed by the end token, in the smallest dtype that holds the vocabulary."""
+        return encode_documents(self, texts, chunk=len(texts), dtype=self.dtype)  # type: ignore[arg-type]
 
 
 def tokenizer_identity(folder: Path) -> dict[str, Any]:
-    """What a finished tokenizer step says of its tokenizer: fingerprint, name, eod, vocab_size."""
+    """The identity that a finished tokenizer step has written: fingerprint, name, eod, vocab_size."""
     return json.loads((folder / "identity.json").read_text(encoding="utf-8"))

@@ -16,6 +16,7 @@ COMMANDS = {
     "prepare": ("data_tools.prepare", "from raw text to a tokenized corpus"),
     "inspect": ("data_tools.inspect", "what a run will read: shares, epochs, decoded samples"),
 }
+EXTRAS = {"prepare": "data"}  # command -> the extra of the package that it needs
 
 
 def main() -> None:
@@ -23,7 +24,7 @@ def main() -> None:
     asked = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if asked in COMMANDS:
         del sys.argv[1]
-        importlib.import_module(COMMANDS[asked][0]).main()
+        _run(asked)
         return
     if asked == "--version":
         print(f"megatron_lite {_version()}")
@@ -35,6 +36,20 @@ def main() -> None:
         return
     print(f"error: there is no command {asked!r}\n{usage}", file=sys.stderr)
     sys.exit(2)
+
+
+def _run(command: str) -> None:
+    try:
+        importlib.import_module(COMMANDS[command][0]).main()
+    except ModuleNotFoundError as error:
+        package = (error.name or "").split(".")[0]
+        if command not in EXTRAS or package in ("", "megatron_lite", "data_tools"):
+            raise
+        print(
+            f"error: mlite {command} needs {package}, which is not installed: pip install 'megatron-lite[{EXTRAS[command]}]'",
+            file=sys.stderr,
+        )
+        sys.exit(2)
 
 
 def _version() -> str:

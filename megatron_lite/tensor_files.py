@@ -1,7 +1,8 @@
 """Tensors on disk, read slice by slice: what every source of weights offers, and the two functions that read its bytes.
 
 Notable features
-- `read_slice` is the one way in which the values of a tensor reach memory, `file_sha256` the one that hashes a file.
+- `read_slice` is the one way in which the values of a tensor reach memory, `block_digest` the one in which a file is read
+  to be hashed: by blocks, so that several processes share even a single file.
 - `TensorFiles` keeps few files open: a mapped file counts as this process's memory.
 """
 
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from megatron_lite.narrowing import narrow
 
+BLOCK = 2**20  # bytes that are hashed as one; a part of checkpoint format 2
 _OPEN_FILES = 4
 
 
@@ -111,7 +113,46 @@ def read_slice(file: Any, name: str, offsets: Sequence[int], sizes: Sequence[int
     return found[tuple(slice(start, start + size) for start, size in zip(offsets, sizes))]
 
 
-def file_sha256(path: Path) -> str:
-    """The hexadecimal SHA-256 of a whole file. Every file is hashed here."""
+class BlockHash:
+    """A hash of a file that several processes can compute together: the SHA-256 of the SHA-256s of its blocks of `BLOCK` bytes."""
+
+    def __init__(self) -> None:
+        self._digests: list[bytes] = []
+        self._block, self._filled = hashlib.sha256(), 0
+
+    def update(self, data: memoryview) -> None:
+        """Go on with bytes of any number."""
+        while data:
+            part, data = data[: BLOCK - self._filled], data[BLOCK - self._filled :]
+            self._block.update(part)
+            self._filled += len(part)
+            if self._filled == BLOCK:
+                self._close_block()
+
+    def hexdigest(self) -> str:
+        """The hash of all that came; nothing may come after it."""
+        if self._filled:
+            self._close_block()
+        return hash_of_blocks(b"".join(self._digests))
+
+    def _close_block(self) -> None:
+        self._digests.append(self._block.digest())
+        self._block, self._filled = hashlib.sha256(), 0
+
+
+def hash_of_blocks(digests: bytes) -> str:
+    """What `BlockHash` makes of the digests of all blocks."""
+    return hashlib.sha256(digests).hexdigest()
+
+
+def block_digest(path: Path, block: int | None) -> bytes:
+    """The SHA-256 of block `block` of a file, None: of the whole file. Every byte that is hashed from a disk is read here."""
+    digest = hashlib.sha256()
     with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+        if block is not None:
+            stream.seek(block * BLOCK)
+            digest.update(stream.read(BLOCK))
+            return digest.digest()
+        while data := stream.read(BLOCK):
+            digest.update(data)
+    return digest.digest()

@@ -190,7 +190,7 @@ def test_validation_is_the_cross_entropy_whatever_is_minimized(own, tmp_path, ca
         (["objective=guess"], "objective.*guess"),
         (["+objective.weight=1"], "objective.weight"),
         (["objective=quiet", "objective.wieght=1"], "wieght"),
-        (["objective=quiet"], "objective.weight"),
+        (["objective=quiet"], "weight"),
         (["objective=quiet", "objective.weight=-1"], "objective.weight=-1"),
     ],
 )

@@ -118,15 +118,19 @@ def test_all_fall_back_to_the_same_older_one(tmp_path):
 
 
 def load_when_one_rank_cannot_read(rank: int, size: int, folder: str) -> tuple[str, bool]:
-    honest = opening.file_problem
+    honest = opening.block_digest
+
+    def stale(file: Path, block: int | None) -> bytes:
+        if "step_00000003" in str(file):
+            raise OSError(116, "Stale file handle")
+        return honest(file, block)
+
     if rank == 2:
-        opening.file_problem = lambda file, entry: (
-            f"{file} cannot be read" if "step_00000003" in str(file) else honest(file, entry)
-        )
+        opening.block_digest = stale
     try:
         return load_newest(rank, size, folder)
     finally:
-        opening.file_problem = honest
+        opening.block_digest = honest
 
 
 def test_what_one_rank_sees_counts_for_all(tmp_path):

@@ -1,6 +1,7 @@
-"""Documents that contain a piece of an evaluation: shared runs of n words (13, as in GPT-3, https://arxiv.org/abs/2005.14165).
+"""Drops documents that contain part of an evaluation: shared runs of n words (13, as in GPT-3, https://arxiv.org/abs/2005.14165).
 
-An evaluation text shorter than n words is looked for as a whole (from `MIN_WORDS` words on: shorter ones are found everywhere).
+An evaluation text shorter than n words is searched for as a whole if it has at least `MIN_WORDS` words: shorter ones match
+almost anything.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class Evaluations:
 def _grams(name: str, path: Path, config: DecontaminateConfig) -> dict[int, np.ndarray]:
     if not path.is_file():
         raise ValueError(
-            f"data_recipe.decontaminate.files.{name}={path} does not exist; correct the path or take it out"
+            f"data_recipe.decontaminate.files.{name}={path} does not exist; correct the path or remove the entry"
         )
     source = SourceConfig(path=str(path), columns=Columns(text=config.column))
     form = find_form(path, source)
@@ -76,13 +77,13 @@ def _grams(name: str, path: Path, config: DecontaminateConfig) -> dict[int, np.n
 
 @dataclass
 class DecontaminateStep(Step):
-    """One task a shard; writes the rows that go and which evaluation they touched."""
+    """One task per shard; writes the dropped rows and the evaluation that each overlaps with."""
 
     settings: DecontaminateConfig
     corpus: Corpus
 
     def tasks(self) -> int:
-        """One a shard."""
+        """One per shard."""
         return len(self.corpus.shards())
 
     def run_task(self, rank: int, progress: Progress) -> None:

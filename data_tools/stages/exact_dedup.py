@@ -1,7 +1,7 @@
-"""Exact duplicates: 128-bit hashes of the text, sorted; of equal ones the first in recipe order stays.
+"""Exact duplicates: 128-bit hashes of the text, sorted; of equal texts, the first in recipe order is kept.
 
-    hash    a task a shard      the hash of every document that is still in
-    decide  a task a partition  the documents whose hash falls in 1/P of the range: at most about 4 million a task
+    hash    one task per shard      the hash of every remaining document
+    decide  one task per partition  the documents whose hash is in 1/P of the range: about 4 million at most
 
 Prose is compared without letter case and runs of white space, code without white space at line ends.
 """
@@ -25,7 +25,7 @@ PAIR = np.dtype([("dropped", "<i8"), ("kept", "<i8")])
 
 
 def content_key(document: Document) -> tuple[int, int]:
-    """The two halves of the hash by which two documents are the same."""
+    """The two halves of the hash; documents with the same hash are duplicates."""
     if document.kind == "code":
         text = "\n".join(line.rstrip() for line in document.text.strip("\n").split("\n"))
     else:
@@ -36,13 +36,13 @@ def content_key(document: Document) -> tuple[int, int]:
 
 @dataclass
 class HashStep(Step):
-    """Writes `<shard>.keys.npy`: (high, low, ordinal) of every document still in."""
+    """Writes `<shard>.keys.npy`: (high, low, ordinal) of every remaining document."""
 
     settings: ExactConfig
     corpus: Corpus
 
     def tasks(self) -> int:
-        """One a shard."""
+        """One per shard."""
         return len(self.corpus.shards())
 
     def run_task(self, rank: int, progress: Progress) -> None:
@@ -57,14 +57,14 @@ class HashStep(Step):
 
 @dataclass
 class ExactStep(Step):
-    """Writes `all-<partition>.npy` (ordinals that go) and `pairs-<partition>.npy` (with the copy that stays)."""
+    """Writes `all-<partition>.npy` (dropped ordinals) and `pairs-<partition>.npy` (each with the copy that is kept)."""
 
     settings: ExactConfig
     corpus: Corpus
     hashes: Path
 
     def tasks(self) -> int:
-        """One for every few million documents."""
+        """One per few million documents."""
         return max(1, -(-int(self.corpus.offsets()[-1]) // DOCUMENTS_A_PARTITION))
 
     def run_task(self, rank: int, progress: Progress) -> None:
@@ -75,7 +75,7 @@ class ExactStep(Step):
 
 
 def _partition(folder: Path, rank: int, parts: int) -> np.ndarray:
-    """The keys of all shards whose high half lies in part `rank` of `parts`."""
+    """The keys of all shards whose high half is in part `rank` of `parts`."""
     found = [np.empty(0, KEY)]
     width = (1 << 64) // parts + 1
     for path in sorted(folder.glob("*.keys.npy")):
@@ -85,7 +85,7 @@ def _partition(folder: Path, rank: int, parts: int) -> np.ndarray:
 
 
 def duplicates(keys: np.ndarray) -> np.ndarray:
-    """PAIR for every document that has the key of an earlier one; `kept` is the earliest."""
+    """A PAIR for every document with the key of an earlier one; `kept` is the earliest."""
     keys = keys[np.lexsort((keys["ordinal"], keys["low"], keys["high"]))]
     same = (keys["high"][1:] == keys["high"][:-1]) & (keys["low"][1:] == keys["low"][:-1])
     follows = np.concatenate([[False], same]) if len(keys) else np.empty(0, bool)

@@ -17,17 +17,17 @@ from megatron_lite.atomic import write_array
 
 @dataclass
 class FilterStep(Step):
-    """One task a shard; writes the dropped rows and counts by reason and source."""
+    """One task per shard; writes the dropped rows and counts by reason and source."""
 
     settings: FilterConfig
     normalized: Path
 
     def tasks(self) -> int:
-        """One a shard."""
+        """One per shard."""
         return len(Corpus(self.normalized).shards())
 
     def run_task(self, rank: int, progress: Progress) -> None:
-        """Judge every document of shard `rank`."""
+        """Filter the documents of shard `rank`."""
         prose = ProseFilter(self.settings.prose, languages=self.settings.languages)
         code = CodeFilter(self.settings.code)
         tally = Tally(self.settings.examples)

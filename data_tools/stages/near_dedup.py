@@ -1,16 +1,16 @@
 """Near duplicates: MinHash signatures over word n-grams, locality-sensitive hashing, and a check of every candidate.
 
-    signatures  a task a shard   b x r minima of the n-gram hashes under random linear maps (Broder 1997)
-    candidates  a task a band    pairs that agree in a band and in at least `threshold` of ALL b x r minima
-    decide      one task         in recipe order, a document goes if a document that stays before it is its pair
+    signatures  one task per shard  b x r minima of the n-gram hashes under random linear maps (Broder 1997)
+    candidates  one task per band   pairs that agree in a band and in at least `threshold` of ALL b x r minima
+    decide      one task            in recipe order, a document is dropped if it is similar to an earlier one that is kept
 
 P(same minimum) = J, the Jaccard similarity of the n-gram sets; P(candidate) = 1 - (1 - J^r)^b. The estimate of J from k = b r
-minima has the deviation sqrt(J (1 - J) / k): 0.046 at J = 0.5 with k = 120, so threshold 0.75 is 5 deviations away; at J = 0.95
-it is 10 deviations away and P(candidate) misses 10^-11.
+minima has the standard deviation sqrt(J (1 - J) / k): 0.046 at J = 0.5 with k = 120, so the threshold 0.75 is 5 deviations above;
+at J = 0.95 it is 10 deviations below, and 1 - P(candidate) is 10^-11.
 
 Notable features:
-- bands only nominate: precision comes from the check, so bands may be generous (recall) without dropping look-alikes
-- no chains: a document goes only for a document that stays and is itself similar, never through a friend of a friend
+- bands only propose candidates (recall); precision comes from the check of all minima
+- no chains: a document is dropped only for a kept document that is itself similar, not for a duplicate of a duplicate
 - the result is a function of the documents and their order, not of tasks or workers
 """
 
@@ -30,7 +30,9 @@ from data_tools.text.hashing import mix, ngram_hashes, word_hashes
 from megatron_lite.atomic import write_array
 
 SHINGLES_A_BLOCK = 2_048
-FULL_COMPARISON = 48  # larger buckets are compared with their leaders only: 10^4 copies must not cost 10^8 comparisons
+FULL_COMPARISON = (
+    48  # in larger buckets documents are compared with leaders only: 10^4 copies must not cost 10^8 comparisons
+)
 
 
 class MinHash:
@@ -65,11 +67,11 @@ class SignatureStep(Step):
     corpus: Corpus
 
     def tasks(self) -> int:
-        """One a shard."""
+        """One per shard."""
         return len(self.corpus.shards())
 
     def run_task(self, rank: int, progress: Progress) -> None:
-        """Sign the documents of shard `rank`."""
+        """Compute the signatures of shard `rank`."""
         minhash = MinHash(self.settings)
         offset = int(self.corpus.offsets()[rank])
         ordinals, signatures = [], []
@@ -93,7 +95,7 @@ class CandidateStep(Step):
     signatures: Path
 
     def tasks(self) -> int:
-        """One a band."""
+        """One per band."""
         return self.settings.bands
 
     def run_task(self, rank: int, progress: Progress) -> None:
@@ -159,7 +161,7 @@ def similar_pairs(signatures: np.ndarray, indices: np.ndarray, threshold: float)
 
 @dataclass
 class NearStep(Step):
-    """Writes `all-00000.npy` (ordinals that go) and `pairs-00000.npy` (with the document that stays)."""
+    """Writes `all-00000.npy` (dropped ordinals) and `pairs-00000.npy` (each with the document that is kept)."""
 
     settings: NearConfig
     candidates: Path
@@ -173,9 +175,9 @@ class NearStep(Step):
 
 
 def decide(pairs: np.ndarray) -> np.ndarray:
-    """Greedy, in recipe order: a document goes if an earlier document that stays is similar to it.
+    """Greedy, in recipe order: a document is dropped if it is similar to an earlier document that is kept.
 
-    `pairs`: PAIR with the later document as `dropped` and the earlier as `kept`. Returns those that go, sorted.
+    `pairs`: PAIR with the later document as `dropped` and the earlier as `kept`. Returns the dropped ones, sorted.
     """
     earlier: dict[int, list[int]] = defaultdict(list)
     for later, before in pairs.tolist():

@@ -1,4 +1,4 @@
-"""The normalize stage in two steps: which lines recur all over a source, then every document cleaned and labelled."""
+"""The normalize stage in two steps: find the lines that recur in many documents of a source, then clean and label every document."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import xxhash
 
 from data_tools.documents import SHARD_SUFFIX, Corpus, ShardWriter, read_shard
 from data_tools.recipe import NormalizeConfig
@@ -17,6 +18,8 @@ from data_tools.text.normalize import Normalizer, line_key
 from megatron_lite.atomic import write_array
 
 LINE = np.dtype([("key", "<u8"), ("documents", "<u4")])
+LONGEST_NAME = 100
+OTHER_FILES = ("corpus", "recipe", "report", "timing")  # of which the output folder has a .json
 
 
 def read_shards(folder: Path) -> list[Path]:
@@ -26,16 +29,15 @@ def read_shards(folder: Path) -> list[Path]:
 
 @dataclass
 class CountLinesStep(Step):
-    """How many documents of each shard hold a line; lines of a single document of the shard are forgotten.
-
-    So a boilerplate line is missed only if it is rare in every shard, which bounds memory at one shard's lines.
+    """Counts the documents of each shard that contain a line. Lines of a single document of the shard are not kept,
+    which limits memory to the lines of one shard: a boilerplate line is missed only if it is rare in every shard.
     """
 
     settings: NormalizeConfig
     read: Path
 
     def tasks(self) -> int:
-        """One a shard."""
+        """One per shard."""
         return len(read_shards(self.read))
 
     def run_task(self, rank: int, progress: Progress) -> None:
@@ -65,12 +67,12 @@ class CountLinesStep(Step):
 
 
 def frequent_path(folder: Path, source: str) -> Path:
-    """Where the hashes of the frequent lines of `source` stand."""
+    """The file with the hashes of the frequent lines of `source`."""
     return folder / f"{source}.frequent.npy"
 
 
 def add_lines(total: np.ndarray, more: np.ndarray) -> np.ndarray:
-    """Two counts of lines added up, sorted by key."""
+    """The sum of two line counts, sorted by key."""
     pairs = np.concatenate([total, more])
     keys, where = np.unique(pairs["key"], return_inverse=True)
     result = np.empty(len(keys), LINE)
@@ -81,15 +83,15 @@ def add_lines(total: np.ndarray, more: np.ndarray) -> np.ndarray:
 
 @dataclass
 class NormalizeStep(Step):
-    """One task a shard of the read step, and one shard of the same number out."""
+    """One task per shard of the read step, which writes the shard of the same number."""
 
     settings: NormalizeConfig
     read: Path
-    lines: Path
+    lines: Path | None
     examples: int = 3
 
     def tasks(self) -> int:
-        """One a shard."""
+        """One per shard."""
         return len(read_shards(self.read))
 
     def run_task(self, rank: int, progress: Progress) -> None:
@@ -125,11 +127,17 @@ class NormalizeStep(Step):
         Corpus(self.folder).summarize()
 
     def _frequent_lines(self, source: str) -> set[int]:
-        path = frequent_path(self.lines, source)
-        return set(np.load(path).tolist()) if path.exists() else set()
+        path = self.lines and frequent_path(self.lines, source)
+        return set(np.load(path).tolist()) if path and path.exists() else set()
 
 
 def dataset_name(template: str, source: str, group: str, language: str) -> str:
-    """The name of the .bin/.idx pair that a document goes to, safe as a file name."""
+    """The name of the .bin/.idx pair that a document is written to, safe as a file name.
+
+    A long name is cut and ends with its hash. A name that would clash with another file of the corpus gets a "_".
+    """
     name = template.format(source=source, group=group, language=language or "und")
-    return re.sub(r"[^A-Za-z0-9_.-]+", "_", name).strip(".") or "und"
+    name = re.sub(r"[^A-Za-z0-9_.-]+", "_", name).strip(".") or "und"
+    if len(name) > LONGEST_NAME:
+        name = f"{name[: LONGEST_NAME - 9]}_{xxhash.xxh3_64_intdigest(name.encode()):016x}"[:LONGEST_NAME]
+    return f"{name}_" if name in OTHER_FILES or name.endswith(".validation") else name

@@ -1,10 +1,10 @@
-"""Text to tokens, documents shuffled over the whole dataset, `.bin/.idx` and side-car.
+"""Text to tokens: documents shuffled over the whole dataset, written as `.bin/.idx` with a sidecar.
 
-    encode   a task a shard     token ids of every document; per dataset and split one file, documents sorted by their key
-    merge    a task a dataset   the sorted files merged into one `.bin/.idx` pair
+    encode   one task per shard     token ids of every document: one file per dataset and split, documents sorted by key
+    merge    one task per dataset   the sorted files merged into one `.bin/.idx` pair
 
-The order is that of a hash of (seed, text): a global shuffle that depends on nothing but the documents, needs no second pass, and
-reads every file from front to back. Memory of a merge is `merge_bytes`, whatever the size of the dataset.
+Documents are ordered by a hash of (seed, text): a global shuffle that depends only on the documents, needs no second pass, and
+reads every file sequentially. A merge holds `merge_bytes` in memory, whatever the size of the dataset.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class EncodeStep(Step):
     seed: int
 
     def tasks(self) -> int:
-        """One a shard."""
+        """One per shard."""
         return len(self.corpus.shards())
 
     def run_task(self, rank: int, progress: Progress) -> None:
@@ -71,7 +71,7 @@ class EncodeStep(Step):
 
 
 def _batches(documents: Iterator[tuple[int, Document]]) -> Iterator[list[tuple[int, Document]]]:
-    """Batches bounded in documents and in characters: a batch of books must not take gigabytes."""
+    """Batches limited in documents and in characters: a batch of books must not take gigabytes."""
     batch: list[tuple[int, Document]] = []
     size = 0
     for item in documents:
@@ -95,7 +95,7 @@ def _note(facts: dict, document: Document, tokens: int) -> None:
 
 
 def merged_facts(encoded: Path) -> dict[str, dict]:
-    """`dataset/split` -> group, languages, licenses (with documents each), bytes, tokens, documents."""
+    """`dataset/split` -> group, languages and licenses (with their number of documents), bytes, tokens, documents."""
     total: dict[str, dict] = {}
     for path in sorted(encoded.glob("*.datasets.json")):
         for name, facts in read_json(path).items():
@@ -145,7 +145,7 @@ class MergeStep(Step):
     tokenizer: Path
 
     def tasks(self) -> int:
-        """One a dataset and split."""
+        """One per dataset and split."""
         return len(plan_datasets(self.encoded, self.settings.min_documents))
 
     def run_task(self, rank: int, progress: Progress) -> None:

@@ -1,8 +1,8 @@
-"""The tokenizer stage: a sample of the corpus with groups up-sampled, a tokenizer trained on it (or one taken), and a report.
+"""The tokenizer stage: a sample of the corpus with some groups up-sampled, a tokenizer trained on it or taken, and a report.
 
 Nemotron-4 (https://arxiv.org/abs/2402.16819, section 2) up-samples non-English text when its tokenizer is trained. Here a group's
-share of the sample is proportional to its bytes times `upsample`; a document is in the sample by the hash of its text, and more than
-once where the share asks for more text than there is. Held-out documents are never in it.
+share of the sample is proportional to its bytes times `upsample`; the hash of its text decides whether a document is sampled, and it is
+sampled more than once where the share exceeds the text that there is. Held-out documents are never in the sample.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ REPORT_BYTES = 200_000  # of each language
 
 @dataclass
 class SampleStep(Step):
-    """One task a shard: writes the sampled documents as {text, language, held_out, times}."""
+    """One task per shard: writes the sampled documents as {text, language, held_out, times}."""
 
     settings: TokenizerSection
     corpus: Corpus
@@ -39,7 +39,7 @@ class SampleStep(Step):
     held_out: float
 
     def tasks(self) -> int:
-        """One a shard."""
+        """One per shard."""
         return len(self.corpus.shards())
 
     def run_task(self, rank: int, progress: Progress) -> None:
@@ -66,7 +66,7 @@ class SampleStep(Step):
                     stream.write(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE))
 
     def _rates(self) -> dict[str, float]:
-        """How often a byte of each group is in the sample, on average."""
+        """How often a byte of each group is sampled, on average."""
         sizes: dict[str, int] = defaultdict(int)
         for source, size in self.corpus.bytes_by_source().items():
             sizes[self.sources[source]] += size
@@ -98,7 +98,7 @@ class TokenizerStep(Step):
 
     def run_task(self, rank: int, progress: Progress) -> None:
         """Train the tokenizer or take the named one, and measure it."""
-        from megatron_lite.data.tokenizer import fingerprint, load_tokenizer
+        from megatron_lite.data.tokenizer import fingerprint, load_tokenizer, vocabulary_size
 
         folder = self.folder / "tokenizer"
         building = self.folder / ".tokenizer.building"
@@ -120,7 +120,7 @@ class TokenizerStep(Step):
             "fingerprint": fingerprint(tokenizer),
             "name": name,
             "eod": tokenizer.eos_token_id,
-            "vocab_size": len(tokenizer),
+            "vocab_size": vocabulary_size(tokenizer),
         }
         report = {"after": self._measure(folder), "before": self._measure(before) if before else None}
         write_json(self.folder / "report.json", report)
@@ -135,6 +135,11 @@ class TokenizerStep(Step):
                 for _ in range(int(row[column])):
                     yield row["text"]
 
+        if not any(int(row[column]) for row in sampled(self.sample)):
+            raise ValueError(
+                "data_recipe.tokenizer: there is no text to train on; every document is held out for validation (lower "
+                "data_recipe.tokenize.held_out) or outside of the sample (raise data_recipe.tokenizer.sample_bytes)"
+            )
         try:
             train_tokenizer(texts(), folder, vocab_size=self.settings.vocab_size)
         except ValueError as error:

@@ -1,6 +1,6 @@
-"""Heuristics for source code: files that nobody wrote, or that are data (as in The Stack / StarCoder, https://arxiv.org/abs/2305.06161).
+"""Heuristics for source code: drop files that are generated or are data (as in The Stack / StarCoder, https://arxiv.org/abs/2305.06161).
 
-A generated or minified file teaches a model what a generator does; a table of numbers in braces teaches it nothing.
+A model learns little from generated or minified files and from tables of numbers.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _NUMBERS = re.compile(r"\b(?:0[xX][0-9A-Fa-f]+|\d+(?:\.\d+)?)[uUlLfF]*\b")
 
 @dataclass
 class CodeFilterConfig:
-    """Thresholds; a file beyond one of them is dropped for the reason of that name."""
+    """Thresholds. A file that violates one is dropped, and the reason is named after it."""
 
     min_chars: int = 100
     max_chars: int = 1_000_000
@@ -47,7 +47,7 @@ class CodeFilter:
         self.config = config
 
     def reason(self, text: str) -> str | None:
-        """Why `text` is dropped: the first test that it fails; None when it stays."""
+        """Why `text` is dropped: the first test that it fails; None if it is kept."""
         config = self.config
         if len(text.strip()) < config.min_chars:
             return "too_short"
@@ -80,7 +80,7 @@ def _composition(text: str, codes: np.ndarray, config: CodeFilterConfig) -> str 
 
 
 def _encoded_chars(text: str) -> int:
-    """Characters in base64 and in runs of escaped bytes; each search only where its marks are, as both are slow."""
+    """Characters in base64 and in runs of escaped bytes; each search runs only where its marks occur, as both are slow."""
     found = 0
     if any(len(word) >= 120 for word in text.split()):
         found += sum(map(len, _BASE64.findall(text)))

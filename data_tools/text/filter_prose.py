@@ -5,12 +5,12 @@
     FineWeb   https://arxiv.org/abs/2406.17557                      lines that end a sentence
 
 Notable features:
-- scripts without spaces: every character is a word there, so length thresholds differ (`UNSPACED`), repetition is looked for in runs
-  of twice as many, and the mean word length is not asked
-- the language is asked before stop words: an English page under another label is dropped as that
-- text has sentences when enough of its lines end one (FineWeb), or enough of its paragraphs hold an end: the lines of a wrapped book
-  or a poem end none, and a speech may be one long line that is cut in its middle
-- repetition is measured in words covered, not characters: the same to a percent, and it needs no Python loop
+- in scripts without spaces every character is a word, so length thresholds differ (`UNSPACED`), runs for repetition are twice as
+  long, and the mean word length is not tested
+- the language is tested before stop words, so that an English page with another label is dropped for its language
+- a text has sentences if enough of its lines end one (FineWeb), or enough of its paragraphs contain an end: lines of a wrapped book
+  or a poem often end no sentence, and a speech may be a single line that is cut in the middle
+- repetition is measured in words, not characters: the results agree within a percent, and no Python loop is needed
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ from data_tools.text.hashing import LETTER, SINGLE, SPACE, character_classes, co
 from data_tools.text.language import STOP_WORDS, contradicts
 
 TERMINAL = tuple(".!?…\"'”’»)]:;。！？」』）։।॥؟۔።၊។៕")
-# A letter and a full stop: the end of a sentence, not of a section number. The full stops of other scripts end nothing else.
+# A letter and a full stop: the end of a sentence, not of a section number. Full stops of other scripts have no other use.
 _SENTENCE_END = re.compile(r"[^\W\d_][)\"'”’»]*[.!?…][)\"'”’»]*(?=\s|$)|[։॥।。！？؟۔።၊။៕]")
 _REFERENCE = re.compile(
     r"\{[\w\s'’.,/-]{1,60}\}"
-)  # {word}: dictionaries and manuals mark references so; code has more in braces
+)  # {word}: a reference in a dictionary or manual; code has more text in braces
 _LICENSE_NAME = re.compile(
     r"(?:general public|free documentation|apache|creative commons|mozilla public|artistic)[\s\w,.-]{0,20}licen[cs]e",
     re.IGNORECASE,
 )
 _LICENSE_WORD = re.compile(
     r"li[cz]en[cszçt]|copyright|warrant", re.IGNORECASE
-)  # English, and what its translations say
+)  # English, and what translations of it contain
 _BULLET = re.compile(r"^\s*(?:[-*•·‣▪o]|\d+[.)])\s")
 
 
 @dataclass
 class ProseFilterConfig:
-    """Thresholds; a document beyond one of them is dropped for the reason of that name."""
+    """Thresholds. A document that violates one is dropped, and the reason is named after it."""
 
     min_words: int = 40
     max_words: int = 1_000_000
@@ -68,9 +68,9 @@ class ProseFilterConfig:
     check_language: bool = True
 
 
-# A hundred Han characters say about what sixty English words say; a stop-word list there would be one of characters.
+# A hundred Han characters carry about as much as sixty English words; a stop-word list would be a list of characters.
 UNSPACED: dict[str, Any] = {"min_words": 60, "min_letter_share": 0.5, "min_stop_words": 0}
-UNSPACED_RUN = 2  # characters that repeat like one word: runs of n words are runs of n times as many characters
+UNSPACED_RUN = 2  # characters per word when looking for repetition: a run of n words is a run of 2 n characters
 
 
 class ProseFilter:
@@ -91,7 +91,7 @@ class ProseFilter:
         return replace(self._base, **(changes | self._languages.get(language, {})))
 
     def reason(self, text: str, language: str) -> str | None:
-        """Why `text` is dropped: the name of the first threshold that it breaks; None when it stays."""
+        """Why `text` is dropped: the name of the first threshold that it violates; None if it is kept."""
         words = word_hashes(text)
         if not len(words):
             return "no_words"
@@ -127,10 +127,10 @@ def _characters(text: str, words: int, mean_word: float | None, settings: ProseF
     limit = settings.max_curly_share * words
     if text.count("{") > limit and text.count("{") - len(_REFERENCE.findall(text)) > limit:
         return "curly_brackets"
-    # The text of a license, by its title: the same few in every collection, in every translation.
+    # The text of a license, recognized by its title: every collection holds the same few, in many translations.
     if _LICENSE_NAME.search(text, 0, 150) and len(_LICENSE_WORD.findall(text)) > settings.max_license_share * words:
         return "license_text"
-    # A page of filler, not a manual that speaks of it.
+    # A page of filler text, not a manual that mentions it.
     return "lorem_ipsum" if text.lower().count("lorem ipsum") > settings.max_lorem_share * words else None
 
 
@@ -159,7 +159,7 @@ def _paragraphs(text: str) -> list[str]:
 
 
 def _duplicate_share(units: list[str]) -> float:
-    """Share of the characters that stand in a unit seen before."""
+    """Share of the characters in units that occurred before."""
     seen: set[int] = set()
     total = repeated = 0
     for unit in units:
@@ -182,7 +182,7 @@ def _repetition(words: np.ndarray, run: int, settings: ProseFilterConfig) -> str
     """Gopher's repetition tests; a "gram" of n is a run of n times `run` words."""
     top = len(words)
     for n, limit in ((2, settings.max_top_2gram), (4, settings.max_top_4gram)):
-        # A run of four words is never more frequent than the runs of two in it: most texts need one look.
+        # A run of four words is never more frequent than the runs of two in it, so most texts need one pass.
         if top > 3 and top * n * run > limit * len(words):
             _, counts = np.unique(ngram_hashes(words, n * run), return_counts=True)
             top = int(counts.max())
@@ -198,7 +198,7 @@ def _repetition(words: np.ndarray, run: int, settings: ProseFilterConfig) -> str
 
 
 def repeated_share(words: np.ndarray, n: int) -> float:
-    """Share of the words that lie in an n-gram which occurred earlier in the text."""
+    """Share of the words inside an n-gram that occurred earlier in the text."""
     grams = ngram_hashes(words, n)
     _, first = np.unique(grams, return_index=True)
     later = np.ones(len(grams), bool)

@@ -1,10 +1,10 @@
 """Word and n-gram hashes of a text as numpy arrays, without a Python loop over words.
 
 Notable features:
-- words are runs of letters, marks and digits; in scripts that are written without spaces (Han, kana, Thai, Lao, Khmer, Burmese,
-  Tibetan) every character is a word, so n-grams mean something there too
+- words are runs of letters, marks and digits; in scripts without spaces (Han, kana, Thai, Lao, Khmer, Burmese, Tibetan) every
+  character is a word, so that n-grams are meaningful there too
 - a word's hash is a polynomial in mixed code points modulo 2^64, taken from prefix sums: H(s, e) = (P_e - P_s) B^-s. B is odd,
-  so B^-1 exists modulo 2^64 and every word of the text is hashed by a handful of vector operations (about 40 MB/s a core)
+  so B^-1 exists modulo 2^64 and every word of the text is hashed by a few vector operations (about 40 MB/s per core)
 - code points are mixed (splitmix64) before, and sums after: plain polynomials modulo 2^64 have structured collisions
 """
 
@@ -29,7 +29,7 @@ SEPARATOR, LETTER, SINGLE, SPACE = 0, 1, 2, 3
 def character_classes() -> np.ndarray:
     """uint8 (0x110000): LETTER (part of a word), SINGLE (a word by itself), SPACE or SEPARATOR (the rest)."""
     classes = np.zeros(0x110000, np.uint8)
-    for code in range(0x323B0):  # nothing above is assigned but tags and private use
+    for code in range(0x323B0):  # above this, only tags and private use are assigned
         if unicodedata.category(chr(code))[0] in "LMN":
             classes[code] = LETTER
         elif chr(code).isspace():
@@ -50,7 +50,7 @@ def _powers() -> tuple[np.ndarray, np.ndarray]:
 
 
 def mix(values: np.ndarray) -> np.ndarray:
-    """splitmix64's finaliser, elementwise on uint64."""
+    """splitmix64's finalizer, elementwise on uint64."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))
@@ -69,7 +69,7 @@ def word_hashes(text: str) -> np.ndarray:
     parts, start = [], 0
     while start < len(codes):
         end = start + BLOCK
-        if end < len(codes):  # cut behind the last character that is in no word, unless a "word" fills the block
+        if end < len(codes):  # cut after the last character outside of a word, unless one word fills the block
             outside = np.flatnonzero(character_classes()[codes[start:end]] != LETTER)
             end = start + int(outside[-1]) + 1 if len(outside) else end
         parts.append(_hash_block(codes[start:end]))
@@ -103,5 +103,5 @@ def ngram_hashes(words: np.ndarray, n: int) -> np.ndarray:
 
 
 def word_count(text: str) -> int:
-    """Words of `text` by the same rule."""
+    """Number of words in `text`."""
     return len(word_hashes(text))

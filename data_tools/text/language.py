@@ -1,11 +1,11 @@
-"""Languages: identification with the model that ships inside `py3langid`, and the little that filters must know of each.
+"""Languages: identification with the model inside `py3langid`, and what the filters need to know about each language.
 
 Notable features:
 - identification looks at a slice from the middle of a text: beginnings are titles and licenses, and the cost stays 1 ms
-- a label is doubted only when the identifier is sure in most of several slices: a translated manual with an English paragraph or a
-  listing in its middle is no English manual
-- only a label that the identifier could have known is doubted: it tells 97 languages apart, and near relatives (Croatian and
-  Serbian, Indonesian and Malay) count as one
+- a label is rejected only when the identifier is sure in most of several slices: a translated manual with an English paragraph or
+  a listing in its middle is not an English manual
+- only labels that the identifier knows can be rejected: it distinguishes 97 languages, and close relatives (Croatian and Serbian,
+  Indonesian and Malay) count as one
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ _RELATIVES = tuple(
     )
 )  # fmt: skip
 
-# Gopher's stop-word test for other languages than English: very frequent function words, and those of instructions, which
-# inflecting languages without articles (Finnish, Turkish) would otherwise pass without.
+# Gopher's stop-word test for other languages than English: very frequent function words, and words of
+# instructions, because manuals in languages without articles (Finnish, Turkish) have few of the former.
 STOP_WORDS: dict[str, frozenset[str]] = {
     language: frozenset(words.split())
     for language, words in {
@@ -66,7 +66,7 @@ def _identifier() -> Any:
 
 @lru_cache(maxsize=1)
 def known_languages() -> frozenset[str]:
-    """The tags that the identifier can give."""
+    """The tags that the identifier can return."""
     return frozenset(str(label) for label in _identifier().labels)
 
 
@@ -84,7 +84,7 @@ def slices(text: str) -> list[str]:
 
 
 def identify(text: str) -> tuple[str, float]:
-    """(language tag, probability) of a text; ("und", 0.0) where there is nothing to judge by."""
+    """(language tag, probability) of a text; ("und", 0.0) if there are too few letters."""
     part = sample(text)
     if sum(character.isalpha() for character in part) < 20:
         return "und", 0.0
@@ -93,7 +93,7 @@ def identify(text: str) -> tuple[str, float]:
 
 
 def contradicts(label: str, text: str) -> str | None:
-    """The language that most of `text` surely is when that is another than `label`; None when the label may stand."""
+    """The language of most of `text` if it is certainly not `label`; None if the label may be right."""
     base = label.replace("-", "_").split("_")[0]
     if len(text) < 100:
         return None
@@ -105,7 +105,7 @@ def contradicts(label: str, text: str) -> str | None:
 
 
 def _refuted(base: str, part: str) -> str | None:
-    """The language of one slice when it is surely not the language `base`."""
+    """The language of one slice if it is certainly not `base`; None otherwise."""
     found, probability = identify(part)
     if found in ("und", base) or probability < SURE:
         return None
@@ -113,6 +113,6 @@ def _refuted(base: str, part: str) -> str | None:
         return None
     if base in known_languages():
         return found
-    # A language that the identifier does not know can still be refuted by English, which translated manuals are full of.
+    # For a label that the identifier does not know, only clear English counts, which is frequent in translated manuals.
     words = set(part.lower().split())
     return "en" if found == "en" and len(words & STOP_WORDS["en"]) >= 5 else None

@@ -1,11 +1,11 @@
-"""Unicode repair and removal of what is no text. Prose is cleaned; code keeps its characters and its white space.
+"""Unicode repair and removal of what is not text. Prose is cleaned; code keeps its characters and its white space.
 
 Notable features:
-- mojibake is repaired by ftfy, and only in texts that its badness test flags: ftfy alone would be slower than all the rest together
-- terminal escape codes, control characters, zero-width marks and byte-order marks go; line ends become "\\n"
-- blank-line-separated blocks whose every line recurs in many documents of the source (menus, license notices) go as a whole: a
-  frequent line inside a paragraph stays, so no sentence is torn; short lines ("Syntax") are headings unless several stand in a row
-- comments about a license at the top of a code file go; the first line (`#!`) and other comments stay
+- mojibake is repaired by ftfy, only in texts that a cheap test flags: ftfy on every text would take longer than all other steps
+- terminal escape codes, control characters, zero-width marks and byte-order marks are removed; line ends become "\\n"
+- blocks between blank lines are removed if every line of them recurs in many documents of the source (menus, license notices). A
+  frequent line inside a paragraph is kept; short lines ("Syntax") count as headings unless there are several in a row
+- comments about a license at the top of a code file are removed; the first line (`#!`) and other comments are kept
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import xxhash
 
 _ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\-_])|.\x08")
-# A zero-width space ends a word in Thai, Lao, Burmese and Khmer, which have no other mark for that.
+# A zero-width space separates words in Thai, Lao, Burmese and Khmer, which have no other mark for it.
 _CONTROLS = re.compile(
     "[\x00-\x08\x0b\x0e-\x1f\x7f\u2060\ufeff\ufffe\uffff]|(?<![\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff])\u200b"
 )
@@ -46,14 +46,15 @@ _PHONE = re.compile(r"(?<![\w.])\+\d{1,3}[ .-]?(?:\(?\d{1,4}\)?[ .-]?){2,5}\d{2,
 
 @dataclass
 class NormalizeConfig:
-    """Unicode repair and removal of what is no text. Code keeps its white space and its characters."""
+    """Unicode repair and removal of what is not text. Code keeps its white space and its characters."""
 
     unicode_form: str = "NFC"
     fix_encoding: bool = True
     strip_license_headers: bool = True
     mask_pii: bool = False
-    boilerplate_documents: int = 20  # a line that so many documents of a source hold is frequent
-    boilerplate_min_chars: int = 12  # a shorter frequent line goes only in a row of them
+    boilerplate_documents: int = 20  # a line in that many documents of a source is frequent
+    boilerplate_min_chars: int = 12  # shorter frequent lines are removed only in a row of several
+    enabled: bool = True  # false: texts stay as they were read; languages are identified all the same
 
 
 class Normalizer:
@@ -74,6 +75,8 @@ class Normalizer:
 
     def _repairs(self, kind: str, frequent: set[int] | None) -> Iterator[tuple[str, Callable[[str], str]]]:
         config = self.config
+        if not config.enabled:
+            return
         yield "line_ends", _line_ends
         yield "control_characters", _controls
         if kind == "code":
@@ -119,25 +122,25 @@ def remove_policy_lines(text: str) -> str:
 
 
 def fix_encoding(text: str) -> str:
-    """Mojibake undone, where ftfy sees any."""
+    """`text` with mojibake repaired where ftfy finds any."""
     if text.isascii() or not _SUSPICIOUS.search(text):
         return text
     import ftfy
     import ftfy.badness
 
-    # Paragraph by paragraph: one that was pasted in twice-encoded must not decide for the rest.
+    # Paragraph by paragraph: one twice-encoded paragraph must not decide about the rest.
     return "\n\n".join(ftfy.fix_encoding(part) if ftfy.badness.is_bad(part) else part for part in text.split("\n\n"))
 
 
 def line_key(line: str) -> int:
-    """Hash of a line without the white space around it."""
+    """Hash of a line, ignoring the white space around it."""
     return xxhash.xxh3_64_intdigest(line.strip().encode())
 
 
 def remove_blocks(text: str, frequent: set[int], min_chars: int) -> str:
-    """`text` without the blocks (between blank lines) that consist of frequent lines only.
+    """`text` without the blocks between blank lines that consist of frequent lines only.
 
-    A block of lines that are all shorter than `min_chars` goes only in a row of such blocks with `MENU_LINES` lines together.
+    A block of lines that are all shorter than `min_chars` is removed only in a row of blocks with `MENU_LINES` lines in total.
     """
     blocks = text.split("\n\n")
     stays = [True] * len(blocks)
@@ -149,7 +152,7 @@ def remove_blocks(text: str, frequent: set[int], min_chars: int) -> str:
             row.append(i)
             row_lines += len(lines)
             stays[i] = max(map(len, lines)) < min_chars
-        elif lines or block is None:  # an empty block ends no row
+        elif lines or block is None:  # an empty block does not end a row
             for j in row if row_lines >= MENU_LINES else ():
                 stays[j] = False
             row, row_lines = [], 0
@@ -157,7 +160,7 @@ def remove_blocks(text: str, frequent: set[int], min_chars: int) -> str:
 
 
 def strip_license_header(text: str) -> str:
-    """A code file without those comments before its first line of code that speak of a license."""
+    """`text` without the comments before its first line of code that mention a license."""
     first = _FIRST_LINES.match(text)
     start = at = first.end() if first else 0
     kept = []

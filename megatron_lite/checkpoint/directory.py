@@ -18,7 +18,6 @@ from typing import Any
 from megatron_lite.atomic import fsync
 from megatron_lite.checkpoint.manifest import MANIFEST, read_manifest, step_name, step_of
 from megatron_lite.errors import CheckpointError
-from megatron_lite.tensor_files import file_sha256
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +48,11 @@ def prune(directory: Path, *, last: int, keep: int, keep_every: int | None, dama
     going = expendable(steps, last=last, keep=keep, keep_every=keep_every)
 
     def sound(step: int) -> bool:
-        return step not in damaged and checkpoint_problem(directory / step_name(step), hashed=False) is None
+        path = directory / step_name(step)
+        try:
+            return step not in damaged and problem_without_hashing(path, read_manifest(path)) is None
+        except CheckpointError:
+            return False
 
     staying = [step for step in steps if step <= last and step not in going]
     if going and not any(sound(step) for step in reversed(staying)):
@@ -116,17 +119,18 @@ def _move(directory: Path, name: str, hidden: str) -> Path:
     return target
 
 
-def file_problem(file: Path, entry: dict[str, Any], *, hashed: bool = True) -> str | None:
-    """What is wrong with one file: missing, another size, another SHA-256 (read whole when `hashed`)."""
+def size_problem(file: Path, entry: dict[str, Any]) -> str | None:
+    """What is wrong with one file, but for its values: it is missing or has another size."""
     try:
         size = file.stat().st_size
-        if size != entry["size"]:
-            return f"{file} has {size} bytes, not {entry['size']}"
-        if hashed and file_sha256(file) != entry["sha256"]:
-            return f"{file} is damaged: its SHA-256 is not the manifest's"
     except OSError as error:
-        return f"{file} cannot be read: {error.strerror or error}"
-    return None
+        return unreadable(file, error)
+    return None if size == entry["size"] else f"{file} has {size} bytes, not {entry['size']}"
+
+
+def unreadable(file: Path, error: OSError) -> str:
+    """What to say of a file that an error keeps from being read."""
+    return f"{file} cannot be read: {error.strerror or error}"
 
 
 def directory_problem(path: Path, manifest: dict[str, Any]) -> str | None:
@@ -140,7 +144,7 @@ def directory_problem(path: Path, manifest: dict[str, Any]) -> str | None:
     try:
         names = {name for name in os.listdir(path) if not name.startswith(".")}
     except OSError as error:
-        return f"{path} cannot be read: {error.strerror or error}"
+        return unreadable(path, error)
     unknown = sorted(names - set(manifest["files"]) - {MANIFEST})
     if unknown:
         return f"{path} holds files that its manifest does not know: {', '.join(unknown[:5])}; move them away"
@@ -149,18 +153,5 @@ def directory_problem(path: Path, manifest: dict[str, Any]) -> str | None:
 
 def problem_without_hashing(path: Path, manifest: dict[str, Any]) -> str | None:
     """What names and sizes alone say is wrong with a checkpoint."""
-    problems = (file_problem(path / name, entry, hashed=False) for name, entry in manifest["files"].items())
+    problems = (size_problem(path / name, entry) for name, entry in manifest["files"].items())
     return directory_problem(path, manifest) or next(filter(None, problems), None)
-
-
-def checkpoint_problem(path: Path, *, hashed: bool = True) -> str | None:
-    """What is wrong with a checkpoint, by one process; `hashed=False` looks at names and sizes only."""
-    try:
-        manifest = read_manifest(path)
-    except CheckpointError as error:
-        return str(error)
-    problem = problem_without_hashing(path, manifest)
-    if problem is None and hashed:
-        problems = (file_problem(path / name, entry) for name, entry in manifest["files"].items())
-        problem = next(filter(None, problems), None)
-    return problem

@@ -5,15 +5,16 @@ the versions of the software, the thread count, the world size, and
 
     tensors: {name: {shape, dtype, group}}   global shape
     groups:  {group: [[dim, parts], ...]}    the tensors of a group are all cut in the same way, in this order
-    files:   {file: {size, sha256}}          `<group>-<number>.safetensors` holds shard `number` of each of them
+    files:   {file: {size, blocks_sha256}}   `<group>-<number>.safetensors` holds shard `number` of each of them
 
 so that a reader computes where a slice is (`global_view.shards_within`) and the manifest grows with the
 number of tensors and files, not with their product. `checksum` is the SHA-256 of the rest, so that a flipped
 digit in `consumed_samples` is found like one in a weight. Nothing here is ever unpickled; file names that
 would lead out of the directory are refused.
 
-Format 1 had no groups (the files' headers say where each shard begins) and `adam_step` instead of
-`counters`; it is read as if it had been written today, but for `format_version`.
+Format 1 had no groups (the files' headers say where each shard begins), `adam_step` instead of `counters`
+and the SHA-256 of whole files (`sha256`) instead of that of their blocks (`tensor_files.BlockHash`); it is
+read as if it had been written today, but for `format_version`.
 """
 
 from __future__ import annotations
@@ -172,10 +173,11 @@ def _check_manifest(file: Path, manifest: dict[str, Any]) -> None:
         manifest["counters"] = {"adam_step": manifest.pop("adam_step")}
     if wrong := _wrong_counters(manifest["counters"]):
         raise CheckpointError(f"{file} is incomplete: {'; '.join(wrong)}")
+    digest = "sha256" if version == 1 else "blocks_sha256"
     for name, entry in manifest["files"].items():
-        if not _FILE_NAME.fullmatch(name) or not isinstance(entry, dict) or set(entry) != {"size", "sha256"}:
+        if not _FILE_NAME.fullmatch(name) or not isinstance(entry, dict) or set(entry) != {"size", digest}:
             raise CheckpointError(f"{file} names an impossible file {name!r}")
-        if not _is_count(entry["size"]) or not isinstance(entry["sha256"], str):
+        if not _is_count(entry["size"]) or not isinstance(entry[digest], str):
             raise CheckpointError(f"{file} gives the file {name!r} an impossible size or hash")
     groups = manifest.get("groups", {})
     for name, cuts in groups.items():

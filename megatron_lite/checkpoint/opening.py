@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 
-from megatron_lite.checkpoint.directory import file_problem, list_steps, problem_without_hashing
+from megatron_lite.checkpoint.directory import list_steps, problem_without_hashing, unreadable
 from megatron_lite.checkpoint.manifest import MANIFEST, dtype_from, read_manifest, step_name
 from megatron_lite.checkpoint.reader import CheckpointTensors, Shards, header_shards
 from megatron_lite.errors import CheckpointError, error_text
 from megatron_lite.ranks import Ranks
-from megatron_lite.tensor_files import read_whole
+from megatron_lite.tensor_files import BLOCK, block_digest, hash_of_blocks, read_whole
 
 logger = logging.getLogger(__name__)
 
@@ -106,13 +106,58 @@ class Verifier:
     def _hash(self, path: Path, entries: dict[str, Any], files: Collection[str]) -> str | None:
         if not files:
             return None
-        by_size = sorted(files, key=lambda name: (-entries[name]["size"], name))
-        mine = by_size[self.ranks.rank :: self.ranks.size]
+        shares = hash_shares({name: entries[name] for name in sorted(files)}, self.ranks.size)
+        everyone = self.ranks.gather("verify", lambda: _digests(path, shares[self.ranks.rank]))
+        return self.ranks.first("verify", lambda: _hash_problem(path, entries, everyone))
 
-        def first_problem() -> str | None:
-            return next(filter(None, (file_problem(path / name, entries[name]) for name in mine)), None)
 
-        return next(iter(self.ranks.problems("verify", first_problem).values()), None)
+Blocks = list[tuple[str, int | None]]  # (file, number of a block of it, or None for the whole file)
+
+
+def hash_shares(entries: dict[str, Any], ranks: int) -> list[Blocks]:
+    """What each rank hashes of the files: blocks that follow each other, the same number of bytes for all, give or take a block.
+
+    A file of format 1, whose hash is that of its whole content, counts as one block.
+    """
+    shares: list[Blocks] = [[] for _ in range(ranks)]
+    total = max(1, sum(entry["size"] for entry in entries.values()))
+    done = 0
+    for name, entry in entries.items():
+        size = entry["size"]
+        sizes = [size] if "sha256" in entry else [min(BLOCK, size - start) for start in range(0, size, BLOCK)]
+        for block, length in enumerate(sizes):
+            middle = done + length // 2
+            shares[min(middle * ranks // total, ranks - 1)].append((name, None if "sha256" in entry else block))
+            done += length
+    return shares
+
+
+def _digests(path: Path, blocks: Blocks) -> dict[str, bytes | str]:
+    """File -> the digests of these blocks of it, one after the other, or why they cannot be had."""
+    found: dict[str, bytes | str] = {}
+    for name, block in blocks:
+        before = found.get(name, b"")
+        if isinstance(before, bytes):
+            try:
+                found[name] = before + block_digest(path / name, block)
+            except OSError as error:
+                found[name] = unreadable(path / name, error)
+    return found
+
+
+def _hash_problem(path: Path, entries: dict[str, Any], everyone: list[dict[str, bytes | str]]) -> str | None:
+    """The first file that is not what its hash says; the ranks' blocks of a file come in the order of the ranks."""
+    digests: dict[str, bytes] = {}
+    for found in everyone:
+        for name, digest in found.items():
+            if isinstance(digest, str):
+                return digest
+            digests[name] = digests.get(name, b"") + digest
+    for name, digest in digests.items():
+        entry = entries[name]
+        if entry["sha256"] != digest.hex() if "sha256" in entry else entry["blocks_sha256"] != hash_of_blocks(digest):
+            return f"{path / name} is damaged: its SHA-256 is not the manifest's"
+    return None
 
 
 def find_checkpoint(path: str | Path) -> Path:

@@ -66,10 +66,7 @@ class CheckpointTensors:
             whole[place].copy_(part)
             filled += part.numel()
         if filled != math.prod(sizes):
-            raise CheckpointError(
-                f"no file of the checkpoint {self.path} holds {math.prod(sizes) - filled} of the {math.prod(sizes)} "
-                f"numbers of {name!r} at {region[0]}"
-            )
+            raise self._missing(name)
         return torch.empty(region[1], dtype=self.dtype(name)) if whole is None else whole
 
     def files_of(self, names: Iterable[str]) -> set[str]:
@@ -88,8 +85,13 @@ class CheckpointTensors:
             return
         group = self.manifest["tensors"][name]["group"]
         for index, shard in shards_within(self.shape(name), self.manifest["groups"][group], region):
-            if (file := file_name(group, index)) in self.manifest["files"]:
-                yield file, shard
+            file = file_name(group, index)
+            if file not in self.manifest["files"]:
+                raise self._missing(name)
+            yield file, shard
+
+    def _missing(self, name: str) -> CheckpointError:
+        return CheckpointError(f"no file of the checkpoint {self.path} holds a part of {name!r} that is needed")
 
     def _slice(self, file: str, name: str, shard: Region, region: Region) -> Tensor:
         """A part of a shard; both regions in the global tensor."""

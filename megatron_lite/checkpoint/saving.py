@@ -24,7 +24,7 @@ import torch
 from megatron_lite.atomic import fsync
 from megatron_lite.checkpoint import directory as folder
 from megatron_lite.checkpoint import manifest as manifests
-from megatron_lite.checkpoint.directory import file_problem
+from megatron_lite.checkpoint.directory import size_problem
 from megatron_lite.checkpoint.safetensors_file import tensor_bytes
 from megatron_lite.checkpoint.storage import Group, OpenStream, plan, write_groups
 from megatron_lite.errors import CheckpointError
@@ -99,7 +99,7 @@ class Saver:
         held = {key: _union(key, everyone) for key in ("tensors", "groups", "files")}
         _check_complete(**held)
         for name, entry in held["files"].items():
-            problem = file_problem(temporary / name, entry, hashed=False)
+            problem = size_problem(temporary / name, entry)
             if problem:
                 raise CheckpointError(f"{problem}; do all ranks see the same directory?")
         body = manifests.build(step, state, world_size=self.ranks.size, held=held)
@@ -148,7 +148,7 @@ def _digests(pieces: dict[str, Piece]) -> dict[str, int]:
     """Name -> 63 bits that stand for the bytes of a replicated shard and its place."""
     digests = {}
     for name, piece in pieces.items():
-        if piece.replica and math.prod(piece.sizes):
+        if piece.replica and 0 not in piece.sizes:
             checksum = zlib.crc32(tensor_bytes(piece.tensor()))
             digests[name] = _hash(f"{name} {piece.offsets} {checksum}")
     return digests

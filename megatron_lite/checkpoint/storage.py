@@ -24,11 +24,11 @@ from typing import Any, BinaryIO
 from megatron_lite.checkpoint.manifest import file_name, tensor_entry
 from megatron_lite.checkpoint.safetensors_file import write_safetensors
 from megatron_lite.parallel.global_view import Piece, shard_index
+from megatron_lite.tensor_files import BLOCK, BlockHash
 
 OpenStream = Callable[[Path], BinaryIO]
 FileEntries = dict[str, dict[str, Any]]
 
-_BLOCK = 16 * 2**20
 _SMALL_FILE = 2**20  # copies do not share what is less than this: more files would cost more than they save
 
 
@@ -104,7 +104,7 @@ def _group_name(kind: str, cuts: tuple[Any, ...], members: list[str]) -> str:
 
 
 def write_groups(path: Path, groups: list[Group], *, open_stream: OpenStream = open_for_writing) -> FileEntries:
-    """Write this rank's share below `path`, fsynced. Returns {file name: {size, sha256}}, hashed from memory."""
+    """Write this rank's share below `path`, fsynced. Returns {file name: {size, blocks_sha256}}, hashed from memory."""
     written: FileEntries = {}
     for group in groups:
         pieces = {name: piece for name, piece in group.pieces.items() if math.prod(piece.sizes)}
@@ -115,7 +115,7 @@ def write_groups(path: Path, groups: list[Group], *, open_stream: OpenStream = o
                 write_safetensors(stream, pieces, metadata={"format": "pt"})
                 raw.flush()
                 os.fsync(raw.fileno())
-            written[name] = {"size": stream.size, "sha256": stream.hash.hexdigest()}
+            written[name] = {"size": stream.size, "blocks_sha256": stream.hash.hexdigest()}
     return written
 
 
@@ -125,12 +125,12 @@ class _HashingStream:
     def __init__(self, raw: BinaryIO) -> None:
         self.raw = raw
         self.size = 0
-        self.hash = hashlib.sha256()
+        self.hash = BlockHash()
 
     def write(self, data: Any) -> int:
         view = memoryview(data).cast("B")
-        for start in range(0, len(view), _BLOCK):  # small enough for other threads to have their turn
-            block = view[start : start + _BLOCK]
+        for start in range(0, len(view), BLOCK):  # small enough for other threads to have their turn
+            block = view[start : start + BLOCK]
             self.hash.update(block)
             self.raw.write(block)
         self.size += len(view)

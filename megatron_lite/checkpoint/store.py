@@ -191,7 +191,7 @@ class CheckpointStore:
         """
         self.wait()
         found = self._verifier.newest(self.directory, self.ranks.first("list", self._listed))
-        return found and found.path
+        return None if found is None else found.path
 
     def _listed(self) -> list[int]:
         folder.recover(self.directory)

@@ -22,7 +22,7 @@ from megatron_lite.commands.ranks import all_ranks
 from megatron_lite.data.config import DataConfig
 from megatron_lite.data.loader import validation_batches
 from megatron_lite.data.source import Source, open_validation
-from megatron_lite.engine.fsdp import FsdpConfig, computing
+from megatron_lite.engine.fsdp import computing
 from megatron_lite.objectives.next_token import NextToken
 from megatron_lite.parallel.assemble import assemble, from_tensors
 from megatron_lite.parallel.mesh import Mesh, ParallelConfig, sum_over
@@ -30,6 +30,7 @@ from megatron_lite.precision.dtypes import PrecisionConfig
 from megatron_lite.ranks import Ranks
 from megatron_lite.runtime import Runtime
 from megatron_lite.training.build import build_grid, check_vocabulary, open_tokenizer, prepare_data
+from megatron_lite.training.support import refuse_unsupported
 from megatron_lite.weights import Weights, open_weights
 
 
@@ -41,7 +42,7 @@ class EvaluateConfig:
     data: DataConfig = field(default_factory=DataConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    engine: Any = field(default_factory=FsdpConfig)  # an `EngineConfig`, chosen by its group
+    engine: Any = None  # an `EngineConfig`, chosen by its group
     micro_batch_size: int = 8
     json: bool = False
 
@@ -49,13 +50,14 @@ class EvaluateConfig:
         """Raise ValueError naming the key if a value is invalid."""
         if self.micro_batch_size < 1:
             raise ValueError(f"micro_batch_size={self.micro_batch_size} must be at least 1")
+        if self.engine.name != "fsdp":
+            raise ValueError(f"engine={self.engine.name} only trains; evaluate with engine=fsdp")
         for section in (self.data, self.precision, self.engine):
             section.validate()
         self.parallel.validate(world_size)
-        if self.engine.name != "fsdp":
-            raise ValueError(f"engine={self.engine.name} only trains; evaluate with engine=fsdp")
-        if world_size == 1 and self.engine.cpu_offload:
-            raise ValueError("engine.cpu_offload=true needs two processes or more; drop it")
+        refuse_unsupported(
+            "evaluate", parallel=self.parallel, engine=self.engine, precision=self.precision, world_size=world_size
+        )
 
 
 def main() -> None:

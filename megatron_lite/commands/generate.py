@@ -23,6 +23,7 @@ from megatron_lite.parallel.assemble import assemble, bare, from_tensors
 from megatron_lite.parallel.mesh import ParallelConfig, build_mesh
 from megatron_lite.ranks import Ranks
 from megatron_lite.runtime import Runtime
+from megatron_lite.training.support import refuse_unsupported
 from megatron_lite.weights import Weights, open_weights
 
 
@@ -41,16 +42,7 @@ class GenerateConfig:
         """Raise ValueError naming the key if a value is invalid."""
         self.sampling.validate()
         self.parallel.validate(world_size)
-        if self.parallel.tp != world_size:
-            raise ValueError(
-                f"parallel.tp={self.parallel.tp} with {world_size} processes: generate divides a model by tensor "
-                f"parallelism only; set parallel.tp={world_size}, or start {self.parallel.tp} processes"
-            )
-        if self.parallel.sequence_parallel:
-            raise ValueError(
-                "parallel.sequence_parallel=true: tokens are generated one by one, which leaves no sequence to cut; set it "
-                "to false"
-            )
+        refuse_unsupported("generate", parallel=self.parallel, world_size=world_size)
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from megatron_lite.config import errors
 from megatron_lite.config.errors import ConfigError
-from megatron_lite.config.overrides import spelled_out
+from megatron_lite.config.overrides import own_config_dir, spelled_out
 
 
 def config_dir() -> Path:
@@ -40,16 +40,27 @@ def compose_config(name: str, schema: type, overrides: list[str]) -> Any:
     Raises ConfigError for an unknown key or group, a wrong type, or a missing value.
     """
     register_schema(name, schema)
+    folder = own_config_dir(overrides)
+    OmegaConf.register_new_resolver("config_dir", lambda: _require_config_dir(folder), replace=True)
     overrides = spelled_out(overrides)
     with initialize_config_dir(str(config_dir().resolve()), version_base="1.3"):
         try:
             config = OmegaConf.to_object(compose(name, overrides=overrides))
         except (HydraException, OmegaConfBaseException, ValueError) as error:
-            raise ConfigError(errors.explain(error, overrides, lambda: _keys_of(name, overrides))) from None
+            raise ConfigError(errors.explain(error, overrides, lambda: _keys_of(name, schema, overrides))) from None
     wrong = errors.check_values(config)
     if wrong:
         raise ConfigError(wrong)
     return config
+
+
+def _require_config_dir(folder: Path | None) -> str:
+    """What `${config_dir:}` in a YAML file stands for: paths in a blend that can be moved with its folder."""
+    if folder is None:
+        raise ConfigError(
+            "${config_dir:} stands for the folder given as --config-dir; give one, or write the path itself"
+        )
+    return str(folder)
 
 
 def to_yaml(config: Any) -> str:
@@ -91,17 +102,22 @@ def help_text(name: str, schema: type, purpose: str) -> str:
     lines += [*[""] * bool(groups), "keys and their values (as composed without overrides):", ""]
     register_schema(name, schema)
     with initialize_config_dir(str(config_dir().resolve()), version_base="1.3"):
-        lines.append(OmegaConf.to_yaml(compose(name)))
+        lines.append(OmegaConf.to_yaml(_tree(name, schema, [])))
     return "\n".join(lines)
 
 
-def _keys_of(name: str, overrides: list[str]) -> Iterator[str]:
+def _tree(name: str, schema: type, overrides: list[str]) -> Any:
+    """`configs/<name>.yaml` as Hydra composes it; the defaults of `schema` where a group has to be chosen first."""
+    try:
+        return compose(name, overrides=overrides)
+    except (HydraException, OmegaConfBaseException):
+        return OmegaConf.structured(schema) if not overrides else _tree(name, schema, [])
+
+
+def _keys_of(name: str, schema: type, overrides: list[str]) -> Iterator[str]:
     """Every dotted key of a config with its groups chosen, e.g. `train.max_steps`; Hydra must be initialized."""
     choices = [o for o in overrides if "." not in errors.key_of(o) or o.startswith("hydra.")]
-    try:
-        tree = compose(name, overrides=choices)
-    except (HydraException, OmegaConfBaseException):
-        tree = compose(name)
+    tree = _tree(name, schema, choices)
     waiting: list[tuple[str, Any]] = [("", OmegaConf.to_container(tree, resolve=False))]
     for prefix, tree in waiting:
         for key, value in tree.items():

@@ -42,7 +42,8 @@ def explain(error: BaseException, overrides: list[str], known_keys: Callable[[],
     if renamed:
         return renamed
     if isinstance(chain[-1], MissingMandatoryValue):
-        key = reason.rsplit(": ", 1)[-1]
+        stated = re.search(r"full_key: (\S+)", str(chain[-1]))
+        key = stated[1] if stated else reason.rsplit(": ", 1)[-1]
         return f"{key} is not given, and it has no default: add {key}=..."
     override = _culprit(text, overrides)
     if override is None and "Config group override" in text:  # it does not say which

@@ -10,6 +10,16 @@ from megatron_lite.config.errors import ConfigError
 _FREE_TEXT = ("prompt", "prompt_file", "checkpoint", "source", "target", "resume", "run.dir", "init_from.path")
 
 
+def own_config_dir(overrides: list[str]) -> Path | None:
+    """The folder of `--config-dir DIR` or `--config-dir=DIR`, absolute; None if it is not given."""
+    for position, override in enumerate(overrides):
+        if override.startswith("--config-dir="):
+            return Path(override.partition("=")[2]).resolve()
+        if override == "--config-dir" and position + 1 < len(overrides):
+            return Path(overrides[position + 1]).resolve()
+    return None
+
+
 def spelled_out(overrides: list[str]) -> list[str]:
     """The overrides with short forms written out.
 

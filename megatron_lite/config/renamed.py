@@ -6,6 +6,7 @@ new one (`renamed_key`).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,8 +19,21 @@ RENAMED: dict[str, str] = {
     "model.ffn_size": "model.mlp.ffn_size",
     "model.activation": "model.mlp.activation",
 }
+# The same for recipes of `mlite prepare`; `*` is any name. A section comes after the keys in it that have changed too.
+RENAMED_IN_RECIPES: dict[str, str] = {
+    "data_recipe.tokenise": "data_recipe.tokenize",
+    "data_recipe.normalise.strip_licence_headers": "data_recipe.normalize.strip_license_headers",
+    "data_recipe.normalise": "data_recipe.normalize",
+    "data_recipe.normalize.strip_licence_headers": "data_recipe.normalize.strip_license_headers",
+    "data_recipe.filter.prose.max_licence_share": "data_recipe.filter.prose.max_license_share",
+    "data_recipe.sources.*.licence": "data_recipe.sources.*.license",
+    "data_recipe.sources.*.columns.licence": "data_recipe.sources.*.columns.license",
+}
 # Old dotted key -> what to do instead.
 DROPPED: dict[str, str] = {
+    "engine.kind": "choose the engine by its group: engine=fsdp or engine=deepspeed",
+    "objective.kind": "choose the objective by its group: objective=next_token",
+    "objective.options": "an objective's settings are keys of its own: objective.<setting>",
     "model.unit": "model.num_layers counts blocks of '*-', and model.pattern spells the layers of any other model",
 }
 
@@ -45,9 +59,10 @@ def upgraded(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 def renamed_key(key: str) -> str | None:
     """What became of a dotted key, in a sentence; None for a key that was never renamed."""
-    for old, new in RENAMED.items():
-        if key == old or key.startswith(f"{old}."):
-            return f"{key} is now {new}{key[len(old) :]}"
+    for old, new in (RENAMED | RENAMED_IN_RECIPES).items():
+        found = re.match(re.escape(old).replace(r"\*", r"([^.]+)") + r"(?=\.|$)", key)
+        if found:
+            return f"{key} is now {new.replace('*', ''.join(found.groups()))}{key[found.end() :]}"
     return f"{key} is gone: {DROPPED[key]}" if key in DROPPED else None
 
 

@@ -72,7 +72,8 @@ class DataConfig:
     """The data of a run.
 
     seq_len: tokens a sample. reset_attention: attention and positions restart at each document.
-    mask_eod_loss: predicting the end of a document does not count. tokenizer: folder of the tokenizer that
+    mask_eod_loss: predicting the end of a document does not count. folder: for blends to build paths from
+    (`${data.folder}/wiki`). tokenizer: folder of the tokenizer that
     the files were written with. eod_id: end-of-document id, where it is not the tokenizer's own. sample_corpus:
     folder of the corpus that is assembled from installed packages at first use, None for any other data.
     """
@@ -80,6 +81,7 @@ class DataConfig:
     seq_len: int = 256
     reset_attention: bool = False
     mask_eod_loss: bool = False
+    folder: str = ""
     tokenizer: str = ""
     eod_id: int | None = None
     sample_corpus: str | None = None

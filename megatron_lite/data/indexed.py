@@ -121,11 +121,12 @@ class IndexedDataset:
         return int(self._pointers[sequence]) // self.dtype.itemsize
 
     def documents_in(self, start: int, stop: int) -> list[int]:
-        """Where in (start, stop) documents begin, ascending: two binary searches in the pointers."""
+        """Positions in (start, stop) at which documents begin, ascending: two binary searches in the pointers."""
         documents = range(self.num_documents)
         first = bisect_right(documents, start, key=self.document_start)
         last = bisect_left(documents, stop, lo=first, key=self.document_start)
-        return [self.document_start(document) for document in range(first, last)]
+        starts = [self.document_start(document) for document in range(first, last)]
+        return list(dict.fromkeys(starts))  # a document without tokens begins where the next one does
 
 
 def _require_content(path: Path) -> None:

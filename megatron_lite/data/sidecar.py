@@ -15,7 +15,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class TokenizerIdentity:
-    """What the data must agree on with the run's tokenizer. fingerprint: a hash of the tokenizer's files."""
+    """What the data and the run's tokenizer must agree on. fingerprint: a hash; vocab_size: the largest id + 1."""
 
     fingerprint: str
     name: str

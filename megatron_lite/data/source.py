@@ -2,14 +2,15 @@
 
 Documents stand in the file in shuffled order, each with the end-of-document token at its end. Window k is
 the tokens [k * T, k * T + T + 1) of that stream: neighbors share one token, which the first predicts and
-the second reads, so each token but the very first is predicted exactly once an epoch. There are (tokens - 1)
-// T windows.
+the second reads, so each token but the very first is predicted exactly once per epoch. The number of windows
+is floor((tokens - 1) / T).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from bisect import bisect_left, bisect_right
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,7 @@ class Source:
     """A named, opened and checked source.
 
     Attributes: name, num_tokens, num_documents, num_windows (`data.seq_len` tokens each), fingerprint (a
-    hash that changes with the content), manifest (None for a file without side-car).
+    hash that changes with the content), manifest (None for a file without sidecar).
 
     Raises:
         ValueError: the files are damaged, too short for one window, written with another tokenizer, or lack
@@ -54,6 +55,8 @@ class Source:
                 f"{config.seq_len + 1}; lower data.seq_len to {self.num_tokens - 1} or less, or give it "
                 "more documents"
             )
+        for k in (0, self.num_windows - 1):  # an id that the vocabulary lacks is best found before step 1
+            self.window(k)
         self.fingerprint = self._fingerprint()
 
     def window(self, k: int) -> npt.NDArray[np.int64]:
@@ -67,7 +70,7 @@ class Source:
         if window.max() >= self._vocab_size or window.min() < 0:
             raise ValueError(
                 f"{self.name} ({self.dataset.prefix}): token ids {window.min()} to {window.max()} near "
-                f"token {start}, but the tokenizer has {self._vocab_size}; the file was written with "
+                f"token {start}, but the tokenizer has ids up to {self._vocab_size - 1}; the file was written with "
                 "another tokenizer: set data.tokenizer to that one, or tokenize again"
             )
         return window
@@ -97,14 +100,17 @@ class Source:
         if found != (manifest.documents, manifest.tokens):
             raise ValueError(
                 f"{self.name}: {path} names {manifest.documents} documents and {manifest.tokens} tokens, "
-                f"the files hold {found[0]} and {found[1]}; the side-car belongs to another file: tokenize "
+                f"the files hold {found[0]} and {found[1]}; the sidecar belongs to another file: tokenize "
                 "the source again"
             )
 
     def _check_eod(self, eod: int) -> None:
-        """The first and the last document end with `eod`; the others are taken on trust, to open in O(1)."""
-        ends = (self.dataset.document_start(1), self.num_tokens)
-        for document, end in zip((0, self.num_documents - 1), ends):
+        """The first and the last document with tokens end with `eod`; the others are not looked at, to open in O(1)."""
+        documents = range(self.num_documents + 1)
+        first_end = bisect_right(documents, 0, key=self.dataset.document_start)  # behind the first document with tokens
+        last_end = bisect_left(documents, self.num_tokens, key=self.dataset.document_start)
+        for following in (first_end, last_end):
+            document, end = following - 1, self.dataset.document_start(following)
             last = int(self.dataset.tokens(end - 1, end)[0])
             if last != eod:
                 raise ValueError(

@@ -133,6 +133,11 @@ def tokenizer_files(folder: str | Path) -> list[Path]:
     return sorted(path for path in found if path.is_file())
 
 
+def vocabulary_size(tokenizer: Any) -> int:
+    """The largest token id + 1: how many rows an embedding needs. More than the number of entries where ids have holes."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
 def fingerprint(tokenizer: PreTrainedTokenizerBase | str | Path) -> str:
     """Identity of a tokenizer (or of the one in a folder): 16 hexadecimal digits of a sha256.
 
@@ -159,13 +164,14 @@ def encode_documents(
     *,
     append_end: bool = True,
     chunk: int = 256,
+    dtype: np.dtype | None = None,
 ) -> Iterator[np.ndarray]:
-    """Token ids of each text as a 1-D array of the smallest dtype that holds the vocabulary, in order.
+    """Token ids of each text as a 1-D array, in order. `dtype`: by default the smallest that holds every id.
 
     `append_end` puts the end token (the EOD) behind every text. No beginning token is added. `chunk` texts
     are encoded at a time, by the tokenizer's own threads where it has them.
     """
-    dtype = best_dtype(len(tokenizer))
+    dtype = dtype or best_dtype(vocabulary_size(tokenizer))
     end = np.array([tokenizer.eos_token_id] if append_end else [], dtype=dtype)
     texts = iter(texts)
     while batch := list(itertools.islice(texts, chunk)):

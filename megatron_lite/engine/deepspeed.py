@@ -25,18 +25,17 @@ from types import ModuleType
 from typing import Any, ClassVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_lite.data.packing import Batch
 from megatron_lite.engine.base import BatchSums, StepResult
 from megatron_lite.engine.master_weights import compute_with_master_weights
 from megatron_lite.engine.mpu import ModelParallelUnit
-from megatron_lite.models.initialization import Distribution
+from megatron_lite.engine.rows import by_rows, flat_part, own_rows, share_rows
 from megatron_lite.objectives.base import Objective
 from megatron_lite.optim.optimizer import OptimConfig, torch_adamw
-from megatron_lite.parallel.assemble import Distribute, Fill, Materialize
-from megatron_lite.parallel.global_view import Piece, State, chunk_bounds
+from megatron_lite.parallel.assemble import Distribute, Materialize
+from megatron_lite.parallel.global_view import State
 from megatron_lite.parallel.layers import ShardInfo
 from megatron_lite.parallel.mesh import Mesh
 from megatron_lite.precision.dtypes import fp32_modules
@@ -78,14 +77,14 @@ class DeepSpeedConfig:
         settings = {"config_dict_or_path": _ds_config(self, dtype), "dtype": dtype, "mpu": unit}
 
         def distribute(objective: nn.Module, materialize: Materialize) -> None:
-            materialize = replace(materialize, fill=_by_rows(materialize, unit))
+            materialize = replace(materialize, fill=by_rows(materialize, unit))
             decoder = materialize.decoder
             others = [child for child in decoder.children() if child is not decoder.layers]
             for part in [*decoder.layers, *others]:
                 materialize(part)
                 for parameter in part.parameters():
                     if dtype is not torch.float32:
-                        parameter.exact_rows = _rows(parameter.detach(), unit).clone()  # type: ignore[attr-defined]
+                        parameter.exact_rows = own_rows(parameter.detach(), unit).clone()
                         parameter.data = parameter.data.to(dtype)  # `zero.Init` would shard and compute in fp32
                 if self.zero_stage == 3:
                     deepspeed.zero.Init(module=part, data_parallel_group=unit.get_data_parallel_group(), **settings)
@@ -184,7 +183,7 @@ class DeepSpeedEngine:
                     whole = self.fragments.safe_get_full_fp32_param(parameter)
                 else:
                     whole = self.fragments.safe_get_full_optimizer_state(parameter, kind)
-                rows = _rows(whole, self.unit).to("cpu", copy=True)
+                rows = own_rows(whole, self.unit).to("cpu", copy=True)
                 info = self.shards[name]
                 pieces[f"{kind}.{name}"] = self.mesh.layout.piece(rows, info.global_shape, tp_dim=info.tp_dim)
         steps = next(iter(self.adamw.state.values()))["step"]
@@ -224,7 +223,7 @@ class DeepSpeedEngine:
         parameter = self.parameters[name]
         whole = self._gather_rows(name, rows)
         if self.stage == 3:
-            part = _flat_part(whole, parameter.ds_tensor.numel(), self.unit.get_data_parallel_rank())  # type: ignore[attr-defined]
+            part = flat_part(whole, parameter.ds_tensor.numel(), self.unit.get_data_parallel_rank())  # type: ignore[attr-defined]
             if kind == "model":
                 self.fragments.safe_set_local_fp32_param(parameter, part)
                 parameter.ds_tensor.copy_(part)  # type: ignore[attr-defined]
@@ -241,8 +240,8 @@ class DeepSpeedEngine:
         info = self.shards[name]
         _, sizes = self.mesh.layout.box(info.global_shape, tp_dim=info.tp_dim, dp_sharded=False)
         whole = torch.empty(sizes, dtype=rows.dtype, device=self.engine.device)
-        _rows(whole, self.unit).copy_(rows)
-        _share_rows(whole, self.unit)
+        own_rows(whole, self.unit).copy_(rows)
+        share_rows(whole, self.unit)
         return whole
 
 
@@ -300,36 +299,3 @@ def _ds_config(
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
     }
-
-
-def _rows(whole: Tensor, unit: ModelParallelUnit, rank: int | None = None) -> Tensor:
-    """A data-parallel rank's rows of a tensor, this one's by default."""
-    rank = unit.get_data_parallel_rank() if rank is None else rank
-    start, end = chunk_bounds(whole.shape[0], unit.get_data_parallel_world_size(), rank)
-    return whole[start:end]
-
-
-def _share_rows(whole: Tensor, unit: ModelParallelUnit) -> None:
-    """Give every data-parallel rank the rows of `whole` that each other one holds. Exact: a sum would turn -0.0 into 0.0."""
-    for rank in range(unit.get_data_parallel_world_size()):
-        rows = _rows(whole, unit, rank)
-        if rows.numel():
-            dist.broadcast(rows, group=unit.get_data_parallel_group(), group_src=rank)
-
-
-def _by_rows(materialize: Materialize, unit: ModelParallelUnit) -> Fill:
-    """A fill of whole tensor-parallel shards, of which each data-parallel rank reads or draws its own rows only."""
-
-    def fill_rows(name: str, shard: Piece, initial: Distribution) -> None:
-        info, whole = materialize.shards[name], shard.local
-        rows = materialize.layout.piece(_rows(whole, unit), info.global_shape, tp_dim=info.tp_dim)
-        materialize.fill(name, rows, initial)
-        _share_rows(whole, unit)
-
-    return fill_rows
-
-
-def _flat_part(whole: Tensor, length: int, index: int) -> Tensor:
-    """Part `index` of the flattened tensor, cut into parts of `length`; the last ones are filled up with zeros."""
-    part = whole.flatten()[index * length : (index + 1) * length]
-    return torch.nn.functional.pad(part, (0, length - part.numel()))

@@ -70,15 +70,12 @@ class FsdpConfig:
         shard = partial(fully_shard, mesh=mesh.sharding, offload_policy=offload)
 
         def distribute(objective: nn.Module, materialize: Materialize) -> None:
-            for module in fp32_modules(objective) if policy is mixed else []:
-                shard(
-                    module, mp_policy=in_fp32, reshard_after_forward=self.shard == "full"
-                )  # a policy is a whole group's
+            for module in fp32_modules(objective) if policy is mixed else []:  # a policy is a whole group's
+                shard(module, mp_policy=in_fp32, reshard_after_forward=self.shard == "full")
             for layer in materialize.decoder.layers:
                 shard(layer, mp_policy=policy, reshard_after_forward=self.shard == "full")
-            shard(
-                objective, mp_policy=policy, reshard_after_forward=False
-            )  # embedding and head: backward begins where forward ends
+            # embedding and head stay gathered: backward begins where forward ends
+            shard(objective, mp_policy=policy, reshard_after_forward=False)
             for module in objective.modules():
                 if isinstance(module, FSDPModule):
                     module.set_gradient_divide_factor(1.0)

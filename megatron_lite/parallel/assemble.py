@@ -95,7 +95,7 @@ class Materialize:
 
     def _fill(self, name: str, parameter: nn.Parameter, initial: Distribution) -> None:
         info, sharded = self.shards[name], isinstance(parameter, DTensor)
-        local = parameter.to_local() if sharded else parameter.detach()  # type: ignore[operator]
+        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter.detach()
         piece = self.layout.piece(local, info.global_shape, tp_dim=info.tp_dim, dp_sharded=sharded)
         self.fill(name, piece, initial)
 

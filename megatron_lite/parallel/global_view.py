@@ -78,9 +78,9 @@ def _shards(
     if not all(sizes) or not all(within[1]):
         return
     if not cuts:
-        low = map(max, offsets, within[0])
-        high = map(min, map(sum, zip(offsets, sizes)), map(sum, zip(*within)))
-        if all(a < b for a, b in zip(low, high)):
+        starts = map(max, offsets, within[0])
+        ends = map(min, map(sum, zip(offsets, sizes)), map(sum, zip(*within)))
+        if all(start < end for start, end in zip(starts, ends)):
             yield index, (tuple(offsets), tuple(sizes))
         return
     dim, parts = cuts[0]

@@ -17,7 +17,7 @@ def reclass(module: nn.Module, mixin: type[nn.Module], **attributes: Any) -> Non
 
     Mixins stack: the one that came last runs first and reaches the others by `super()`.
     """
-    module.__class__ = _subclass(mixin, type(module))  # type: ignore[assignment]
+    module.__class__ = _subclass(mixin, type(module))  # type: ignore[arg-type]
     for name, value in attributes.items():
         setattr(module, name, value)
 

@@ -27,7 +27,7 @@ class TensorBoardTracker:
         self._writer = SummaryWriter(str(run.run_dir / "tensorboard"), purge_step=purge_step)
         facts = {"model": run.model, "parameters": run.parameters, "layout": run.layout, "config": run.config}
         text = json.dumps(facts, indent=2, ensure_ascii=False, default=str)
-        self._writer.add_text("run", "".join(f"    {line}\n" for line in text.splitlines()), run.start_step)
+        self._writer.add_text("run", "".join(f"    {line}\n" for line in text.split("\n")), run.start_step)
         self._writer.flush()
 
     def log(self, row: Row) -> None:

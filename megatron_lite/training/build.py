@@ -23,7 +23,7 @@ from megatron_lite.data.resume import resume_blend
 from megatron_lite.data.sample.corpus import prepare
 from megatron_lite.data.sidecar import TokenizerIdentity
 from megatron_lite.data.source import Source, open_validation
-from megatron_lite.data.tokenizer import fingerprint, load_tokenizer
+from megatron_lite.data.tokenizer import fingerprint, load_tokenizer, vocabulary_size
 from megatron_lite.engine.base import Engine, EngineConfig
 from megatron_lite.hardware import device_peak_flops
 from megatron_lite.models.config import ModelConfig
@@ -53,7 +53,9 @@ def open_tokenizer(config: DataConfig) -> TokenizerIdentity:
             "data.tokenizer is empty: name the folder of the tokenizer that the token files were written with"
         )
     tokenizer = load_tokenizer(config.tokenizer)
-    return TokenizerIdentity(fingerprint(tokenizer), config.tokenizer, tokenizer.eos_token_id, len(tokenizer))
+    return TokenizerIdentity(
+        fingerprint(tokenizer), config.tokenizer, tokenizer.eos_token_id, vocabulary_size(tokenizer)
+    )
 
 
 def prepare_data(config: DataConfig, *, vocab_size: int, report: Callable[[str], None] | None) -> None:
@@ -63,11 +65,11 @@ def prepare_data(config: DataConfig, *, vocab_size: int, report: Callable[[str],
 
 
 def check_vocabulary(model: ModelConfig, tokenizer: TokenizerIdentity) -> None:
-    """Raise ValueError when the tokenizer has words that the model has no row for."""
+    """Raises ValueError if the tokenizer has an id for which the model has no row."""
     if tokenizer.vocab_size > model.vocab_size:
         raise ValueError(
-            f"model.vocab_size={model.vocab_size} is smaller than the {tokenizer.vocab_size} entries of the tokenizer "
-            f"{tokenizer.name}; set model.vocab_size={tokenizer.vocab_size}"
+            f"model.vocab_size={model.vocab_size} is too small for the tokenizer {tokenizer.name}, whose ids go up to "
+            f"{tokenizer.vocab_size - 1}; set model.vocab_size={tokenizer.vocab_size}"
         )
 
 

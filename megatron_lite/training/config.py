@@ -30,6 +30,7 @@ from megatron_lite.parallel.plans import check_divisible
 from megatron_lite.precision.dtypes import PrecisionConfig
 from megatron_lite.tracking.base import TrackingConfig
 from megatron_lite.tracking.profile import ProfileConfig
+from megatron_lite.training.support import refuse_unsupported
 from megatron_lite.training.trainer import TrainConfig
 from megatron_lite.training.watchdog import WatchdogConfig
 
@@ -78,7 +79,7 @@ class RunConfig:
     engine: Any = None  # an `EngineConfig`, chosen by its group
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
-    objective: Any = field(default_factory=NextTokenConfig)  # an `ObjectiveConfig`, chosen by its group
+    objective: Any = None  # an `ObjectiveConfig`, chosen by its group
     profile: ProfileConfig = field(default_factory=ProfileConfig)
     watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
     init_from: InitFromSection = field(default_factory=InitFromSection)
@@ -110,16 +111,9 @@ def validate(run: RunConfig, world_size: int) -> None:
 def _validate_layout(run: RunConfig, world_size: int) -> None:
     run.parallel.validate(world_size=world_size)
     degrees = run.parallel.degrees(world_size)
-    if run.engine.name == "deepspeed" and degrees.dp_replicate > 1:
-        raise ValueError(
-            f"parallel.dp_replicate={degrees.dp_replicate} with engine=deepspeed: ZeRO shards over all data-parallel ranks; set "
-            "parallel.dp_replicate=1, or engine=fsdp"
-        )
-    if world_size == 1 and run.engine.name == "fsdp" and run.engine.cpu_offload:
-        raise ValueError(
-            "engine.cpu_offload=true needs two processes or more; drop it, or use engine=deepspeed "
-            "engine.offload_optimizer=true"
-        )
+    refuse_unsupported(
+        "train", parallel=run.parallel, engine=run.engine, precision=run.precision, world_size=world_size
+    )
     if not run.train.batch_ramp:  # with a ramp the ranks may grow from job to job: see build.check_batch_sizes
         size, micro_batch = run.train.global_batch_size, run.train.micro_batch_size
         rank_samples(0, batch=size, micro_batch=micro_batch, rank=0, ranks=degrees.data_parallel)

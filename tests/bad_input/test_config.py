@@ -38,7 +38,7 @@ CHOICES = [
     ("model=nemotron5", r"model=nemotron5 is unknown; choose one of .*nemotron4_tiny"),
     ("data=nothere", r"data=nothere is unknown; choose one of .*sample"),
     ("engine=none", r"engine=none is unknown; choose one of deepspeed, fsdp"),
-    ("engine.kind=other", r"engine\.kind=other .*choose engine=fsdp"),
+    ("engine.kind=other", r"engine\.kind.*engine=fsdp"),
     ("engine.shard=half", r"engine\.shard=half is unknown; choose one of"),
     ("schedule=linear", r"schedule=linear is unknown; choose one of constant, cosine, wsd"),
     ("schedule.unit=epochs", r"schedule\.unit=epochs is unknown; choose one of steps, tokens"),

@@ -35,7 +35,7 @@ DAMAGE = {
     "a later version": (lambda c: edit_json(c / "manifest.json", format_version=9), r"format_version 9; .*load it with the version"),
     "a missing key": (lambda c: (c / "manifest.json").write_text('{"format": "megatron_lite"}'), r"is incomplete: no key"),
     "a way out of the directory": (lambda c: rewrite(c, files={"../x.safetensors": {}}), r"names an impossible file"),
-    "a size in words": (lambda c: rewrite(c, files={"x.safetensors": {"size": "1", "sha256": ""}}), r"an impossible size or hash"),
+    "a size in words": (lambda c: rewrite(c, files={"x.safetensors": {"size": "1", "blocks_sha256": ""}}), r"an impossible size or hash"),
     "a shape in words": (lambda c: rewrite(c, tensors={"x": {"shape": ["1"], "dtype": "", "group": ""}}), r"an impossible shape \['1'\]"),
     "a number of forty digits": (lambda c: rewrite(c, counters={"adam_step": 10**40}), r"'adam_step' is 1000.*not between 0 and 2\*\*63"),
     "no generator state": (lambda c: rewrite(c, rng={}), r"no state of random generators"),
@@ -116,7 +116,7 @@ def test_a_file_where_the_checkpoints_would_lie_is_refused(tour):
 
 
 def test_a_finished_run_of_another_directory_is_nothing_to_resume(tour, straight):
-    says = r"is finished \(20 steps done\), so nothing would come to lie in run\.dir=.*raise train\.max_steps"
+    says = r"resume=.*20 steps.*run\.dir=.*train\.max_steps"
     tour.refused("train", *runs.arguments(tour.data, tour.home / "r", f"resume={straight}"), says=says)
 
 
@@ -156,12 +156,12 @@ EMBEDDING = "model.embedding.weight"
 @pytest.mark.parametrize(
     ("path", "value", "says"),
     [
-        (["config"], {}, r"describes no model that can be built: model\.family is not given"),
+        (["config"], {}, r"does not describe a model that can be built: model\.family is not given"),
         (["config", "model"], "x", r"ModelConfig: "),
         (
             ["config", "model", "hidden_size"],
             10**15,
-            r"step_00000020 is no checkpoint of the model that its manifest describes",
+            r"step_00000020 is not a checkpoint of the model that its manifest describes",
         ),
         (["tensors", EMBEDDING, "shape"], [10**12, 10**6], r"embedding\.weight has shape \[1000000000000, 1000000\]"),
         (["tensors", EMBEDDING, "shape"], [-1, 32], r"embedding\.weight' an impossible shape \[-1, 32\]"),

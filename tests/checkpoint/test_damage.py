@@ -155,9 +155,9 @@ def test_rows_that_no_file_holds_are_noticed(store):
     files = json.loads((path / "manifest.json").read_text())["files"]
     gone.unlink()
     edit(path, files={name: entry for name, entry in files.items() if name != gone.name})
-    with pytest.raises(CheckpointError, match=r"no file .* holds 66 of the 66 numbers of 'exp_avg_sq"):
+    with pytest.raises(CheckpointError, match=r"no file .* holds a part of 'exp_avg_sq"):
         store.load(2, empty_like(tensors_of(2)))
-    with pytest.raises(CheckpointError, match=r"no file .* holds 66 of the 66 numbers of 'exp_avg_sq"):
+    with pytest.raises(CheckpointError, match=r"no file .* holds a part of 'exp_avg_sq"):
         list(load_tensors(path))
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import weakref
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 import torch
 
 from megatron_lite.checkpoint import CheckpointConfig, CheckpointError, CheckpointStore, Layout, Piece, load_tensors
+from megatron_lite.checkpoint.storage import open_for_writing
 from tests.checkpoint.processes import STATE, bitwise_equal, first_ranks
 from tests.distributed import run_ranks
 
@@ -45,9 +47,13 @@ def save_replicas(rank: int, size: int, folder: str) -> list[str]:
     pieces = {
         f"{kind}.{'w' * i}": at.piece(whole("w" * i), (600, 300)) for kind in ("model", "amax") for i in range(1, 9)
     }
-    store = CheckpointStore(folder, CheckpointConfig(), group=first_ranks(size, size))
     written = []
-    store._saver._open_stream = lambda path: (written.append(path.name), path.open("wb"))[1]
+
+    def open_stream(path: Path) -> BinaryIO:
+        written.append(path.name)
+        return open_for_writing(path)
+
+    store = CheckpointStore(folder, CheckpointConfig(), group=first_ranks(size, size), open_stream=open_stream)
     store.save(1, pieces, STATE)
     return [name for name in written if name != "manifest.json"]
 

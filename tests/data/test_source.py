@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import struct
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -95,9 +97,38 @@ def test_another_tokenizer_is_refused_with_both_names(write_source: Callable, to
 def test_token_ids_beyond_the_vocabulary_are_refused(write_source: Callable, tokenizer: TokenizerIdentity) -> None:
     prefix, _ = write_source("x", manifest=False)
     small = replace(tokenizer, vocab_size=100)
-    source = Source("a/x", prefix, config=DataConfig(seq_len=50), tokenizer=small)
-    with pytest.raises(ValueError, match=r"a/x .*token ids .* the tokenizer has 100"):
-        source.example(0)
+    with pytest.raises(ValueError, match=r"a/x .*token ids .* ids up to 99"):  # when the source is opened, before step 1
+        Source("a/x", prefix, config=DataConfig(seq_len=50), tokenizer=small)
+
+
+@pytest.mark.parametrize("at", ["first", "middle", "last", "everywhere"])
+@pytest.mark.parametrize("as_sequence", [False, True])
+def test_documents_without_tokens_change_nothing(
+    write_source: Callable, tokenizer: TokenizerIdentity, tmp_path: Path, at: str, as_sequence: bool
+) -> None:
+    """Megatron-LM's tools write an empty line as a document without a sequence, or with a sequence of length 0."""
+    prefix, documents = write_source("x", documents=20, manifest=False)
+    places = {"first": [0], "middle": [10], "last": [20], "everywhere": [0, 0, 10, 10, 20, 20]}[at]
+    lengths = [len(document) for document in documents]
+    if as_sequence:
+        for place in reversed(places):
+            lengths.insert(place, 0)
+        starts = list(range(len(lengths) + 1))
+    else:
+        starts = sorted([*range(len(lengths) + 1), *places])
+    pointers = np.concatenate([[0], np.cumsum(lengths)[:-1]]) * 2
+    index = struct.pack("<9sQBQQ", b"MMIDIDX\0\0", 1, 8, len(lengths), len(starts))
+    index += np.array(lengths, "<i4").tobytes() + np.array([pointers], "<i8").tobytes() + np.array(starts, "<i8").tobytes()
+    (tmp_path / "holes.idx").write_bytes(index)
+    shutil.copy(f"{prefix}.bin", tmp_path / "holes.bin")
+    config = DataConfig(seq_len=16, reset_attention=True)
+    plain, holes = (Source("a/x", path, config=config, tokenizer=tokenizer) for path in (prefix, tmp_path / "holes"))
+    assert holes.num_documents == plain.num_documents + len(places)
+    for k in range(plain.num_windows):
+        for key, value in plain.example(k).items():
+            assert holes.example(k)[key].tolist() == value.tolist()
+    with pytest.raises(ValueError, match=r"ends with token 1 instead of .* 5"):
+        Source("a/x", tmp_path / "holes", config=config, tokenizer=replace(tokenizer, eod=5))
 
 
 def test_too_few_tokens_for_one_window(write_source: Callable, tokenizer: TokenizerIdentity) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_tools import hashing
+from data_tools.text import hashing
 from data_tools.text.hashing import ngram_hashes, word_hashes
 
 

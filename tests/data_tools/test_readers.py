@@ -338,7 +338,7 @@ def test_links_are_followed_and_nothing_is_read_twice(tree, tmp_path) -> None:
     (tree / "c.jsonl").symlink_to(blob)  # as the hub's cache does
     (tree / "d.jsonl").symlink_to(tree / "a.jsonl")
     (tree / "loop").symlink_to(tree)
-    (tree / "linked").symlink_to(tmp_path / "elsewhere")
+    (tree / "another").symlink_to(tmp_path / "elsewhere")  # the same file without a suffix
     for path in (tree, tree / "**", tree / "**" / "*"):
         assert [str(file.relative_to(tree)) for file in find_files(path)] == ["a.jsonl", "c.jsonl", "sub/deep/b.jsonl"]
     assert len(texts(read_all(tree))) == 7

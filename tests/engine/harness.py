@@ -15,6 +15,7 @@ import torch
 from megatron_lite.checkpoint.store import CheckpointConfig, CheckpointStore
 from megatron_lite.engine.deepspeed import DeepSpeedConfig
 from megatron_lite.engine.fsdp import FsdpConfig
+from megatron_lite.objectives.next_token import NextTokenConfig
 from megatron_lite.optim.optimizer import OptimConfig
 from megatron_lite.parallel.global_view import State
 from megatron_lite.parallel.mesh import ParallelConfig
@@ -74,6 +75,7 @@ def run_config(case: Case) -> RunConfig:
         seed=7,
         model=model_config(model | case.model),
         engine=kinds[settings.pop("kind", "fsdp")](**settings),
+        objective=NextTokenConfig(),
         parallel=ParallelConfig(**case.parallel),
         precision=PrecisionConfig(case.precision),
         optim=OptimConfig(lr=PEAK, eps=EPS, weight_decay=0.5, clip_grad=CLIP),

@@ -28,13 +28,20 @@ from megatron_lite.data.indexed import IndexedWriter, best_dtype
 from megatron_lite.data.sidecar import Sidecar, write_sidecar
 from megatron_lite.data.sample.documents import Part, collect
 from megatron_lite.data.sample.readers import versions
-from megatron_lite.data.tokenizer import encode_documents, fingerprint, load_tokenizer, train_tokenizer
+from megatron_lite.data.tokenizer import (
+    encode_documents,
+    fingerprint,
+    load_tokenizer,
+    train_tokenizer,
+    vocabulary_size,
+)
 from megatron_lite.file_lock import FileLock
 
 FORMAT = 1
 # Bytes of training text that a group gives to train the tokenizer on. The multilingual part is all taken,
 # twice: Nemotron-4 up-samples non-English text there as well.
 _TOKENIZER_BYTES = {"english": 2_500_000, "multilingual": 50_000_000, "code": 2_000_000}
+_PARTS = {"documents", "tokenizer", "tokens", "corpus.json"}  # all that a build writes
 _TOKENIZER_REPEATS = {"english": 1, "multilingual": 2, "code": 1}
 
 Report = Callable[[str], None]
@@ -144,9 +151,16 @@ def _is_finished(folder: Path, settings: dict[str, Any]) -> bool:
 
 
 def _build(target: Path, header: dict[str, Any], say: Report) -> None:
-    """Build beside `target` and rename. What an earlier, killed build left there is removed first."""
+    """Build beside `target` and rename. What an earlier, killed build left there is removed first.
+
+    Raises:
+        ValueError: a folder of that name holds something else.
+    """
     building = target.with_name(f".{target.name}.building")
     if building.exists():
+        foreign = sorted({path.name for path in building.iterdir()} - _PARTS)
+        if foreign:
+            raise ValueError(f"{building} holds {foreign[0]}, which no build of the sample corpus writes; move it away")
         shutil.rmtree(building)
     building.mkdir()
     try:
@@ -213,14 +227,14 @@ def _tokenize(building: Path, parts: list[Part]) -> dict[str, dict[str, Any]]:
         for split, suffix in (("train", ""), ("validation", ".validation")):
             documents = part.split(split)
             prefix = building / "tokens" / f"{part.source.name}{suffix}"
-            with IndexedWriter(prefix, best_dtype(len(tokenizer))) as writer:
+            with IndexedWriter(prefix, best_dtype(vocabulary_size(tokenizer))) as writer:
                 for ids in encode_documents(tokenizer, (d.text for d in documents)):
                     writer.add_document(ids)
             manifest = Sidecar(
                 tokenizer=identity,
                 tokenizer_name="sample",
                 eod=tokenizer.eos_token_id,
-                vocab_size=len(tokenizer),
+                vocab_size=vocabulary_size(tokenizer),
                 documents=len(documents),
                 tokens=writer.num_tokens,
                 languages=sorted({d.language for d in documents}),

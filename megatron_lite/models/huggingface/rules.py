@@ -22,11 +22,11 @@ from megatron_lite.models.config import ModelConfig
 
 
 class Run(NamedTuple):
-    """`count` consecutive native rows: rows `start` and on of Hugging Face tensor number `part`; zeros where that is None."""
+    """`rows` consecutive native rows: rows `start` and on of Hugging Face tensor number `part`; zeros where that is None."""
 
     part: int | None
     start: int
-    count: int
+    rows: int
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,158 @@
+"""The support table is true: combinations in which every supported pair of choices occurs run, and give one process's losses."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_lite.commands import evaluate, generate, ranks, train
+from megatron_lite.config.compose import compose_config
+from megatron_lite.training import support
+from megatron_lite.training.config import compose_run
+from tests import runs
+from tests.distributed import run_ranks
+
+FAMILIES = {
+    "nemotron4": [],
+    "llama": ["model.family=llama", "model.norm=rmsnorm", "model.mlp.activation=swiglu", "model.rope.fraction=1"],
+    "mistral": ["model.family=mistral", "model.norm=rmsnorm", "model.mlp.activation=swiglu", "model.rope.fraction=1"],
+}
+FREE = ("family", "engine", "tp", "sequence_parallel", "replicas", "precision", "recompute", "compile", "offload")
+LOADED = ["family", "engine", "tp", "sequence_parallel", "replicas", "precision", "offload"]  # what evaluate reads
+Choices = dict[str, str]
+
+
+def drawn(draw: random.Random) -> Choices:
+    """A random combination that can be started; `ranks` is the number of processes."""
+    while True:
+        choices = {name: draw.choice(list(support.FEATURES[name].choices)) for name in FREE}
+        choices["command"] = draw.choice(["train", "train", "train", "evaluate"])
+        world_size = draw.choice([1, 2, 2, 2, 4])
+        tp, replicas = (2 if choices[name] == "several" else 1 for name in ("tp", "replicas"))
+        if world_size % (tp * replicas) or (world_size == 4 and tp * replicas == 1):
+            continue
+        choices["processes"] = "1" if world_size == 1 else "several"
+        choices["dp"] = "1" if world_size == tp else "several"
+        if choices["command"] == "evaluate":
+            choices = {name: choices[name] for name in (*LOADED, "command", "processes", "dp")}
+        if support.pair_works(choices):
+            return choices | {"ranks": str(world_size)}
+
+
+def pairs(choices: Choices) -> set[tuple[tuple[str, str], ...]]:
+    """Every two choices of a combination."""
+    return set(itertools.combinations(sorted((k, v) for k, v in choices.items() if k != "ranks"), 2))
+
+
+@cache
+def covering() -> list[Choices]:
+    """A small set of combinations that holds every pair which any combination can hold. The same at every call."""
+    draw = random.Random(0)
+    candidates = [drawn(draw) for _ in range(4000)]
+    missing = set().union(*map(pairs, candidates))
+    chosen = []
+    while missing:
+        best = max(candidates, key=lambda choices: (len(pairs(choices) & missing), choices["ranks"] == "2"))
+        chosen.append(best)
+        missing -= pairs(best)
+    return chosen
+
+
+def overrides(choices: Choices) -> list[str]:
+    """The command line of a combination."""
+    words = [] if choices["command"] == "evaluate" else list(FAMILIES[choices["family"]])
+    for name in ("engine", "tp", "sequence_parallel", "replicas", "precision", "recompute", "compile"):
+        if name in choices:
+            words += support.FEATURES[name].choices[choices[name]].split()
+    if choices["offload"] == "on":
+        words.append(f"engine.{'offload_optimizer' if choices['engine'].startswith('zero') else 'cpu_offload'}=true")
+    return words
+
+
+def started(rank: int, world_size: int, command: str, words: list[str]) -> int:
+    """One command on a rank of the pool."""
+    environment = {"RANK": str(rank), "WORLD_SIZE": str(world_size), "MASTER_ADDR": "here", "MASTER_PORT": "0"}
+    compile_layer = torch.nn.Module.compile
+    with pytest.MonkeyPatch.context() as patch:
+        for key, value in environment.items():
+            patch.setenv(key, value)
+        for module in (train, ranks):
+            patch.setattr(module, "stop", lambda: None)  # the process group is the pool's
+        # the default backend would call a C++ compiler for half a minute; that its code is right is torch's affair
+        patch.setattr(torch.nn.Module, "compile", lambda self: compile_layer(self, backend="aot_eager"))
+        if command == "train":
+            return train.train(compose_run(words))
+        schema = {"evaluate": evaluate.EvaluateConfig, "generate": generate.GenerateConfig}[command]
+        module = {"evaluate": evaluate, "generate": generate}[command]
+        return getattr(module, command)(compose_config(command, schema, words))
+
+
+@pytest.fixture(scope="module")
+def references(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """family -> a finished run of two steps in one process."""
+    folder = tmp_path_factory.mktemp("families")
+    for family, words in FAMILIES.items():
+        runs.run(tiny_data, folder / family, "train.max_steps=2", *words)
+    return {family: folder / family for family in FAMILIES}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(len(covering())))
+def test_every_supported_pair_runs(number: int, tiny_data: Path, references: dict[str, Path], tmp_path: Path) -> None:
+    choices = covering()[number]
+    words, reference = overrides(choices), references[choices["family"]]
+    if choices["command"] == "evaluate":
+        data = ["--config-dir", str(tiny_data), f"checkpoint={reference}", "data=tiny", "data.seq_len=32"]
+        assert run_ranks(int(choices["ranks"]), started, "evaluate", [*data, *words]) == [0] * int(choices["ranks"])
+        return
+    line = runs.arguments(
+        tiny_data, tmp_path / "r", "train.max_steps=2", "train.micro_batch_size=2", "watchdog.timeout_seconds=0", *words
+    )
+    assert run_ranks(int(choices["ranks"]), started, "train", line) == [0] * int(choices["ranks"])
+    # bf16 rounds to 8 bits; layouts only order fp32 sums otherwise
+    tolerance = 5e-3 if choices["precision"] == "bf16" else 1e-5
+    for row, wanted in zip(runs.rows(tmp_path / "r"), runs.rows(reference), strict=True):
+        assert row["loss"] == pytest.approx(wanted["loss"], rel=tolerance)
+
+
+def test_the_set_is_small_and_complete() -> None:
+    """Every pair of choices that the table supports and that one command can hold occurs."""
+    assert len(covering()) <= 30
+    found = set().union(*map(pairs, covering()))
+    assert found == set().union(*(pairs(drawn(draw)) for draw in [random.Random(1)] for _ in range(4000)))
+
+
+def test_generate_on_two_ranks(references: dict[str, Path]) -> None:
+    words = [f"checkpoint={references['llama']}", "prompt='the model'", "max_new_tokens=2", "parallel.tp=2"]
+    assert run_ranks(2, started, "generate", words) == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("command", "words", "says"),
+    [
+        ("train", ["engine=deepspeed", "parallel.dp_replicate=2"], r"parallel\.dp_replicate=2"),
+        ("evaluate", ["engine=deepspeed"], "engine=deepspeed"),
+        ("generate", ["parallel.sequence_parallel=true", "parallel.tp=2"], r"parallel\.sequence_parallel=true"),
+        ("generate", [], "2 data-parallel processes"),
+    ],
+)
+def test_what_the_table_does_not_support_is_refused(command: str, words: list[str], says: str) -> None:
+    if command == "train":
+        run = compose_run(["experiment=smoke", *words])
+        parallel, engine = run.parallel, run.engine
+    else:
+        schema = {"evaluate": evaluate.EvaluateConfig, "generate": generate.GenerateConfig}[command]
+        config = compose_config(command, schema, ["checkpoint=x", *words])
+        parallel, engine = config.parallel, getattr(config, "engine", None)
+    with pytest.raises(ValueError, match=says):
+        support.refuse_unsupported(command, parallel=parallel, engine=engine, world_size=2)
+
+
+def test_the_page_is_printed_from_the_table() -> None:
+    page = Path(__file__).parent.parent.parent / "docs" / "support.md"
+    assert page.read_text() == support.document(), "python -m megatron_lite.training.support > docs/support.md"
