@@ -25,7 +25,7 @@ _SCHEMA = "_schema"  # how the names of the schemas end, which are no choices
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot be: the message names the key, the value and the way out."""
+    """An invalid configuration; the message names the key, the value and the way out."""
 
 
 def explain(error: BaseException, overrides: list[str], known_keys: Callable[[], Iterable[str]]) -> str:

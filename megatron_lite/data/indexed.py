@@ -160,7 +160,7 @@ def _read_header(path: Path) -> tuple[np.dtype, int, int]:
         )
     if code not in DTYPES:
         raise ValueError(
-            f"{path} has dtype code {code}, which is no integer type of token ids (known: "
+            f"{path} has dtype code {code}, which is not an integer type of token ids (known: "
             f"{sorted(DTYPES)}); the file holds something else than tokens or is damaged"
         )
     expected = HEADER.size + 12 * sequences + 8 * entries

@@ -33,7 +33,7 @@ def resume_blend(
             `data.mask_eod_loss`, `data.groups` (a source's content) and `data.phases`.
 
     Raises:
-        ValueError: a sample before `consumed_samples` would differ, or `saved` is no such state.
+        ValueError: a sample before `consumed_samples` would differ, or `saved` is not such a state.
     """
     try:
         continued = Blend(

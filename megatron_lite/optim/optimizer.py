@@ -32,7 +32,7 @@ class OptimConfig:
     decay_embeddings: bool = False
 
     def validate(self) -> None:
-        """Raise ValueError naming the key whose value cannot be."""
+        """Raise ValueError naming the key if a value is invalid."""
         if self.lr <= 0:
             raise ValueError(f"optim.lr={self.lr} must be above 0")
         if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):

@@ -42,7 +42,7 @@ class ScheduleConfig:
     decay_shape: str = "linear"
 
     def validate(self) -> None:
-        """Raise ValueError naming the key whose value cannot be."""
+        """Raise ValueError naming the key if a value is invalid."""
         shapes = [*DECAY_SHAPES, "quarter_cosine"]
         for key, value, known in (
             ("name", self.name, ["constant", "cosine", "wsd"]),

@@ -17,7 +17,8 @@ import pytest
 import yaml
 from transformers import AutoTokenizer
 
-from megatron_lite.data import sample_corpus, sample_readers
+from megatron_lite.data.sample import corpus as sample_corpus
+from megatron_lite.data.sample import readers as sample_readers
 from megatron_lite.data.indexed import IndexedDataset
 from megatron_lite.data.sample.corpus import prepare, sources
 from megatron_lite.data.sample.readers import pieces, read_source
@@ -201,7 +202,7 @@ def test_damage_is_named(corpus, tmp_path, name):
 
 def test_a_foreign_folder_is_left_alone(tmp_path):
     (tmp_path / "mine.txt").write_text("precious")
-    with pytest.raises(ValueError, match=r"is no sample corpus.*data.sample_corpus"):
+    with pytest.raises(ValueError, match=r"is not a sample corpus.*data.sample_corpus"):
         prepare(tmp_path, **MINIATURE)
     assert (tmp_path / "mine.txt").read_text() == "precious"
     with pytest.raises(ValueError, match="no finished sample corpus"):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from megatron_lite.models import attention, decoder
 from megatron_lite.models.initialization import Distribution, Normal
 from megatron_lite.models.mlp import MLP
-from megatron_lite.objectives import next_token
+from megatron_lite.objectives import base as objectives
 from tests.distributed import run_ranks
 from tests.engine import harness
 from tests.engine.harness import Case
@@ -149,7 +149,7 @@ def emulated(work: Work) -> Report:
     with pytest.MonkeyPatch.context() as patch:
         for cls, rows, columns in ((attention.Attention, ["out"], ["qkv"]), (MLP, ["down"], ["up"])):
             patch.setattr(cls, "__init__", init_in_halves(cls.__init__, rows, columns))
-        patch.setattr(next_token, "cross_entropy_sum", loss_in_halves)
+        patch.setattr(objectives, "cross_entropy_sum", loss_in_halves)
         return train(0, 1, sized(Case(precision="bf16"), work), work, 1)
 
 

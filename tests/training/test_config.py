@@ -72,7 +72,7 @@ def test_help_may_be_cut_off_by_the_reader():
         ("train.max_steps=many", "could not be converted to Integer"),
         ("model=nemotron9", "choose one of llama_tiny"),
         ("--verbose", "--verbose is unknown"),
-        ("--config-dir=/nowhere", "/nowhere is no folder"),
+        ("--config-dir=/nowhere", "/nowhere is not a folder"),
     ],
 )
 def test_what_cannot_be_understood(override, message):
