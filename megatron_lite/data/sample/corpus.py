@@ -124,7 +124,7 @@ def _marker(folder: Path) -> dict[str, Any] | None:
 
 
 def _is_finished(folder: Path, settings: dict[str, Any]) -> bool:
-    """Whether a whole corpus lies there. Raises ValueError for a damaged or another one, or other files."""
+    """Whether a whole corpus is there. Raises ValueError for a damaged or another one, or other files."""
     marker = _marker(folder)
     if marker is None:
         if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
@@ -132,7 +132,7 @@ def _is_finished(folder: Path, settings: dict[str, Any]) -> bool:
         marker = _marker(folder)  # another process may have finished between the two looks
     if marker is None:
         raise ValueError(
-            f"{str(folder)!r} exists but is no sample corpus (no corpus.json); move it away, or name another "
+            f"{str(folder)!r} exists but is not a sample corpus (no corpus.json); move it away, or name another "
             "folder with data.sample_corpus=..."
         )
     for key, wanted in settings.items():
