@@ -19,7 +19,7 @@ read_settings() {
     [[ -z ${!name+set} ]] || continue
     # one word at most: `A=one two` would be cut after `one`, and an open quote would end this script
     (words=() && set -f && eval "words=($value"$'\n)' && ((${#words[@]} < 2))) 2>/dev/null ||
-      fail "$SETTINGS, line $number: '$line' is not NAME=value; a value with spaces or signs stands in quotes"
+      fail "$SETTINGS, line $number: '$line' is not NAME=value; quote a value with spaces or signs"
     eval "export $name=$value"
   done <"$SETTINGS"
 }

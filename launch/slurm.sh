@@ -8,7 +8,7 @@
 #   TIME             time limit (default 04:00:00); the run continues in the next job, however short this one is
 #   ACCOUNT, PARTITION, QOS, RESERVATION, CONSTRAINT, COMMENT, DEPENDENCY, MEM, CPUS_PER_NODE   as sbatch's options; empty: not given
 #   EXCLUSIVE        1 (default): whole nodes
-#   SIGNAL_SECONDS   how long before the time limit the ranks are told to save (default 600); refused if below SAVE_SECONDS
+#   SIGNAL_SECONDS   how long before the time limit the ranks are asked to save (default 600); refused if below SAVE_SECONDS
 #   SAVE_SECONDS     seconds that they need: max(one step, 5 s) and a save (default: as the run's last job measured, else 30)
 #   JOB_NAME         default: last part of the run directory
 #   LOG_DIR          job output (default: <run directory>/logs)
@@ -42,7 +42,7 @@ command=(sbatch --parsable --nodes="$NODES" --ntasks-per-node=1 --time="${TIME:-
   --signal="B:USR1@$SIGNAL_SECONDS" --requeue --open-mode=append --output="${logs//%/%%}/%x-%j.out" --export=ALL)
 [[ $GPUS_PER_NODE == 0 ]] || command+=(--gpus-per-node="$GPUS_PER_NODE")
 [[ ${EXCLUSIVE:-1} != 1 ]] || command+=(--exclusive)
-# A job that may go on with fewer nodes must survive the loss of one.
+# A job that may continue with fewer nodes must survive the loss of one.
 ((${MIN_NODES:-$NODES} == NODES)) || command+=(--no-kill)
 for setting in ACCOUNT PARTITION QOS RESERVATION CONSTRAINT COMMENT DEPENDENCY MEM; do
   [[ -z ${!setting:-} ]] || command+=("--$(tr '[:upper:]' '[:lower:]' <<<"$setting")=${!setting}")

@@ -28,7 +28,7 @@ _WAYS_OUT = {
     errno.EACCES: "change its permissions, or name another place",
     errno.EPERM: "change its permissions, or name another place",
     errno.ENOTDIR: "a part of this path is a file: name another place",
-    errno.EEXIST: "something else lies there: move it away, or name another place",
+    errno.EEXIST: "something else is there: move it away, or name another place",
     errno.EISDIR: "it is a directory: name a file, or move it away",
 }
 

@@ -1,7 +1,7 @@
 """Casting a weight to a smaller dtype, refusing what the smaller dtype cannot hold.
 
 Rounding is what a cast is for. Two things are not rounding: a finite value that becomes infinite (fp16 ends at 65,504), and values that
-become zero in such numbers that the tensor's scale lies below the dtype's smallest number (fp16: 6e-8). A few small values always
+become zero in such numbers that the tensor's scale is below the dtype's smallest number (fp16: 6e-8). A few small values always
 become zero and are within the rounding of their neighbors, so only a share of them is refused.
 """
 

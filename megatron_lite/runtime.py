@@ -106,7 +106,7 @@ def stop() -> None:
 
 
 def set_threads(threads: int | None) -> int:
-    """Set the number of CPU threads of one process (None keeps torch's choice) and return the number in force.
+    """Set the number of CPU threads of one process (None keeps torch's choice) and return the number that applies.
 
     The order of a CPU reduction, and with it the last digit of a loss, depends on this number: checkpoints note it.
     """

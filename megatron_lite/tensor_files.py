@@ -95,7 +95,7 @@ def open_tensor_file(path: Path) -> Any:
 def read_slice(file: Any, name: str, offsets: Sequence[int], sizes: Sequence[int]) -> Tensor:
     """The slice of shape `sizes` at `offsets` of the tensor `name` in an opened file: nothing else of it is read.
 
-    Every value of every tensor is read here. Raises ValueError when the slice does not lie inside the tensor.
+    Every value of every tensor is read here. Raises ValueError when the slice is not inside the tensor.
     """
     if not sizes:
         return file.get_tensor(name)
@@ -105,9 +105,7 @@ def read_slice(file: Any, name: str, offsets: Sequence[int], sizes: Sequence[int
         start >= 0 and start + size <= length for start, size, length in zip(offsets, sizes, shape)
     )
     if not inside:
-        raise ValueError(
-            f"a slice of shape {tuple(sizes)} at {tuple(offsets)} does not lie inside {name!r}, {tuple(shape)}"
-        )
+        raise ValueError(f"a slice of shape {tuple(sizes)} at {tuple(offsets)} is not inside {name!r}, {tuple(shape)}")
     if not math.prod(shape):
         return file.get_tensor(name)
     return found[tuple(slice(start, start + size) for start, size in zip(offsets, sizes))]

@@ -2,7 +2,7 @@
 
 Notable features:
 - `open_weights` reads headers and verifies, once, the ranks sharing the files; values are read slice by slice when asked for, so
-  that a rank reads what it holds, and a converted or evaluated model never stands in memory twice.
+  that a rank reads what it holds, and a converted or evaluated model is never in memory twice.
 - Evaluate, generate, convert, weights-only starts and `megatron_lite.load` all go through it and so take the same paths.
 """
 

@@ -5,7 +5,7 @@
 #
 #   CORPUS=/data/nemotron4 ACCOUNT=llm PARTITION=batch launch/recipes/nemotron4_15b.sh run.dir=/lustre/runs/nemotron4_15b
 #
-# A job that meets its time limit saves, is requeued and goes on; the next one starts when it has reached its train.stop_at.
+# A job that meets its time limit saves, is requeued and continues; the next one starts when it has reached its train.stop_at.
 set -euo pipefail
 LAUNCH_DIR=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # shellcheck source-path=SCRIPTDIR source=../common.sh

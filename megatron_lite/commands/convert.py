@@ -64,7 +64,7 @@ def convert(config: ConvertConfig) -> int:
 def _to_hugging_face(config: ConvertConfig, weights: Weights) -> None:
     extra = weights.extra
     if weights.tokenizer is None:
-        print("warning: no tokenizer lies beside the source; the exported folder has none")
+        print("warning: there is no tokenizer beside the source; the exported folder has none")
     elif not extra:
         tokenizer = load_tokenizer(weights.tokenizer)
         extra = {"config": {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}}

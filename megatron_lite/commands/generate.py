@@ -95,7 +95,7 @@ def texts(config: GenerateConfig, runtime: Runtime, ranks: Ranks) -> Iterator[st
 def _tokenizer(config: GenerateConfig, weights: Weights) -> Any:
     if weights.tokenizer is None:
         raise ValueError(
-            f"no tokenizer lies beside checkpoint={config.checkpoint}; put it into a folder `tokenizer` there"
+            f"there is no tokenizer beside checkpoint={config.checkpoint}; put it into a folder `tokenizer` there"
         )
     return load_tokenizer(weights.tokenizer)
 

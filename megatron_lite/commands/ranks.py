@@ -1,4 +1,4 @@
-"""Commands that one process or several run: the process group around them, and errors that are told once.
+"""Commands that one process or several run: the process group around them, and errors that are printed once.
 
 torchrun --nproc-per-node 4 -m megatron_lite evaluate checkpoint=runs/large parallel.tp=2
 """

@@ -2,7 +2,7 @@
 
 Notable features:
 - the schema is an argument: this package knows no command and imports no torch, so a worker of a data step starts in a second;
-- a wrong key, type or group is told in one line, with the nearest right one (`errors.explain`).
+- a wrong key, type or group is answered in one line, with the nearest valid one (`errors.explain`).
 """
 
 from __future__ import annotations
@@ -55,11 +55,9 @@ def compose_config(name: str, schema: type, overrides: list[str]) -> Any:
 
 
 def _require_config_dir(folder: Path | None) -> str:
-    """What `${config_dir:}` in a YAML file stands for: paths in a blend that can be moved with its folder."""
+    """What `${config_dir:}` in a YAML file means: paths in a blend that can be moved with its folder."""
     if folder is None:
-        raise ConfigError(
-            "${config_dir:} stands for the folder given as --config-dir; give one, or write the path itself"
-        )
+        raise ConfigError("${config_dir:} is the folder given as --config-dir; give one, or write the path itself")
     return str(folder)
 
 

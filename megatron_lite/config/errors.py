@@ -1,4 +1,4 @@
-"""What is wrong with a command line, said to the person who typed it: the override, the reason, the way out.
+"""What is wrong with a command line, for the user who typed it: the override, the reason, the way out.
 
 Notable features:
 - Hydra's and OmegaConf's messages are cut down to their reason; the override that caused them is named as it was typed.
@@ -21,11 +21,11 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandat
 
 from megatron_lite.config.renamed import renamed_key
 
-_SCHEMA = "_schema"  # how the names of the schemas end, which are no choices
+_SCHEMA = "_schema"  # how the names of the schemas end, which are not choices
 
 
 class ConfigError(ValueError):
-    """An invalid configuration; the message names the key, the value and the way out."""
+    """An invalid configuration: the message names the key, the value and the way out."""
 
 
 def explain(error: BaseException, overrides: list[str], known_keys: Callable[[], Iterable[str]]) -> str:
@@ -63,7 +63,7 @@ def explain(error: BaseException, overrides: list[str], known_keys: Callable[[],
 
 
 def unknown_key(key: str, known_keys: Iterable[str]) -> str:
-    """That `key` does not exist, with those that are spelled nearly so, or that stand elsewhere under the same last name."""
+    """That `key` does not exist, with keys of similar spelling, or of the same last name elsewhere."""
     renamed = renamed_key(key)
     if renamed:
         return renamed
@@ -84,9 +84,9 @@ def key_of(override: str) -> str:
 
 
 def check_values(config: Any, *, key: str = "") -> str | None:
-    """What no type forbids: a key that the class of a section lacks (`+optim.x=1`), nan and infinity. None when all is well."""
+    """What the types do not forbid: a key that the class of a section lacks (`+optim.x=1`), nan and infinity. None when all is well."""
     if isinstance(config, float) and not math.isfinite(config):
-        return f"{key}={config} is not a finite number, and no setting can be that; give a number, or drop the override"
+        return f"{key}={config} is not a finite number; give one, or drop the override"
     if is_dataclass(config):
         known = [item.name for item in fields(config)]
         extra = next((name for name in vars(config) if name not in known), None)
@@ -97,7 +97,7 @@ def check_values(config: Any, *, key: str = "") -> str | None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory of the machine or of an accelerator did not suffice; on a CPU torch says so by a plain RuntimeError."""
+    """Whether the machine or an accelerator ran out of memory; on a CPU torch says so by a plain RuntimeError."""
     return isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error)
 
 
@@ -158,7 +158,7 @@ def _unreadable(overrides: list[str]) -> str | None:
 
 
 def _culprit(text: str, overrides: list[str]) -> str | None:
-    """The override that the message is about: it stands there as it was typed, or by its key."""
+    """The override that the message is about: it is quoted there as it was typed, or by its key."""
     named = [override for override in overrides if override in text]
     if not named:
         named = [o for o in overrides if f"'{key_of(o)}'" in text or f"'{key_of(o).rsplit('.', 1)[-1]}'" in text]

@@ -8,7 +8,7 @@ first c samples that come there
 go left: the nearest integer to c * a / t. Sample i goes left if left(i + 1) > left(i), and is then number
 left(i) of those that did; else it goes right as number i - left(i). The number with which it arrives at a
 leaf is the count of earlier samples that took this source. A node adds at most 1/2 to the error of a count,
-so at every prefix every source lies within depth / 2 of its share.
+so at every prefix every source is within depth / 2 of its share.
 
 A later phase continues the counts of the ones before, so a change of weights repeats and skips nothing. With
 n for the count and N for the source's number of windows: epoch = n // N, window = permutation(seed, source,
@@ -17,7 +17,7 @@ epoch)(n % N).
 Notable features
 - Random access and no state: a resumed run needs `consumed_samples` and nothing else.
 - Exact integers of any size: right at i = 10^13, on every machine.
-- Sources of one group stand in one subtree, so the groups keep their shares as closely as single sources.
+- Sources of one group are in one subtree, so the groups keep their shares as closely as single sources.
 """
 
 from __future__ import annotations

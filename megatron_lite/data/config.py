@@ -147,7 +147,7 @@ class DataConfig:
         if samples is not None and samples < 1:
             raise ValueError(f"{key}.until_samples={samples} must be at least 1")
         if fraction is not None and not 0 < fraction <= 1:
-            raise ValueError(f"{key}.until_fraction={fraction} must lie in (0, 1]")
+            raise ValueError(f"{key}.until_fraction={fraction} must be in (0, 1]")
         known = [*self.groups, *self.sources()]
         for name, weight in phase.weights.items():
             if name not in known:

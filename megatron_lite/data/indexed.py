@@ -110,11 +110,11 @@ class IndexedDataset:
     def tokens(self, start: int, stop: int) -> npt.NDArray[np.integer]:
         """Tokens [start, stop) of the stream as a read-only view of the map, in the file's own dtype."""
         if not 0 <= start <= stop <= self.num_tokens:
-            raise ValueError(f"{self.prefix}: tokens [{start}, {stop}) lie outside of [0, {self.num_tokens})")
+            raise ValueError(f"{self.prefix}: tokens [{start}, {stop}) are outside of [0, {self.num_tokens})")
         return self._tokens[start:stop]
 
     def document_start(self, document: int) -> int:
-        """Where the first token of `document` lies; for `num_documents`, the end of the stream."""
+        """Where the first token of `document` is; for `num_documents`, the end of the stream."""
         sequence = self._documents[document]
         if sequence == self.num_sequences:
             return self.num_tokens
@@ -261,7 +261,7 @@ class IndexedWriter:
             file.write(np.arange(begin, min(begin + POINTER_CHUNK, len(lengths) + 1), dtype="<i8").tobytes())
 
     def abort(self) -> None:
-        """Throw away what was written; files of the same name from before stay as they were."""
+        """Delete what was written; files of the same name from before stay as they were."""
         if self._file is not None:
             self._file.close()
             self._file = None

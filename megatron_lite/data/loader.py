@@ -77,7 +77,7 @@ class DataLoader:
         if micro_batch_size < 1:
             raise ValueError(f"train.micro_batch_size={micro_batch_size} must be at least 1")
         if not 0 <= rank < ranks:
-            raise ValueError(f"data-parallel rank {rank} must lie in [0, {ranks})")
+            raise ValueError(f"data-parallel rank {rank} must be in [0, {ranks})")
         self.blend, self.held_out = blend, held_out or HeldOut({}, 0)
         self.micro_batch_size, self.rank, self.ranks, self.device = micro_batch_size, rank, ranks, device
 

@@ -6,7 +6,7 @@ A window has T + 1 tokens; position t reads token t and predicts token t + 1. Tw
   asked to guess where a document ends. (Megatron-LM's flag of that name instead drops positions whose
   *input* is that token, i.e. guessing how the next document begins; here `reset_attention` does that.)
 - `reset_attention`: `documents` numbers the documents of the window from 0, so that attention and positions
-  restart where it changes; a position whose target lies in the next document (its input is the
+  restart where it changes; a position whose target is in the next document (its input is the
   end-of-document token) is not counted, since a document must not be predicted from the one before. The
   end-of-document token belongs to the document that it ends.
 

@@ -8,8 +8,8 @@ a * b >= n; the rounds alternate
     right <- right + F_k(left)   mod b
 
 Each can be undone, so the network permutes [0, a * b) whatever F is. A result >= n goes through again ("cycle
-walking"); this ends, because the index itself lies on its own cycle, and gives a bijection of [0, n). With
-a = ceil(sqrt(n)) and b = ceil(n / a) about a fraction 1 / sqrt(n) of the domain lies outside: few indices
+walking"); this ends, because the index itself is on its own cycle, and gives a bijection of [0, n). With
+a = ceil(sqrt(n)) and b = ceil(n / a) about a fraction 1 / sqrt(n) of the domain is outside: few indices
 walk.
 
 Notable features
@@ -47,7 +47,7 @@ def permute(i: int, n: int, key: Key) -> int:
         ValueError: i or n out of range.
     """
     if not 0 <= i < n <= MAX_SIZE:
-        raise ValueError(f"permute({i}, {n}): the index must lie in [0, n) and n must not exceed {MAX_SIZE}")
+        raise ValueError(f"permute({i}, {n}): the index must be in [0, n) and n must not exceed {MAX_SIZE}")
     a = isqrt(n - 1) + 1
     b = -(-n // a)
     x = _network(i, a, b, key)

@@ -1,7 +1,7 @@
 """From the configured weights to exact shares of the blend, phase by phase, with the phases' ends as sample
 numbers.
 
-Shares are fractions: the decimal text of a weight is taken at its word (0.7 is 7/10), so counts are exact
+Shares are fractions: a weight is the fraction that its decimal text says (0.7 is 7/10), so counts are exact
 however far the run goes. Only the shares of tokens^alpha are rounded, once, to multiples of 10^-9.
 """
 
@@ -45,7 +45,7 @@ def resolve(
     Args:
         tokens: source name -> its number of tokens.
         total_samples: samples of the whole run, of which `until_fraction` is a fraction.
-        kept: `boundaries` of the run's first start. A fraction that stands there keeps its sample number,
+        kept: `boundaries` of the run's first start. A fraction that is in it keeps its sample number,
         whatever
             the horizon is now.
 

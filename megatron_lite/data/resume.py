@@ -1,7 +1,7 @@
-"""May a run go on with this data? Only if no sample that it has read would be another one.
+"""May a run continue with this data? Only if every sample that it has read stays the same.
 
 A checkpoint keeps `Blend.state()`. Phases that begin at or after `consumed_samples` may be added or changed,
-with new sources too; everything that would rewrite history is refused, naming the first sample that differs.
+with new sources too; everything that would change a sample already read is refused, naming the first sample that differs.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def resume_blend(
         check_resume(continued, saved=saved, consumed_samples=consumed_samples, allow=allow)
     except (KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
         raise ValueError(
-            f"the checkpoint's record of what was read makes no sense ({error!r}); it was edited or is of another version: "
+            f"the checkpoint's record of what was read cannot be used ({error!r}); it was edited or is of another version: "
             "resume from another checkpoint"
         ) from error
     return continued
@@ -61,7 +61,7 @@ def check_resume(blend: Blend, *, saved: Mapping[str, Any], consumed_samples: in
         if present[option] != saved[option] and key not in allow:
             raise ValueError(
                 f"{key}={present[option]}, but the checkpoint was trained with {saved[option]}, and sample "
-                f"0 would differ already; set it back to {saved[option]}, name {key} in resume_allow, or "
+                f"0 would already differ; set it back to {saved[option]}, name {key} in resume_allow, or "
                 "start a new run"
             )
     before = _segments(saved, consumed_samples)

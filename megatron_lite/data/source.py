@@ -1,6 +1,6 @@
 """One source of the blend: a `.bin/.idx` pair, cut into windows.
 
-Documents stand in the file in shuffled order, each with the end-of-document token at its end. Window k is
+Documents are in the file in shuffled order, each with the end-of-document token at its end. Window k is
 the tokens [k * T, k * T + T + 1) of that stream: neighbors share one token, which the first predicts and
 the second reads, so each token but the very first is predicted exactly once per epoch. The number of windows
 is floor((tokens - 1) / T).

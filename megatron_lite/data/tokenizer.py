@@ -49,7 +49,7 @@ def train_tokenizer(texts: Iterable[str], folder: str | Path, *, vocab_size: int
     """Train on `texts` and save `tokenizer.json` and `tokenizer_config.json` in `folder`.
 
     `vocab_size` counts everything: 256 bytes, the end-of-text token and the merges. Same texts in the same
-    order give the same files. Raises ValueError when `vocab_size` has no room for the bytes or the texts have
+    order give the same files. Raises ValueError when `vocab_size` is too small for the bytes or the texts have
     too few merges.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -80,7 +80,7 @@ def train_tokenizer(texts: Iterable[str], folder: str | Path, *, vocab_size: int
         )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    # Not `tokenizer.save`: its errors (a full disk) are no OSError.
+    # Not `tokenizer.save`: its errors (a full disk) are not an OSError.
     (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",

@@ -49,11 +49,11 @@ class Engine(Protocol):
         """(summed cross-entropy, counted tokens) of this rank's batch, without gradient."""
 
     def state(self) -> State:
-        """This rank's pieces of the global tensors `<kind>.<name>` (`model`, `exp_avg`, `exp_avg_sq`, ..., buffers too), to be saved,
+        """This rank's shards of the global tensors `<kind>.<name>` (`model`, `exp_avg`, `exp_avg_sq`, ..., buffers too), to be saved,
         or filled and loaded; and the counters (`adam_step`: optimizer updates done)."""
 
     def load_state(self, state: State) -> None:
-        """Take over pieces that `state` gave and that were filled since (all, or only some), and the counters."""
+        """Take over shards that `state` gave and that were filled since (all, or only some), and the counters."""
 
 
 class EngineConfig(Protocol):

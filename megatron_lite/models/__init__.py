@@ -1,6 +1,6 @@
 """Plain single-device PyTorch models: read them top to bottom beside the paper.
 
-Nothing here knows of processes, engines or config frameworks; parallelism is applied from outside.
+Nothing here knows about processes, engines or config frameworks; parallelism is applied from outside.
 """
 
 from megatron_lite.models.decoder import Decoder, ModelConfig

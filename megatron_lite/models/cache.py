@@ -1,6 +1,6 @@
 """Key-value cache for generation: what each attention layer remembers of the tokens before.
 
-Memory is taken when a layer first writes, in the dtype and with the number of KV groups it then sees, and
+Memory is allocated when a layer first writes, in the dtype and with the number of KV groups it then sees, and
 for the whole `capacity` at once, so that a step copies one token and nothing else.
 
 Shapes: B batch, G KV groups, T new tokens, S all tokens so far, K head dim.
@@ -23,7 +23,7 @@ class LayerCache:
     def append(self, key_BGTK: Tensor, value_BGTK: Tensor) -> tuple[Tensor, Tensor]:
         """Adds T tokens, returns keys and values (B, G, S, K) of all tokens so far, as views.
 
-        Raises ValueError when the capacity is passed.
+        Raises ValueError when the capacity is exceeded.
         """
         batch, groups, new, head_dim = key_BGTK.shape
         end = self.length + new

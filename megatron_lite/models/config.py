@@ -190,7 +190,7 @@ class ModelConfig:
             if not (number > 0 and math.isfinite(number)):
                 raise ValueError(f"model.{key}={number} must be a positive number")
         if not 0 <= self.rope.fraction <= 1:
-            raise ValueError(f"model.rope.fraction={self.rope.fraction} must lie between 0 and 1")
+            raise ValueError(f"model.rope.fraction={self.rope.fraction} must be between 0 and 1")
 
     def _check_built(self) -> None:
         """Raises ValueError for a key that only a layer type or feature that does not exist yet would read."""

@@ -85,7 +85,7 @@ def initialize_(
     dim: int = 0,
     start: int = 0,
 ) -> None:
-    """Fills `tensor`, the piece from `start` on along `dim` of the global parameter `name`, in place."""
+    """Fills `tensor`, the slice of the global parameter `name` that begins at `start` along `dim`, in place."""
     starts = [0] * len(global_shape)
     if starts:
         starts[dim] = start
@@ -104,16 +104,16 @@ def initialize_region_(
     global_shape: Sequence[int],
     starts: Sequence[int],
 ) -> None:
-    """Fills `tensor`, the box of the global parameter `name` whose lowest corner is `starts`, in place.
+    """Fills `tensor`, the slice of the global parameter `name` that begins at `starts`, in place.
 
-    A box cut on two dimensions happens when a row-parallel weight is sharded once more over the
+    A slice is cut along two dimensions when a row-parallel weight is also sharded over the
     data-parallel ranks.
-    Raises ValueError when the box does not lie inside `global_shape`.
+    Raises ValueError when the slice is not inside `global_shape`.
     """
     ends = [start + size for start, size in zip(starts, tensor.shape)]
     if tensor.dim() != len(global_shape) or any(a < 0 or b > n for a, b, n in zip(starts, ends, global_shape)):
         raise ValueError(
-            f"{name}: a piece of shape {tuple(tensor.shape)} at {tuple(starts)} does not lie inside the "
+            f"{name}: a slice of shape {tuple(tensor.shape)} at {tuple(starts)} is not inside the "
             f"parameter's shape {tuple(global_shape)}"
         )
     if tensor.numel() == 0:
@@ -143,7 +143,7 @@ def initialize_region_(
 def initialize_model_(model: nn.Module, seed: int) -> None:
     """Initializes every parameter of an unsharded, materialized model in place.
 
-    Asks each module that has an `initial()` for its distributions; a parameter that nobody speaks for is our
+    Asks each module that has an `initial()` for its distributions; a parameter without one is our
     own bug.
     """
     seen: set[int] = set()

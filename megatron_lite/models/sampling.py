@@ -34,7 +34,7 @@ class SamplingConfig:
         if self.top_k < 0:
             raise ValueError(f"sampling.top_k={self.top_k} must be 0 (all tokens) or more")
         if not 0 < self.top_p <= 1:
-            raise ValueError(f"sampling.top_p={self.top_p} must lie in (0, 1]; 1 keeps all tokens")
+            raise ValueError(f"sampling.top_p={self.top_p} must be in (0, 1]; 1 keeps all tokens")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"sampling.seed={self.seed} must be 0 or more and below 2**63")
 
@@ -64,7 +64,7 @@ def sample_next(
     top_p: float = 1.0,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """The next token (B,) int64 for each row of logits; `generator` lies on the logits' device."""
+    """The next token (B,) int64 for each row of logits; `generator` is on the logits' device."""
     if temperature == 0.0:
         return logits_BV.argmax(dim=-1)
     kept_BV = filtered_probabilities(logits_BV, temperature=temperature, top_k=top_k, top_p=top_p)
@@ -123,10 +123,10 @@ def _check_prompt(decoder: Decoder, tokens: Sequence[int], max_new_tokens: int) 
             f"the prompt holds token {foreign[0]}, but model.vocab_size={config.vocab_size}; is this the "
             "tokenizer that the model was trained with?"
         )
-    room = config.max_seq_len - len(tokens)
-    if max_new_tokens > room:
-        way_out = f"lower max_new_tokens to {room} or shorten the prompt" if room > 0 else "shorten the prompt"
+    left = config.max_seq_len - len(tokens)
+    if max_new_tokens > left:
+        way_out = f"lower max_new_tokens to {left} or shorten the prompt" if left > 0 else "shorten the prompt"
         raise ValueError(
-            f"a prompt of {len(tokens)} tokens and max_new_tokens={max_new_tokens} pass model.max_seq_len="
+            f"a prompt of {len(tokens)} tokens and max_new_tokens={max_new_tokens} exceed model.max_seq_len="
             f"{config.max_seq_len}; {way_out}"
         )

@@ -6,7 +6,7 @@ Notable features:
 - It sees local shards only (what FSDP2 or tensor parallelism left on this rank), so that it is the same for every layout:
   sharding the parameters shards the optimizer.
 - A step whose loss or gradient is not finite is skipped on the device (`found_inf` of the fused kernel): weights, moments and
-  step counter stay as they are, and nobody waits for the number.
+  step counter stay as they are, without a host sync.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class OptimConfig:
 
 
 def decays(name: str, ndim: int, config: OptimConfig) -> bool:
-    """Whether weight decay pulls on the parameter of this global name and number of dimensions.
+    """Whether weight decay applies to the parameter with this global name and number of dimensions.
 
     One-dimensional parameters outside norms count as biases.
     """
@@ -65,7 +65,7 @@ def torch_adamw(
 ) -> torch.optim.AdamW:
     """torch's fused AdamW over `parameters` (global name -> tensor), those that decay in its first group.
 
-    dims: the number of dimensions of each global tensor, where that of its part in `parameters` is another.
+    dims: the number of dimensions of each global tensor, where the local tensor has another (flat partitions).
     """
     groups: dict[bool, list[Tensor]] = {True: [], False: []}
     for name, tensor in parameters.items():

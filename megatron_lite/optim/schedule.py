@@ -82,12 +82,12 @@ class LearningRate:
     """lr(step, tokens): the rate of the update that completes step `step` (1-based) and makes `tokens` consumed tokens."""
 
     def __init__(self, config: ScheduleConfig, *, peak: float, total_steps: int, total_tokens: int) -> None:
-        """Raises ValueError when warm-up and decay do not fit into the total length, or min_lr lies above the peak."""
+        """Raises ValueError when warm-up and decay do not fit into the total length, or min_lr is above the peak."""
         config.validate()
         self.config, self.peak = config, peak
         self.total = total_steps if config.unit == "steps" else total_tokens
         if config.min_lr > peak:
-            raise ValueError(f"schedule.min_lr={config.min_lr} lies above optim.lr={peak}")
+            raise ValueError(f"schedule.min_lr={config.min_lr} is above optim.lr={peak}")
         decay = config.decay
         if decay is None:
             decay = round((config.decay_fraction or 0.0) * self.total)

@@ -4,7 +4,7 @@ For hidden state x_n and target t_n,  loss = sum_n m_n (log sum_v exp(x_n . w_v)
 d loss / d logit_nv = m_n (softmax(logit_n)_v - [v = t_n]).
 
 Notable features:
-- Tokens x vocabulary never stands in memory, neither forward nor backward: at Nemotron-4's 4,096 tokens and 256,000
+- Tokens x vocabulary is never in memory, neither forward nor backward: at Nemotron-4's 4,096 tokens and 256,000
   words the fp32 logits alone would be 4.2 GB. One chunk of tokens is projected, reduced and thrown away.
 - The loss is a sum, so the gradient that arrives from above is one number. Both gradients are therefore computed in
   the forward pass, while a chunk's logits are at hand, and backward only scales them: every logit is computed once.

@@ -1,4 +1,4 @@
-"""What every tracker can do, and what it is told about the run.
+"""What every tracker can do, and what it learns about the run.
 
 A tracker takes rows (plain dictionaries, see `megatron_lite.training.metrics`) and shows or keeps them. Notable:
   - rows are either training rows (they have `loss`) or validation rows (`val_loss: {source: loss}`, no `loss`);
@@ -90,7 +90,7 @@ class Tracker(Protocol):
 class Trackers:
     """The record and the observers as one tracker. Without any it does nothing.
 
-    A run must not go on without its record, so the record's errors are raised. An observer never ends a training: one
+    A run must not continue without its record, so the record's errors are raised. An observer never ends a training: one
     that raises is warned of once and left out from then on.
     """
 
@@ -121,7 +121,7 @@ class Trackers:
                 self.observers.remove(observer)
                 warnings.warn(
                     f"{type(observer).__name__} is left out from now on: {type(error).__name__}: {error}. "
-                    "Training goes on; metrics.jsonl has every row.",
+                    "Training continues; metrics.jsonl has every row.",
                     stacklevel=3,
                 )
 

@@ -80,7 +80,7 @@ class JsonlTracker:
         self._file = path.open("ab")
 
     def log(self, row: Row) -> None:
-        """Raises OSError when the disk is full: a run must not go on without its record."""
+        """Raises OSError when the disk is full: a run must not continue without its record."""
         assert self._file is not None, "log() before start()"
         self._file.write(encode_row(row))
         self._file.flush()

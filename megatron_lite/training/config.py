@@ -1,7 +1,7 @@
 """One typed tree for a run, read by Hydra from `configs/` and command-line overrides, checked before anything is built.
 
 Notable features:
-- Every section is the `*Config` dataclass that stands beside its class; this file only puts them together, so a wrong key or
+- Every section is the `*Config` dataclass in the module of its class; this file only puts them together, so a wrong key or
   type is found by Hydra and a wrong value by the section's own `validate`.
 - `validate(run, world_size)` holds the checks that need more than one section.
 """
@@ -129,7 +129,7 @@ def _validate_start(run: RunConfig) -> None:
             "init_from is empty; give a run, a checkpoint or a Hugging Face folder, or drop it to start afresh"
         )
     if run.init_from.optimizer and run.init_from.path is None:
-        raise ValueError("init_from.optimizer=true says nothing without init_from=<path>; name it, or drop this")
+        raise ValueError("init_from.optimizer=true needs init_from=<path>; give the path, or drop it")
     if run.init_from.model not in ("source", "config"):
         raise ValueError(f"init_from.model={run.init_from.model} is unknown; choose source or config")
     keys = flatten(to_dict(run))

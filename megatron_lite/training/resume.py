@@ -39,12 +39,12 @@ def choose_checkpoint(run: RunConfig, store: CheckpointStore) -> Path | None:
         if left:
             raise ValueError(
                 f"resume=never, but run.dir={run.run.dir} already holds a run ({', '.join(left)}); give another run.dir, "
-                "resume=auto to go on with it, or delete it"
+                "resume=auto to continue it, or delete it"
             )
         return None
     if run.resume == "auto":
         newest = store.newest_valid()
-        if newest is None and store.steps():  # starting afresh would write over what may be mended
+        if newest is None and store.steps():  # a fresh start would overwrite what may be repaired
             raise ValueError(
                 f"run.dir={run.run.dir} holds checkpoints, but none of them is whole (steps {store.steps()}, see the warnings "
                 "above); put a whole copy of one back, or give another run.dir"
@@ -124,13 +124,13 @@ def load_optimizer(engine: Engine, source: Weights) -> None:
 
 
 def check_same_run(manifest: dict[str, Any], run: RunConfig, tokenizer: TokenizerIdentity) -> None:
-    """Refuse to go on with another model, batch size or tokenizer than the checkpoint's (the blend checks the data).
+    """Refuse to continue with another model, batch size or tokenizer than the checkpoint's (the blend checks the data).
 
     Raises ValueError with the differing keys; those named in `resume_allow` may differ.
     """
     if not manifest["data"]:
         raise ValueError(
-            f"run.dir={run.run.dir} holds converted weights and no training state to go on with; give another run.dir and "
+            f"run.dir={run.run.dir} holds converted weights and no training state to continue from; give another run.dir and "
             f"init_from={run.run.dir}"
         )
     # through ModelConfig: a key that came after this checkpoint has its default there

@@ -133,7 +133,7 @@ def test_a_folder_without_a_tokenizer(tmp_path, capsys):
     native = convert(source, tmp_path / "native", "native")
     assert load(native)[1] is None
     convert(native, tmp_path / "back", "hf")
-    assert "no tokenizer lies beside the source" in capsys.readouterr().out
+    assert "no tokenizer beside the source" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

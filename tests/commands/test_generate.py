@@ -174,7 +174,7 @@ def test_prompts_from_standard_input(monkeypatch):
         (["prompt=a", "prompt_file=b"], "give either prompt"),
         (["prompt_file=nowhere.txt"], "prompt_file=nowhere.txt does not exist"),
         (["prompt=a", "max_new_tokens=0"], "max_new_tokens=0 must be at least 1"),
-        (["prompt=a", "max_new_tokens=100000"], "pass model.max_seq_len"),
+        (["prompt=a", "max_new_tokens=100000"], "model.max_seq_len"),
         (["prompt=a", "sampling.top_p=0"], "sampling.top_p=0.0"),
     ],
 )
@@ -185,7 +185,7 @@ def test_wrong_keys(overrides, message, straight):
 
 def test_without_a_tokenizer_it_says_what_is_missing(tmp_path):
     folder = make_folder(tmp_path / "hf", "llama")
-    with pytest.raises(ValueError, match="no tokenizer lies beside"):
+    with pytest.raises(ValueError, match="no tokenizer beside"):
         command("generate", f"checkpoint={folder}", "prompt=a")
 
 

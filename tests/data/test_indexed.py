@@ -123,7 +123,7 @@ DAMAGE = {
     "longer": (lambda idx, bin: idx.write_bytes(idx.read_bytes() + b"\0\0"), r"longer than its header says"),
     "magic": (lambda idx, bin: patch(idx, 0, b"TNTIDX\0\0\0"), r"not a Megatron index: it begins with b'TNT"),
     "version": (lambda idx, bin: patch(idx, 9, b"\x02"), r"format version 2"),
-    "float tokens": (lambda idx, bin: patch(idx, 17, b"\x07"), r"dtype code 7, which is not an integer type"),
+    "float tokens": (lambda idx, bin: patch(idx, 17, b"\x07"), r"dtype code 7"),
     "unknown dtype": (lambda idx, bin: patch(idx, 17, b"\x63"), r"dtype code 99"),
     "other dtype": (lambda idx, bin: patch(idx, 17, b"\x04"), r"x\.bin: 10 bytes, .*bytes 0 to 14"),
     "truncated tokens": (lambda idx, bin: cut(bin, 8), r"x\.bin: 8 bytes, but the index .* 0 to 10; .*truncated"),
@@ -151,7 +151,7 @@ def test_an_index_of_nothing_is_refused(tmp_path: Path) -> None:
 
 def test_reading_outside_is_refused(tmp_path: Path) -> None:
     dataset = IndexedDataset(write(tmp_path / "x", [[1, 2, 3]]))
-    with pytest.raises(ValueError, match=r"\[2, 4\) lie outside of \[0, 3\)"):
+    with pytest.raises(ValueError, match=r"\[2, 4\) .*outside of \[0, 3\)"):
         dataset.tokens(2, 4)
 
 

@@ -140,7 +140,7 @@ def test_batches_that_do_not_divide_are_refused(batch: int, message: str) -> Non
 def test_bad_settings_are_refused() -> None:
     with pytest.raises(ValueError, match=r"train\.micro_batch_size=0 must be at least 1"):
         DataLoader(Numbers(), micro_batch_size=0)
-    with pytest.raises(ValueError, match=r"rank 2 must lie in \[0, 2\)"):
+    with pytest.raises(ValueError, match=r"rank 2 must be in \[0, 2\)"):
         DataLoader(Numbers(), micro_batch_size=1, rank=2, ranks=2)
 
 

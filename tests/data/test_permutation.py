@@ -81,5 +81,5 @@ GOLDEN_LARGE = [710807142213, 400879998496, 762633310398]
 
 @pytest.mark.parametrize(("i", "n"), [(-1, 5), (5, 5), (0, 0), (0, MAX_SIZE + 1)])
 def test_out_of_range_is_refused(i: int, n: int) -> None:
-    with pytest.raises(ValueError, match="must lie in"):
+    with pytest.raises(ValueError, match="must be in"):
         permute(i, n, make_key(0, "x", 0))

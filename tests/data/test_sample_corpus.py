@@ -202,7 +202,7 @@ def test_damage_is_named(corpus, tmp_path, name):
 
 def test_a_foreign_folder_is_left_alone(tmp_path):
     (tmp_path / "mine.txt").write_text("precious")
-    with pytest.raises(ValueError, match=r"is not a sample corpus.*data.sample_corpus"):
+    with pytest.raises(ValueError, match=r"not a sample corpus.*data.sample_corpus"):
         prepare(tmp_path, **MINIATURE)
     assert (tmp_path / "mine.txt").read_text() == "precious"
     with pytest.raises(ValueError, match="no finished sample corpus"):

@@ -1,4 +1,4 @@
-"""A run that loses a node goes on with those that are left: from the newest checkpoint, with the same data in the same order."""
+"""A run that loses a node continues on the others: from the newest checkpoint, with the same data in the same order."""
 
 from __future__ import annotations
 

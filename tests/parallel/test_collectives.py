@@ -25,7 +25,7 @@ def inputs(name: str) -> tuple[Tensor, Tensor]:
     length = {"sequence_gather": 32, "gather": 32, "sequence_reduce_scatter": 2, "scatter": 2}.get(name, 8)
     grad = torch.randn(RANKS, 3, length, 5, generator=generator, dtype=torch.float64)
     if name in ("reduce_out", "gather"):
-        grad[:] = grad[0]  # replicated: all ranks go on with the result in the same way
+        grad[:] = grad[0]  # replicated: all ranks continue with the result in the same way
     return x, grad
 
 

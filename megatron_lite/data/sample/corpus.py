@@ -124,7 +124,7 @@ def _marker(folder: Path) -> dict[str, Any] | None:
 
 
 def _is_finished(folder: Path, settings: dict[str, Any]) -> bool:
-    """Whether a whole corpus lies there. Raises ValueError for a damaged or another one, or other files."""
+    """Whether a whole corpus is there. Raises ValueError for a damaged or another one, or other files."""
     marker = _marker(folder)
     if marker is None:
         if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):

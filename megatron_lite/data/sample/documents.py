@@ -58,7 +58,7 @@ def collect(scale: float, say: Callable[[str], None]) -> list[Part]:
 
 
 def _held_out(part: Part, at_least: int) -> frozenset[str]:
-    """Hashes of the documents that lie below the group's share, and of the next ones until `at_least`
+    """Hashes of the documents below the group's share, and of the next ones until `at_least`
     bytes.
     """
     bound = _HELD_OUT[part.source.group] * 2.0**32

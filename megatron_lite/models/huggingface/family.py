@@ -27,7 +27,7 @@ class Family:
 
     required: keys of ModelConfig (dotted) that such a model always has, and their value.
     defaults: what transformers assumes for fields that config.json leaves out.
-    only: fields of config.json that change the model, and the values of them that we can hold.
+    only: fields of config.json that change the model, and which of their values are supported.
     """
 
     name: str
@@ -60,7 +60,7 @@ class Family:
         return head | self.write_config(config)
 
     def from_hf_config(self, hf: Mapping[str, Any]) -> ModelConfig:
-        """The ModelConfig of a config.json. Raises ValueError naming the field that we cannot hold."""
+        """The ModelConfig of a config.json. Raises ValueError naming the field that ModelConfig cannot represent."""
         architectures = hf.get("architectures") or [self.architecture]
         if architectures != [self.architecture]:
             raise ValueError(
@@ -70,14 +70,14 @@ class Family:
         for key, allowed in {**self.only, "quantization_config": (None,), "auto_map": (None,)}.items():
             if full.get(key) not in allowed:
                 raise ValueError(
-                    f"config.json: {key}={full.get(key)!r} cannot be held by megatron_lite (only "
+                    f"config.json: {key}={full.get(key)!r} is not supported (only "
                     f"{' or '.join(repr(value) for value in allowed)})"
                 )
         config = self.read_config(full)
         try:
             config.validate()
         except ValueError as error:
-            raise ValueError(f"config.json describes no model that can be built: {error}") from error
+            raise ValueError(f"config.json describes a model that cannot be built: {error}") from error
         return config
 
     def extra(self, hf: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
@@ -120,7 +120,7 @@ def rope(hf: Mapping[str, Any], *, default_fraction: float) -> RopeConfig:
     nested = hf.get(key) or {}
     flat_dict = isinstance(nested, Mapping) and not any(isinstance(v, Mapping) for v in nested.values())
     if not flat_dict or nested.get("rope_type", nested.get("type", "default")) != "default":
-        raise ValueError(f"config.json: {key}={nested!r} cannot be held by megatron_lite (only rope_type 'default')")
+        raise ValueError(f"config.json: {key}={nested!r} is not supported (only rope_type 'default')")
     flat = {"rope_theta": 10000.0, "partial_rotary_factor": default_fraction, **hf}
     merged = {
         **flat,
