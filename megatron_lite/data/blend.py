@@ -29,10 +29,10 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from megatron_lite.data.config import DataConfig
-from megatron_lite.data.sidecar import TokenizerIdentity
 from megatron_lite.data.packing import Example
 from megatron_lite.data.permutation import Key, make_key, permute
 from megatron_lite.data.phases import Shares, resolve
+from megatron_lite.data.sidecar import TokenizerIdentity
 from megatron_lite.data.source import Source, open_sources
 
 

@@ -62,7 +62,9 @@ def read_sidecar(prefix: str | Path) -> Sidecar | None:
     known = {entry.name for entry in fields(Sidecar)}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        content = {{"licences": "licenses"}.get(key, key): value for key, value in content.items()}  # before version 0.2
+        content = {
+            {"licences": "licenses"}.get(key, key): value for key, value in content.items()
+        }  # before version 0.2
         return Sidecar(**{key: value for key, value in content.items() if key in known})
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is damaged ({error}); tokenize the source again") from None

@@ -18,8 +18,8 @@ import numpy.typing as npt
 
 from megatron_lite.data.config import DataConfig
 from megatron_lite.data.indexed import IndexedDataset, bin_path, idx_path
-from megatron_lite.data.sidecar import Sidecar, TokenizerIdentity, sidecar_path, read_sidecar
 from megatron_lite.data.packing import Example, PackingOptions, pack
+from megatron_lite.data.sidecar import Sidecar, TokenizerIdentity, read_sidecar, sidecar_path
 
 _SAMPLED_BYTES = 1 << 16  # of each end of a file; a fingerprint must not take longer on a larger file
 

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from megatron_lite.data.config import DataConfig
 from megatron_lite.data.loader import DataLoader, rank_samples, validation_batches
-from megatron_lite.data.sidecar import TokenizerIdentity
 from megatron_lite.data.packing import Example
+from megatron_lite.data.sidecar import TokenizerIdentity
 from megatron_lite.data.source import Source
 from tests.distributed import PATIENCE_SECONDS
 
@@ -63,9 +63,7 @@ def test_ranks_share_a_step_out_exactly(consumed: int, micro: int, ranks: int, a
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 @pytest.mark.parametrize("micro", [1, 3])
 def test_the_union_over_ranks_is_the_same_for_any_number_of_ranks(ranks: int, micro: int) -> None:
-    loaders = [
-        DataLoader(Numbers(), micro_batch_size=micro, rank=rank, ranks=ranks) for rank in range(ranks)
-    ]
+    loaders = [DataLoader(Numbers(), micro_batch_size=micro, rank=rank, ranks=ranks) for rank in range(ranks)]
     steps = [samples_of(loader.steps(6, lambda at: 36 if at < 70 else 72), 4) for loader in loaders]
     union = [sorted(i for mine in step for i in mine) for step in zip(*steps)]
     assert union == [list(range(6, 42)), list(range(42, 78)), list(range(78, 150)), list(range(150, 222))]
@@ -151,11 +149,7 @@ def test_validation_counts_each_of_the_first_windows_once(
 ) -> None:
     source = Source("a/x", write_source("x")[0], config=DataConfig(seq_len=16), tokenizer=tokenizer)
     by_rank = [
-        list(
-            validation_batches(
-                source, windows=windows, micro_batch_size=4, rank=rank, ranks=ranks
-            )
-        )
+        list(validation_batches(source, windows=windows, micro_batch_size=4, rank=rank, ranks=ranks))
         for rank in range(ranks)
     ]
     assert len({len(batches) for batches in by_rank}) == 1  # a sharded model runs on all ranks together

@@ -17,12 +17,13 @@ import pytest
 import yaml
 from transformers import AutoTokenizer
 
+from megatron_lite.data.indexed import IndexedDataset
 from megatron_lite.data.sample import corpus as sample_corpus
 from megatron_lite.data.sample import readers as sample_readers
-from megatron_lite.data.indexed import IndexedDataset
 from megatron_lite.data.sample.corpus import prepare, sources
 from megatron_lite.data.sample.readers import pieces, read_source
 from megatron_lite.data.sample.sources import SOURCES, Source
+from tests.distributed import PATIENCE_SECONDS
 
 MINIATURE = {"scale": 0.02, "vocab_size": 512}
 
@@ -30,7 +31,6 @@ MINIATURE = {"scale": 0.02, "vocab_size": 512}
 BUILD = f"""
 import os, signal, sys
 from megatron_lite.data.sample.corpus import prepare
-from tests.distributed import PATIENCE_SECONDS
 
 def report(line):
     print(line, flush=True)

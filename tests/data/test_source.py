@@ -97,7 +97,9 @@ def test_another_tokenizer_is_refused_with_both_names(write_source: Callable, to
 def test_token_ids_beyond_the_vocabulary_are_refused(write_source: Callable, tokenizer: TokenizerIdentity) -> None:
     prefix, _ = write_source("x", manifest=False)
     small = replace(tokenizer, vocab_size=100)
-    with pytest.raises(ValueError, match=r"a/x .*token ids .* ids up to 99"):  # when the source is opened, before step 1
+    with pytest.raises(
+        ValueError, match=r"a/x .*token ids .* ids up to 99"
+    ):  # when the source is opened, before step 1
         Source("a/x", prefix, config=DataConfig(seq_len=50), tokenizer=small)
 
 
@@ -118,7 +120,9 @@ def test_documents_without_tokens_change_nothing(
         starts = sorted([*range(len(lengths) + 1), *places])
     pointers = np.concatenate([[0], np.cumsum(lengths)[:-1]]) * 2
     index = struct.pack("<9sQBQQ", b"MMIDIDX\0\0", 1, 8, len(lengths), len(starts))
-    index += np.array(lengths, "<i4").tobytes() + np.array([pointers], "<i8").tobytes() + np.array(starts, "<i8").tobytes()
+    index += (
+        np.array(lengths, "<i4").tobytes() + np.array([pointers], "<i8").tobytes() + np.array(starts, "<i8").tobytes()
+    )
     (tmp_path / "holes.idx").write_bytes(index)
     shutil.copy(f"{prefix}.bin", tmp_path / "holes.bin")
     config = DataConfig(seq_len=16, reset_attention=True)

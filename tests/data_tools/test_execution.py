@@ -143,7 +143,7 @@ def test_slurm_runs_the_same_tasks(make_recipe, slurm, tmp_path) -> None:
 def test_a_job_that_vanishes_is_told(slurm, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("LOSE_TASKS", "1")
     executor = ExecutorConfig(kind="slurm", poll_seconds=0.01, arguments={"partition": "cpu"})
-    with pytest.raises(RuntimeError, match="Slurm job 17 ended with tasks left"):
+    with pytest.raises(RuntimeError, match="Slurm job 17 ended with unfinished tasks"):
         run(WriteStep("write", tmp_path / "s", None), executor)
 
 

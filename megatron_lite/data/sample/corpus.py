@@ -25,9 +25,9 @@ from typing import Any
 
 from megatron_lite.atomic import fsync
 from megatron_lite.data.indexed import IndexedWriter, best_dtype
-from megatron_lite.data.sidecar import Sidecar, write_sidecar
 from megatron_lite.data.sample.documents import Part, collect
 from megatron_lite.data.sample.readers import versions
+from megatron_lite.data.sidecar import Sidecar, write_sidecar
 from megatron_lite.data.tokenizer import (
     encode_documents,
     fingerprint,
