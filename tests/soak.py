@@ -65,9 +65,10 @@ class SlowFile:
 
 def job(data: Path, run_dir: Path, log: Path, slowness: float, overrides: list[str]) -> None:
     """In a process of its own: one start of the run, its output in `log`; each write of a checkpoint takes `slowness` seconds more."""
-    from megatron_lite import build, train
     from megatron_lite.checkpoint.store import CheckpointStore
+    from megatron_lite.commands import train
     from megatron_lite.hardware import Peak
+    from megatron_lite.training import build
 
     class SlowStore(CheckpointStore):
         def __init__(self, *args: Any, **options: Any) -> None:

@@ -2,7 +2,6 @@
 
 import matplotlib.figure  # noqa: F401
 import torch
-import torch.distributed.checkpoint.hf_storage
 import transformers
 
 import megatron_lite.commands.train  # noqa: F401

@@ -14,6 +14,7 @@ from megatron_lite.config.compose import to_dict
 from megatron_lite.engine.fsdp import FsdpConfig
 from megatron_lite.models.decoder import Decoder
 from megatron_lite.models.huggingface import export_folder, folder
+from megatron_lite.objectives.next_token import NextTokenConfig
 from megatron_lite.parallel.mesh import ParallelConfig
 from megatron_lite.ranks import Ranks
 from megatron_lite.tensor_files import BLOCK
@@ -72,7 +73,9 @@ def start_from(rank: int, size: int, path: str) -> tuple[Counter[str], dict[str,
         counted["hashed"] += min(BLOCK, file.stat().st_size - block * BLOCK)
         return honest_hash(file, block)
 
-    run = RunConfig(model=model_config(SIZES), parallel=ParallelConfig(tp=2), engine=FsdpConfig())
+    run = RunConfig(
+        model=model_config(SIZES), parallel=ParallelConfig(tp=2), engine=FsdpConfig(), objective=NextTokenConfig()
+    )
     mesh = build_grid(run.parallel, run.engine, world_size=size, device=torch.device("cpu"))
     reader.read_slice = folder.read_slice = read_slice
     opening.block_digest = block_digest

@@ -9,19 +9,30 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import torch.distributed as dist
 
 from megatron_lite.errors import CheckpointError, TrainingFailedError, error_text
 from megatron_lite.training.preemption import REACTION_SECONDS
 
-if TYPE_CHECKING:
-    from megatron_lite.training.trainer import Trainer
+
+class Reported(Protocol):
+    """What is reported of a `Trainer`; its attributes of the same names (the trainer imports this module, not the other way)."""
+
+    config: Any
+    runtime: Any
+    store: Any
+    loader: Any
+    tracker: Any
+    status: Any
+    watchdog: Any
+    position: Any
+    preemption: Any
 
 
 @contextmanager
-def reported(trainer: Trainer) -> Iterator[None]:
+def reported(trainer: Reported) -> Iterator[None]:
     """Write to status.json and the trackers that the job runs, and how it ended, whatever happens.
 
     Raises TrainingFailedError for what a user can repair: a lost rank, a full disk, a value that does not fit.
@@ -44,7 +55,7 @@ def reported(trainer: Trainer) -> Iterator[None]:
     trainer.tracker.close(trainer.status.state)
 
 
-def write_end(trainer: Trainer, outcome: str, *, saved: bool, save_seconds: float) -> str:
+def write_end(trainer: Reported, outcome: str, *, saved: bool, save_seconds: float) -> str:
     """Write the end of a job to status.json; returns the outcome, `preempted` where the last step was not saved.
 
     outcome: finished, stopped (at `train.stop_at`) or preempted (by a signal).
@@ -66,7 +77,7 @@ def write_end(trainer: Trainer, outcome: str, *, saved: bool, save_seconds: floa
     return outcome
 
 
-def write_status(trainer: Trainer, state: str, reason: str, **more: float) -> None:
+def write_status(trainer: Reported, state: str, reason: str, **more: float) -> None:
     """status.json at the trainer's position, with the share of every source seen so far."""
     position = trainer.position
     seen = trainer.loader.seen(position.consumed_samples)
@@ -75,7 +86,7 @@ def write_status(trainer: Trainer, state: str, reason: str, **more: float) -> No
     )
 
 
-def _failure(trainer: Trainer, reason: str) -> str:
+def _failure(trainer: Reported, reason: str) -> str:
     steps = trainer.store.steps()
     saved = f"the newest checkpoint is that of step {steps[-1]}" if steps else "there is no checkpoint yet"
     return (
