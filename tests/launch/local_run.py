@@ -31,7 +31,7 @@ def start(data: Path, run_dir: Path, *overrides: str, **settings: str) -> subpro
         )  # fmt: skip
 
 
-def finish(process: subprocess.Popen[str], seconds: float = 240) -> int:
+def finish(process: subprocess.Popen[str], seconds: float = 900) -> int:
     """Its exit code; whatever is left of its session is killed, and a run that does not end is an error."""
     try:
         return process.wait(timeout=seconds)

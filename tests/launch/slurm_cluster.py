@@ -105,11 +105,11 @@ class SlurmCluster:
         key.chmod(0o600)
         files = [f"--{kind}-file={self.root}/munge.{kind}" for kind in ("key", "pid", "log", "seed")]
         self._daemon("munged", "--foreground", "--force", f"--socket={self.root}/munge.socket", *files)
-        wait_for((self.root / "munge.socket").exists, seconds=30, what=self.logs)
+        wait_for((self.root / "munge.socket").exists, seconds=300, what=self.logs)
         self.start_controller()
         for node in NODES:
             self.start_node(node)
-        wait_for(self.idle, seconds=60, what=self.logs)
+        wait_for(self.idle, seconds=300, what=self.logs)
 
     def _daemon(self, name: str, *words: str, key: str = "") -> None:
         output = (self.root / f"{key or name}.out").open("ab")

@@ -27,7 +27,7 @@ def test_a_lost_node(tiny_data, tmp_path, straight):
     try:
         wait_for(
             lambda: (run / "metrics.jsonl").exists() and len(runs.rows(run)) >= 10,
-            seconds=200, what=lambda: local_run.output(run),
+            seconds=600, what=lambda: local_run.output(run),
         )  # fmt: skip
         for process in [second.pid, *local_run.below(second.pid)]:  # the first one hosts the rendezvous
             os.kill(process, signal.SIGKILL)

@@ -29,7 +29,7 @@ def test_preempted_and_again(tiny_data, tmp_path, straight):
     """SIGTERM to the script alone, as Kubernetes and systemd send it; the save takes longer than torchrun's 30 s."""
     run = tmp_path / "run"
     job = local_run.start(tiny_data, run, "checkpoint.every=0", RANKS_PER_NODE="2", SLOW_STEP="0.5", SLOW_SAVE="32")
-    wait_for(lambda: trained(run), seconds=120, what=lambda: local_run.output(run))
+    wait_for(lambda: trained(run), seconds=600, what=lambda: local_run.output(run))
     job.send_signal(signal.SIGTERM)
     assert local_run.finish(job) == 75, local_run.output(run)
     assert runs.status(run)["state"] == "preempted"
@@ -43,7 +43,7 @@ def test_a_signal_to_everybody_twice(tiny_data, tmp_path):
     """A scheduler signals every process, and torchrun passes its own on once more: the ranks still save."""
     run = tmp_path / "run"
     job = local_run.start(tiny_data, run, "checkpoint.every=0", RANKS_PER_NODE="2", SLOW_STEP="0.5")
-    wait_for(lambda: trained(run), seconds=120, what=lambda: local_run.output(run))
+    wait_for(lambda: trained(run), seconds=600, what=lambda: local_run.output(run))
     for process in reversed([job.pid, *local_run.below(job.pid)]):
         os.kill(process, signal.SIGTERM)
     assert local_run.finish(job) == 75, local_run.output(run)
@@ -72,15 +72,15 @@ def test_a_second_signal_ends_it_at_once(ranks, tiny_data, tmp_path):
     job = local_run.start(
         tiny_data, run, "checkpoint.every=0", "train.max_steps=500", RANKS_PER_NODE=ranks, RANK="0", SLOW_STEP="1", SLOW_SAVE="600"
     )  # fmt: skip
-    wait_for(lambda: trained(run), seconds=120, what=lambda: local_run.output(run))
+    wait_for(lambda: trained(run), seconds=600, what=lambda: local_run.output(run))
     processes = local_run.below(job.pid)
     job.send_signal(signal.SIGTERM)
     told = time.monotonic()
-    wait_for(lambda: time.monotonic() > told + 3, seconds=60, what=str)  # sooner it counts as the same one
+    wait_for(lambda: time.monotonic() > told + 3, seconds=300, what=str)  # sooner it counts as the same one
     job.send_signal(signal.SIGTERM)
     assert local_run.finish(job, 60) != 0
     gone = lambda: not any(os.path.exists(f"/proc/{process}") for process in processes)  # noqa: E731
-    wait_for(gone, seconds=30, what=lambda: local_run.output(run))
+    wait_for(gone, seconds=300, what=lambda: local_run.output(run))
 
 
 def deepspeed() -> None:
@@ -99,7 +99,7 @@ def test_hostfile(engine, tiny_data, tmp_path, straight):
     done = subprocess.run(
         ["bash", str(scripts_dir() / "deepspeed.sh"), *words],
         env=local_run.environment(HOSTFILE=str(hosts), MASTER_PORT="29613", DS_ACCELERATOR="cpu"),
-        capture_output=True, text=True, timeout=240, check=False,
+        capture_output=True, text=True, timeout=900, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert [row[2] for row in runs.curve(run)] == pytest.approx([row[2] for row in runs.curve(straight)], **CLOSE)
@@ -116,7 +116,7 @@ def test_hostfile_preempted(tiny_data, tmp_path):
             ["bash", str(scripts_dir() / "deepspeed.sh"), *words],
             env=local_run.environment(**settings), stdout=log, stderr=log, text=True, start_new_session=True,
         )  # fmt: skip
-    wait_for(lambda: trained(run), seconds=120, what=(tmp_path / "log").read_text)
+    wait_for(lambda: trained(run), seconds=600, what=(tmp_path / "log").read_text)
     job.send_signal(signal.SIGTERM)
     assert local_run.finish(job) == 75, (tmp_path / "log").read_text()
     assert runs.status(run)["state"] == "preempted"

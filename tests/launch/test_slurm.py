@@ -55,7 +55,7 @@ class Job:
         (log,) = (self.run_dir / "logs").glob(f"*-{self.number}.out")
         return log.read_text(errors="replace")
 
-    def wait(self, seconds: float = 300) -> str:
+    def wait(self, seconds: float = 900) -> str:
         wait_for(lambda: self.state in ENDED, seconds=seconds, what=self.story)
         return self.state
 
@@ -63,7 +63,7 @@ class Job:
         def there() -> bool:
             return (self.run_dir / "metrics.jsonl").exists() and len(runs.rows(self.run_dir)) >= step
 
-        wait_for(there, seconds=180, what=self.story)
+        wait_for(there, seconds=600, what=self.story)
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +93,7 @@ def test_preempted_by_the_time_limit(slurm, tiny_data, tmp_path, uninterrupted):
     job = Job(
         slurm, tiny_data, run, "checkpoint.every=0", TIME="3", SIGNAL_SECONDS="60", SLOW_STEP="10", SLOW_SAVE="32"
     )
-    assert job.wait(seconds=420) == "COMPLETED", job.story()
+    assert job.wait(seconds=900) == "COMPLETED", job.story()
     assert job.restarts == 1, job.story()
     attempts = [line.split("\t") for line in (run / "attempts.log").read_text().splitlines()]
     assert [line[2] for line in attempts] == ["preempted", "finished"], job.story()
@@ -108,7 +108,7 @@ def test_a_lost_node(node, slurm, tiny_data, tmp_path, uninterrupted):
     job = Job(slurm, tiny_data, run, SLOW_STEP="1")
     job.wait_for_step(10)
     slurm.kill_node(node)
-    wait_for(lambda: job.restarts == 1 or job.state in ENDED, seconds=120, what=job.story)
+    wait_for(lambda: job.restarts == 1 or job.state in ENDED, seconds=600, what=job.story)
     slurm.start_node(node)
     assert job.wait() == "COMPLETED", job.story()
     assert job.restarts == 1
@@ -120,9 +120,9 @@ def test_a_node_lost_during_a_save(slurm, tiny_data, tmp_path, uninterrupted):
     run = tmp_path / "torn"
     job = Job(slurm, tiny_data, run, SLOW_SAVE="6")
     first, second = run / "checkpoints" / "step_00000004", run / "checkpoints" / ".tmp-step_00000008"
-    wait_for(second.exists, seconds=180, what=job.story)
+    wait_for(second.exists, seconds=600, what=job.story)
     slurm.kill_node("node2")
-    wait_for(lambda: job.restarts == 1 or job.state in ENDED, seconds=120, what=job.story)
+    wait_for(lambda: job.restarts == 1 or job.state in ENDED, seconds=600, what=job.story)
     slurm.start_node("node2")
     assert job.wait() == "COMPLETED", job.story()
     assert f"resuming from {first}: step 4" in job.output()
@@ -143,7 +143,7 @@ def test_a_cancelled_job_stays_cancelled(slurm, tiny_data, tmp_path):
     job.wait_for_step(2)
     slurm.command("scancel", job.number)
     assert job.wait() == "CANCELLED", job.story()
-    wait_for(slurm.idle, seconds=120, what=job.story)  # the batch script has ended
+    wait_for(slurm.idle, seconds=600, what=job.story)  # the batch script has ended
     assert (job.state, job.restarts) == ("CANCELLED", 0), job.story()
 
 
@@ -154,7 +154,7 @@ def test_the_controller_is_away_when_the_job_asks_for_a_requeue(slurm, tiny_data
     slurm.command("scancel", "--signal=USR1", job.number)
     slurm.stop_controller()
     try:
-        wait_for(lambda: ": requeue (" in job.output(), seconds=120, what=lambda: job.output())
+        wait_for(lambda: ": requeue (" in job.output(), seconds=600, what=lambda: job.output())
     finally:
         slurm.start_controller()
     assert job.wait() == "COMPLETED", job.story()
@@ -192,10 +192,10 @@ def test_goes_on_without_a_node(slurm, tiny_data, tmp_path, straight):
     job.wait_for_step(10)
     slurm.kill_node("node2")
     try:
-        assert job.wait(seconds=400) == "COMPLETED", job.story()
+        assert job.wait(seconds=900) == "COMPLETED", job.story()
     finally:
         slurm.start_node("node2")
-        wait_for(slurm.idle, seconds=120, what=slurm.logs)
+        wait_for(slurm.idle, seconds=600, what=slurm.logs)
     assert job.restarts == 0
     checkpoints = run / "checkpoints"
     ranks = [
