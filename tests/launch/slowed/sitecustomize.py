@@ -40,7 +40,7 @@ def _apply(settings):
     if "SLOW_SAVE" in settings:
         from megatron_lite.checkpoint import saving
 
-        saving.write_pieces = _slow(saving.write_pieces, float(settings["SLOW_SAVE"]))
+        saving.write_groups = _slow(saving.write_groups, float(settings["SLOW_SAVE"]))
     if "HANG_IN" in settings:
         module, _, name = settings["HANG_IN"].partition(":")
         owner = importlib.import_module(f"megatron_lite.{module}")
