@@ -66,7 +66,8 @@ def generate(config: GenerateConfig) -> int:
 def texts(config: GenerateConfig, runtime: Runtime, ranks: Ranks) -> Iterator[str]:
     """What is to be printed, part by part as it is made, the same on every rank. Collective."""
     ranks.attempt("check the config", lambda: config.validate(runtime.world_size))
-    prompts = ranks.first("read the prompts", lambda: _prompts(config))  # standard input is rank 0's
+    # standard input is rank 0's
+    prompts = _prompts(config) if ranks.size == 1 else ranks.first("read the prompts", lambda: _prompts(config))
     weights = open_weights(config.checkpoint, ranks)
     tokenizer = ranks.attempt("open the tokenizer", lambda: _tokenizer(config, weights))
     if runtime.is_main:
@@ -147,8 +148,8 @@ def _prompts(config: GenerateConfig) -> list[str]:
 
 def _read(key: str, name: str) -> str:
     """The text of a file, or of standard input for "-", with its line ends as they are."""
-    if name != "-" and not Path(name).is_file():
-        raise ValueError(f"{key}={name} does not exist or is not a file; name a text file with one prompt a line")
+    if name != "-" and (not Path(name).exists() or Path(name).is_dir()):
+        raise ValueError(f"{key}={name} does not exist or is a folder; name a text file with one prompt a line")
     data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
     try:
         return data.decode("utf-8-sig")

@@ -32,7 +32,7 @@ def spelled_out(overrides: list[str]) -> list[str]:
         if override == "--config-dir" or override.startswith("--config-dir="):
             folder = override.partition("=")[2] or next(waiting, "")
             if not folder or not Path(folder).is_dir():
-                raise ConfigError(f"--config-dir {folder or '(nothing)'} is no folder")
+                raise ConfigError(f"--config-dir {folder or '(nothing)'} is not a folder")
             result.append(f"hydra.searchpath=[file://{Path(folder).resolve()}]")
         elif override.startswith("-"):
             raise ConfigError(f"{override} is unknown; overrides are written key=value, see --help")

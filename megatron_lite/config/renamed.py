@@ -18,6 +18,7 @@ RENAMED: dict[str, str] = {
     "model.rotary_fraction": "model.rope.fraction",
     "model.ffn_size": "model.mlp.ffn_size",
     "model.activation": "model.mlp.activation",
+    **{f"tracking.{key}": f"tracking.wandb.{key}" for key in ("project", "entity", "name", "mode", "tags")},
 }
 # The same for recipes of `mlite prepare`; `*` is any name. A section comes after the keys in it that have changed too.
 RENAMED_IN_RECIPES: dict[str, str] = {
@@ -34,6 +35,7 @@ DROPPED: dict[str, str] = {
     "engine.kind": "choose the engine by its group: engine=fsdp or engine=deepspeed",
     "objective.kind": "choose the objective by its group: objective=next_token",
     "objective.options": "an objective's settings are keys of its own: objective.<setting>",
+    "tracking.kind": "tracking=console, wandb or tensorboard, or several: 'tracking=[wandb,tensorboard]'",
     "model.unit": "model.num_layers counts blocks of '*-', and model.pattern spells the layers of any other model",
 }
 

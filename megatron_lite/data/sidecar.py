@@ -7,10 +7,11 @@ tokenizer is refused. Files from elsewhere may lack it.
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
+
+from megatron_lite.atomic import whole_file
 
 
 @dataclass(frozen=True)
@@ -45,9 +46,8 @@ def sidecar_path(prefix: str | Path) -> Path:
 def write_sidecar(prefix: str | Path, manifest: Sidecar) -> None:
     """Write the sidecar, whole or not at all."""
     path = sidecar_path(prefix)
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    temporary.write_text(json.dumps(asdict(manifest), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    with whole_file(path) as temporary:
+        temporary.write_text(json.dumps(asdict(manifest), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def read_sidecar(prefix: str | Path) -> Sidecar | None:

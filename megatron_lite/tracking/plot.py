@@ -9,7 +9,6 @@ Notable:
 from __future__ import annotations
 
 import io
-import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from megatron_lite.atomic import whole_file
 from megatron_lite.tracking.curves import Curves, read_curves, smooth
 from megatron_lite.tracking.jsonl import METRICS_FILE, read_rows
 
@@ -35,8 +35,8 @@ def write_loss_plot(run_dir: str | Path) -> Path | None:
     if not curves.training and not curves.validation:
         return None
     beside = len(curves.sources()) > 6  # where the legend goes
-    path, temporary = run_dir / "loss.png", run_dir / ".loss.png.tmp"
-    with _figure(10 if beside else 8.4, 6.4) as figure:
+    path = run_dir / "loss.png"
+    with whole_file(path) as temporary, _figure(10 if beside else 8.4, 6.4) as figure:
         top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
         _draw_losses(top, curves)
         top.set_title(_label(run_dir.resolve().name), loc="left", fontsize=12, fontweight="bold", color=INK)
@@ -44,7 +44,6 @@ def write_loss_plot(run_dir: str | Path) -> Path | None:
         _legend(top, beside=beside)
         _draw_schedule(bottom, curves)
         figure.savefig(temporary, format="png", dpi=130, facecolor="white")
-    os.replace(temporary, path)
     return path
 
 

@@ -9,7 +9,6 @@ Notable:
 from __future__ import annotations
 
 import json
-import os
 from datetime import UTC, datetime
 from fractions import Fraction
 from html import escape
@@ -17,6 +16,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from megatron_lite.atomic import whole_file
 from megatron_lite.tracking.console import clock, human, perplexity
 from megatron_lite.tracking.curves import Curves, read_curves, smooth
 from megatron_lite.tracking.jsonl import METRICS_FILE, read_rows
@@ -44,9 +44,8 @@ def write_report(run_dir: str | Path) -> Path:
         _config(run_dir / "config.yaml"),
     ]
     path = run_dir / "report.html"
-    temporary = run_dir / ".report.html.tmp"
-    temporary.write_text(page(run_dir.resolve().name, "\n".join(sections)), encoding="utf-8")
-    os.replace(temporary, path)
+    with whole_file(path) as temporary:
+        temporary.write_text(page(run_dir.resolve().name, "\n".join(sections)), encoding="utf-8")
     return path
 
 

@@ -12,11 +12,11 @@ Notable:
 
 from __future__ import annotations
 
-import os
 import secrets
 from pathlib import Path
 from typing import Any
 
+from megatron_lite.atomic import whole_file
 from megatron_lite.tracking.base import Row, RunInfo, WandbConfig, flatten
 from megatron_lite.tracking.jsonl import METRICS_FILE, read_rows
 
@@ -70,10 +70,8 @@ def stable_id(run_dir: Path) -> str:
     if path.exists() and (kept := path.read_text().strip()):
         return kept
     run_id = secrets.token_hex(8)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{ID_FILE}.tmp")
-    temporary.write_text(run_id + "\n")
-    os.replace(temporary, path)
+    with whole_file(path) as temporary:
+        temporary.write_text(run_id + "\n")
     return run_id
 
 

@@ -46,7 +46,7 @@ from megatron_lite.weights import Weights
 def open_tokenizer(config: DataConfig) -> TokenizerIdentity:
     """What data and model must agree on with the tokenizer of `data.tokenizer`.
 
-    Raises ValueError when neither a tokenizer nor `data.eod_id` is given.
+    Raises ValueError if `data.tokenizer` is not given or is not the folder of a tokenizer.
     """
     if not config.tokenizer:
         raise ValueError(

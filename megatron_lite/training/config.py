@@ -43,7 +43,7 @@ class RunSection:
     dir: str = "runs/${run.name}"
 
     def validate(self) -> None:
-        """Raise ValueError when there is no directory to be named."""
+        """Raise ValueError if the name or the directory is empty."""
         for key in ("name", "dir"):
             if not getattr(self, key).strip():
                 raise ValueError(f"run.{key} is empty; give it a name, e.g. run.dir=runs/first")

@@ -71,7 +71,7 @@ class Metrics:
         self._since = clock()
 
     def start(self) -> None:
-        """Training begins now: what came before (loading, tracking services) is no training time."""
+        """Training begins now: what came before (loading, tracking services) is not training time."""
         self._since = self.clock()
 
     def update(

@@ -43,7 +43,7 @@ def set_rng_state(state: dict[str, Any]) -> None:
         torch.set_rng_state(torch.from_numpy(_unpack(state["torch"], "u1").copy()))
         gpus = [torch.from_numpy(_unpack(packed, "u1").copy()) for packed in state["cuda"]]
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"this is no state of random generators: {error!r}") from error
+        raise ValueError(f"this is not a state of random generators: {error!r}") from error
     if gpus and torch.cuda.is_available() and torch.cuda.device_count() == len(gpus):
         torch.cuda.set_rng_state_all(gpus)
 

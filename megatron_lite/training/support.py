@@ -159,9 +159,9 @@ def document() -> str:
     lines = [
         "# What works together",
         "",
-        "Printed from the table in `megatron_lite/training/support.py`, which validation refuses from:",
-        "`python -m megatron_lite.training.support > docs/support.md`. Everything works with everything else, except what is",
-        "listed below; the tests train a set of combinations in which every supported pair occurs.",
+        "Printed by `python -m megatron_lite.training.support > docs/support.md` from the table that validation refuses from.",
+        "Everything works with everything else, except what is listed below; the tests train a set of combinations in which",
+        "every supported pair occurs.",
         "",
         "## Features",
         "",

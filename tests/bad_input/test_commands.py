@@ -21,12 +21,12 @@ GENERATE = [
     ("checkpoint=$RUN", r"give either prompt='\.\.\.' or prompt_file="),
     ("checkpoint=$RUN prompt=a prompt_file=b", r"give either prompt='\.\.\.' or prompt_file="),
     ("checkpoint=$RUN prompt_file=/nowhere", r"prompt_file=/nowhere does not exist"),
-    ("checkpoint=$RUN prompt_file=$DATA", r": Is a directory"),
-    ("checkpoint=$RUN prompt_file=$RUN/loss.png", r"prompt_file=.*loss\.png is no UTF-8 text"),
+    ("checkpoint=$RUN prompt_file=$DATA", r"prompt_file=.* is a folder"),
+    ("checkpoint=$RUN prompt_file=$RUN/loss.png", r"prompt_file=.*loss\.png is not UTF-8 text"),
     ("checkpoint=$RUN prompt_file=/dev/null", r"prompt_file=/dev/null holds no prompt; write one a line"),
     ("checkpoint= prompt=a", r"path of the weights is empty; give a run directory"),
     ("checkpoint=/nowhere prompt=a", r"/nowhere does not exist; give a run directory"),
-    ("checkpoint=$EMPTY prompt=a", r"is no checkpoint and no run directory"),
+    ("checkpoint=$EMPTY prompt=a", r"empty is not a checkpoint"),
     ("checkpoint=$RUN prompt=a max_new_tokens=0", r"max_new_tokens=0 must be at least 1"),
     ("checkpoint=$RUN prompt=a max_new_tokens=100000", r"pass model\.max_seq_len=\d+; lower max_new_tokens to"),
     ("checkpoint=$RUN prompt=a sampling.temperature=-1", r"sampling\.temperature=-1\.0 must be 0"),
@@ -63,7 +63,7 @@ CONVERT = [
     ("source=/nowhere target=x", r"/nowhere does not exist; give a run directory"),
     ("source=$RUN target=", r"target= is the folder that you are in; name a new one"),
     ("source=$RUN target=. to=native", r"target=\. is the folder that you are in; name a new one"),
-    ("source=$EMPTY target=x", r"is no checkpoint and no run directory"),
+    ("source=$EMPTY target=x", r"empty is not a checkpoint"),
     ("source=$RUN target=x to=onnx", r"to=onnx is unknown; choose hf or native"),
     ("source=$RUN target=x dtype=int4", r"dtype=int4 is unknown; choose source, fp32"),
     ("source=$RUN target=x max_shard_gb=0", r"max_shard_gb=0\.0 must be above 0"),
@@ -139,14 +139,14 @@ def test_a_hugging_face_folder_without_its_tensors_is_refused(tour):
     tour.refused("convert", f"source={folder}", f"target={tour.home / 'x'}", "to=native", says=r"model\.safetensors")
     (folder / "config.json").write_text("{")
     tour.refused(
-        "convert", f"source={folder}", f"target={tour.home / 'x'}", "to=native", says=r"config\.json is no JSON"
+        "convert", f"source={folder}", f"target={tour.home / 'x'}", "to=native", says=r"config\.json is not JSON"
     )
 
 
 def test_in_processes_of_their_own(tour, tiny_data):
     """The same through the real commands: no traceback, exit code 2; two ranks refuse alike and leave nothing."""
     run_dir = tour.home / "r"
-    command = [sys.executable, "-m", "megatron_lite.cli"]
+    command = [sys.executable, "-m", "megatron_lite"]
     typed = [*command, "train", *runs.arguments(tiny_data, run_dir, "train.micro_batch_size=8")]
     network = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(20000 + hash(str(run_dir)) % 20000)}
     shell = ["env", *(f"{key}={value}" for key, value in network.items())]

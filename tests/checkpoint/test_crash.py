@@ -51,7 +51,10 @@ def save_and_die_at(folder: Path, step: int, fatal: int) -> None:
     os._exit(0)
 
 
-@pytest.mark.parametrize("again", [False, True], ids=["a new step", "the same step again"])
+@pytest.mark.parametrize(
+    "again",
+    [pytest.param(False, id="a new step"), pytest.param(True, id="the same step again", marks=pytest.mark.slow)],
+)
 def test_death_before_every_change_of_the_disk(tmp_path, again):
     step = 2 if again else 3
     store = CheckpointStore(tmp_path / "before", CheckpointConfig(keep=2))
@@ -80,7 +83,10 @@ def save_for_ever(folder: Path, behind: bool) -> None:
         (folder.parent / "began").write_text(str(step))
 
 
-@pytest.mark.parametrize("behind", [False, True], ids=["foreground", "background"])
+@pytest.mark.parametrize(
+    "behind",
+    [pytest.param(False, id="foreground", marks=pytest.mark.slow), pytest.param(True, id="background")],
+)
 def test_death_at_random_moments(tmp_path, behind):
     draw = random.Random(7)
     folder = tmp_path / "checkpoints"

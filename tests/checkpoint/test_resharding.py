@@ -80,7 +80,7 @@ def load_at(rank: int, size: int, folder: str, cases: list[Any], n: int, place: 
     return manifest["consumed_samples"] == 640 and bitwise_equal(expected, target)
 
 
-@settings(max_examples=40, suppress_health_check=list(HealthCheck))
+@settings(max_examples=15, suppress_health_check=list(HealthCheck))
 @given(cases=st.lists(tensor, min_size=1, max_size=5), source=layout, target=layout)
 def test_any_layout_loads_at_any_other(cases: Any, source: Any, target: Any) -> None:
     with tempfile.TemporaryDirectory() as folder:

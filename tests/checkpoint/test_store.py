@@ -14,6 +14,7 @@ from megatron_lite.checkpoint.directory import expendable
 from megatron_lite.checkpoint.storage import open_for_writing
 from megatron_lite.errors import CheckpointError
 from tests.checkpoint.processes import STATE, bitwise_equal, empty_like, tensors_of
+from tests.distributed import PATIENCE_SECONDS
 
 
 def names_in(folder):
@@ -212,7 +213,7 @@ class Gate:
 
     def __call__(self, path):
         self.reached.set()
-        assert self.open.wait(30)
+        assert self.open.wait(PATIENCE_SECONDS)
         return open_for_writing(path)
 
 
@@ -222,7 +223,7 @@ def test_a_background_save_keeps_the_values_of_its_moment(tmp_path):
     tensors = tensors_of(1)
     state = {**STATE, "config": {"list": [1]}}
     store.save(1, tensors, state)
-    assert gate.reached.wait(30)
+    assert gate.reached.wait(PATIENCE_SECONDS)
     assert store.steps() == []  # not visible before it is whole; and `save` has returned meanwhile
     for tensor in tensors.values():
         tensor.fill_(0)
@@ -239,11 +240,11 @@ def test_a_second_background_save_waits_for_the_first(tmp_path):
     store.save(1, tensors_of(1), STATE)
     second = threading.Thread(target=lambda: store.save(2, tensors_of(2), STATE))
     second.start()
-    assert gate.reached.wait(30)
+    assert gate.reached.wait(PATIENCE_SECONDS)
     second.join(0.2)
     assert second.is_alive()
     gate.open.set()
-    second.join(30)
+    second.join(PATIENCE_SECONDS)
     store.wait()
     assert loads(store, 1)
     assert loads(store, 2)

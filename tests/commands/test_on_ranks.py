@@ -76,7 +76,8 @@ def test_a_layout_that_does_not_fit_is_refused_on_every_rank(key, evaluated):
 
 
 @pytest.mark.parametrize(
-    ("key", "says"), [("parallel.tp=1", "parallel.tp=2"), ("parallel.sequence_parallel=true", "sequence_parallel")]
+    ("key", "says"),
+    [("parallel.tp=1", "2 data-parallel processes"), ("parallel.sequence_parallel=true", "sequence_parallel")],
 )
 def test_generate_refuses_what_it_cannot_divide(key, says):
     config = compose_config("generate", GenerateConfig, ["checkpoint=x", "prompt=a", "parallel.tp=2", key])

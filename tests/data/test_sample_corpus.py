@@ -17,7 +17,8 @@ import pytest
 import yaml
 from transformers import AutoTokenizer
 
-from megatron_lite.data import sample_corpus, sample_readers
+from megatron_lite.data.sample import corpus as sample_corpus
+from megatron_lite.data.sample import readers as sample_readers
 from megatron_lite.data.indexed import IndexedDataset
 from megatron_lite.data.sample.corpus import prepare, sources
 from megatron_lite.data.sample.readers import pieces, read_source

@@ -17,8 +17,10 @@ from rich.console import Console
 from data_tools.inspect import InspectConfig, inspect
 from data_tools.prepare import PrepareConfig
 from data_tools.recipe import Columns, SourceConfig
+from megatron_lite.commands.train import train
 from megatron_lite.config.compose import compose_config
 from megatron_lite.config.errors import ConfigError
+from megatron_lite.training.config import compose_run
 from tests import runs
 from tests.data_tools.conftest import run
 from tests.data_tools.texts import article, program, write_jsonl
@@ -36,14 +38,20 @@ def corpus(tmp_path) -> Path:
 
 
 def test_it_trains_and_is_inspected(corpus, tmp_path) -> None:
-    model = ["model.vocab_size=400", "train.max_steps=2", "schedule.warmup_steps=0", "checkpoint.every=0"]
-    groups = {name: {"path": str(corpus / name)} for name in ("english", "code")}
-    assert runs.run(corpus, tmp_path / "run", "data=corpus_1", *model) == 0
+    model = [override for override in runs.TINY if override != "data=tiny"]
+    model += [
+        "data=corpus_1",
+        "model.vocab_size=400",
+        "train.max_steps=2",
+        "schedule.warmup_steps=0",
+        "checkpoint.every=0",
+    ]
+    assert train(compose_run(["--config-dir", str(corpus), *model, f"run.dir={tmp_path / 'run'}"])) == 0
     assert [row["step"] for row in runs.rows(tmp_path / "run")] == [1, 2]
     config = compose_config("inspect", InspectConfig, ["--config-dir", str(corpus), "data=corpus_1", "picture="])
     output = io.StringIO()
     inspect(config, Console(file=output, width=200))
-    for name in groups:
+    for name in ("english", "code"):
         sidecar = json.loads((corpus / f"{name}.json").read_text())
         assert "licences" in sidecar  # the old key
         assert f"{sidecar['tokens']:,}" in output.getvalue()

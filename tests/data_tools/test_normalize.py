@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 
 from data_tools.recipe import NormalizeConfig
+from data_tools.stages.normalize import dataset_name
 from data_tools.text.normalize import Normalizer, line_key, mask_pii, strip_license_header
 
 
@@ -94,3 +95,20 @@ def test_pii() -> None:
     text = "Write to jane.doe+x@mail.example.org from 8.8.8.8 or 192.168.0.1, call +49 30 1234567, version 1.2.3.4.5"
     assert mask_pii(text) == "Write to <email> from <ip> or 192.168.0.1, call <phone>, version 1.2.3.4.5"
     assert prose("a@b.org stays") == "a@b.org stays"
+
+
+def test_names_of_datasets_are_safe_as_file_names() -> None:
+    def name(language: str, template: str = "{language}") -> str:
+        return dataset_name(template, "wiki", "english", language)
+
+    assert name("zh-Hant") == "zh-Hant"
+    assert name("../a b") == "_a_b"
+    assert name("") == name("...") == "und"
+    long, other = name("x" * 300), name("x" * 299 + "y")
+    assert len(f".{long}.validation.json.tmp-4194304") < 255  # what file systems allow
+    assert long != other
+    assert name("x" * 300) == long
+    # recipe.json, report.json ... are other files of a corpus, and x.validation is the held-out part of x
+    assert {name(taken) for taken in ("recipe", "report", "corpus", "timing", "x.validation")} == {
+        "recipe_", "report_", "corpus_", "timing_", "x.validation_",
+    }  # fmt: skip

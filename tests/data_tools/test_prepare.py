@@ -23,6 +23,7 @@ from data_tools.inspect import InspectConfig, inspect
 from data_tools.pipeline import STAGES
 from data_tools.prepare import main
 from data_tools.recipe import RecipeConfig
+from megatron_lite import cli
 from megatron_lite.config.compose import compose_config
 from megatron_lite.data.indexed import IndexedDataset
 from megatron_lite.data.tokenizer import fingerprint, load_tokenizer
@@ -240,6 +241,21 @@ def test_help_lists_keys_and_recipes(monkeypatch, capsys) -> None:
     shown = capsys.readouterr().out
     assert "shard_bytes" in shown
     assert "data_recipe=local_jsonl|three_groups" in shown
+
+
+@pytest.mark.parametrize("package", ["datatrove", "orjson", "ftfy", "py3langid"])
+def test_without_the_extra_it_is_named(monkeypatch, capsys, tmp_path, package: str) -> None:
+    for module in [name for name in sys.modules if name.startswith(("data_tools", f"{package}."))]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
+    monkeypatch.setattr(
+        sys, "argv", ["mlite", "prepare", "data_recipe=three_groups", f"data_recipe.output={tmp_path}/out"]
+    )
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    assert f"{package}, which is not installed: pip install 'megatron-lite[data]'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_inspect_a_corpus(finished, tmp_path) -> None:

@@ -9,8 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_tools.stages.tokenize import ENTRY, merge_sorted, plan_datasets
-from data_tools.take_tokenizer import take_tokenizer
-from megatron_lite.data.tokenizer import load_tokenizer, train_tokenizer
+from data_tools.take_tokenizer import FastTokenizer, take_tokenizer
+from megatron_lite.data.config import DataConfig
+from megatron_lite.data.tokenizer import encode_documents, load_tokenizer, train_tokenizer, vocabulary_size
+from megatron_lite.models.config import ModelConfig
+from megatron_lite.training.build import check_vocabulary, open_tokenizer
 from tests.data_tools.texts import article, program
 
 
@@ -111,3 +114,25 @@ def test_hugging_face_folders_and_files(tmp_path) -> None:
         assert ids == load_tokenizer(given_folder)("A little text.")["input_ids"]
     with pytest.raises(ValueError, match=r"data_recipe.tokenizer.path=.*nowhere does not exist"):
         take_tokenizer(tmp_path / "nowhere", tmp_path)
+
+
+def test_ids_with_holes_decide_about_the_dtype(tmp_path) -> None:
+    """A tokenizer of 400 entries whose largest id is 70,000: published ones have such holes."""
+    folder = train_tokenizer([article(i) for i in range(50)], tmp_path / "holes", vocab_size=400)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = content["model"]["vocab"]
+    last = max(vocabulary, key=vocabulary.__getitem__)
+    before = vocabulary[last]
+    text = "\n".join(article(i) for i in range(50))  # what it was trained on, so the last merge occurs in it
+    (expected,) = FastTokenizer(folder).encode([text])
+    vocabulary[last] = 70_000
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    tokenizer = FastTokenizer(folder)
+    (ids,) = tokenizer.encode([text])
+    assert ids.max() == 70_000
+    assert ids.tolist() == [70_000 if i == before else i for i in expected.tolist()]
+    loaded = load_tokenizer(folder)
+    assert (len(loaded), vocabulary_size(loaded)) == (400, 70_001)
+    assert [part.tolist() for part in encode_documents(loaded, [text])] == [ids.tolist()]
+    with pytest.raises(ValueError, match=r"model\.vocab_size=400 .*70000.*model\.vocab_size=70001"):
+        check_vocabulary(ModelConfig(vocab_size=400), open_tokenizer(DataConfig(tokenizer=str(folder))))

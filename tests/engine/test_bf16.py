@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from megatron_lite.models import attention, decoder
 from megatron_lite.models.initialization import Distribution, Normal
 from megatron_lite.models.mlp import MLP
-from megatron_lite.objectives import next_token
+from megatron_lite.objectives import base as objectives
 from tests.distributed import run_ranks
 from tests.engine import harness
 from tests.engine.harness import Case
@@ -149,7 +149,7 @@ def emulated(work: Work) -> Report:
     with pytest.MonkeyPatch.context() as patch:
         for cls, rows, columns in ((attention.Attention, ["out"], ["qkv"]), (MLP, ["down"], ["up"])):
             patch.setattr(cls, "__init__", init_in_halves(cls.__init__, rows, columns))
-        patch.setattr(next_token, "cross_entropy_sum", loss_in_halves)
+        patch.setattr(objectives, "cross_entropy_sum", loss_in_halves)
         return train(0, 1, sized(Case(precision="bf16"), work), work, 1)
 
 
@@ -241,8 +241,10 @@ def test_a_parameter_that_computes_in_fp32(name: str) -> None:
     for got in run_ranks(world_size, train_scaled, case):
         assert [weight.dtype for weight in got[2]] == [torch.float32] * 3
         assert torch.equal(got[2][0], seen[0])
-        # DeepSpeed rounds the gradient of this weight to bf16, as it does all gradients; Adam makes a step of lr = 1e-3 of it
-        torch.testing.assert_close(torch.stack(got[2]), torch.stack(seen), rtol=0, atol=1e-5)
+        # DeepSpeed rounds the parts of this weight's gradient to bf16, as it does all gradients. Where they cancel, Adam's step of
+        # 1e-3 notices (3e-5 was seen); the weight itself rounded would be off by up to 2^-9 |w|, 20 times the tolerance.
+        rounding = 2e-4 if case.engine.get("kind") == "deepspeed" else 1e-5
+        torch.testing.assert_close(torch.stack(got[2]), torch.stack(seen), rtol=0, atol=rounding)
         assert got[0] == pytest.approx(losses, rel=1e-5)
         assert got[1] == pytest.approx(norms, rel=1e-4)
 

@@ -47,5 +47,5 @@ def test_bf16_input_is_normalized_in_float32(kind):
     y = module(x)
     assert y.dtype == torch.bfloat16
     expected = reference(kind, x, module.weight, getattr(module, "bias", None))
-    # one rounding to bf16 at the end (8 bits: half a step is 2^-9 relative), nothing else
+    # one rounding to bf16 at the end (8 bits: at most 2^-8 relative), nothing else
     torch.testing.assert_close(y.double(), expected, rtol=2**-8, atol=1e-5)

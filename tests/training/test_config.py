@@ -27,9 +27,7 @@ def test_smoke_is_typed_and_valid():
 
 
 def test_groups_and_keys_can_be_overridden():
-    run = compose_config(
-        "train", ["model=llama_tiny", "schedule=constant", "precision=bf16", "parallel.tp=2", "seed=7"]
-    )
+    run = compose_run(["model=llama_tiny", "schedule=constant", "precision=bf16", "parallel.tp=2", "seed=7"])
     assert (run.model.family, run.schedule.name, run.precision.name, run.parallel.tp, run.seed) == (
         "llama", "constant", "bf16", 2, 7,
     )  # fmt: skip
@@ -51,8 +49,8 @@ def test_help_lists_the_groups_that_the_door_takes_and_no_others():
         command: re.findall(r"^  (\w+)=", help_text(command, schema, "purpose"), re.MULTILINE)
         for command, schema in (("train", RunConfig), ("evaluate", EvaluateConfig), ("generate", GenerateConfig))
     }
-    assert groups["evaluate"] == ["data", "precision"]
-    assert groups["generate"] == []
+    assert groups["evaluate"] == ["data", "engine", "parallel", "precision"]
+    assert groups["generate"] == ["parallel"]
     assert {"model", "engine", "experiment"} < set(groups["train"])
     assert "data_recipe" not in groups["train"]
 
@@ -72,7 +70,7 @@ def test_help_may_be_cut_off_by_the_reader():
         ("train.max_steps=many", "could not be converted to Integer"),
         ("model=nemotron9", "choose one of llama_tiny"),
         ("--verbose", "--verbose is unknown"),
-        ("--config-dir=/nowhere", "/nowhere is no folder"),
+        ("--config-dir=/nowhere", "/nowhere is not a folder"),
     ],
 )
 def test_what_cannot_be_understood(override, message):

@@ -114,7 +114,9 @@ def signaled_rank(rank: int, world_size: int, words: list[str], every_step: bool
     return len(steps), len(reduced)
 
 
-@pytest.mark.parametrize(("every_step", "step", "questions"), [(False, 15, 4), (True, 10, 10)])
+@pytest.mark.parametrize(
+    ("every_step", "step", "questions"), [(False, 15, 4), pytest.param(True, 10, 10, marks=pytest.mark.slow)]
+)
 def test_a_signal_to_one_rank_stops_all(every_step, step, questions, tiny_data, tmp_path):
     """At the same step, and but for the questions after steps 1, 3, 7 and 15 without a collective over all ranks."""
     overrides = ["train.max_steps=1000", "checkpoint.every=0", "watchdog.timeout_seconds=0", "train.micro_batch_size=1"]

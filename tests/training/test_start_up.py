@@ -67,7 +67,7 @@ def counts(ranks: int, data: Path, folder: Path, *, resumed: bool) -> list[tuple
     if resumed:
         runs.run(data, run_dir, "train.stop_at=1", "train.micro_batch_size=1")
     words = runs.arguments(data, run_dir, "watchdog.timeout_seconds=0", "train.micro_batch_size=1")
-    return run_ranks(ranks, start_up, words, [str(data), str(run_dir)], timeout=240)  # imports included
+    return run_ranks(ranks, start_up, words, [str(data), str(run_dir)])
 
 
 @pytest.mark.slow

@@ -127,11 +127,6 @@ def test_the_set_is_small_and_complete() -> None:
     assert found == set().union(*(pairs(drawn(draw)) for draw in [random.Random(1)] for _ in range(4000)))
 
 
-def test_generate_on_two_ranks(references: dict[str, Path]) -> None:
-    words = [f"checkpoint={references['llama']}", "prompt='the model'", "max_new_tokens=2", "parallel.tp=2"]
-    assert run_ranks(2, started, "generate", words) == [0, 0]
-
-
 @pytest.mark.parametrize(
     ("command", "words", "says"),
     [
