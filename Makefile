@@ -33,14 +33,14 @@ format: env-dev  ## let ruff rewrite the files
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-env: .venv/.env        ## .venv with what training needs
+env: .venv/.env        ## .venv with what training and the sample corpus need
 env-dev: .venv/.env-dev  ## the same .venv with what the tests need
 
 # torch comes first and alone: whatever is installed after it finds it there and pulls no second one.
 .venv/.env: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(PIP) install -q -c constraints.txt torch
-	$(PIP) install -q -c constraints.txt -e .
+	$(PIP) install -q -c constraints.txt -e '.[sample]'
 	touch $@
 
 .venv/.env-dev: .venv/.env
