@@ -28,7 +28,7 @@ GENERATE = [
     ("checkpoint=/nowhere prompt=a", r"/nowhere does not exist; give a run directory"),
     ("checkpoint=$EMPTY prompt=a", r"empty is not a checkpoint"),
     ("checkpoint=$RUN prompt=a max_new_tokens=0", r"max_new_tokens=0 must be at least 1"),
-    ("checkpoint=$RUN prompt=a max_new_tokens=100000", r"pass model\.max_seq_len=\d+; lower max_new_tokens to"),
+    ("checkpoint=$RUN prompt=a max_new_tokens=100000", r"model\.max_seq_len=\d+; lower max_new_tokens to"),
     ("checkpoint=$RUN prompt=a sampling.temperature=-1", r"sampling\.temperature=-1\.0 must be 0"),
     ("checkpoint=$RUN prompt=a sampling.temperature=nan", r"sampling\.temperature=nan is not a finite number"),
     ("checkpoint=$RUN prompt=a sampling.temperature=1e-300", r"temperature=1e-300 must be 0 \(greedy\), or at least"),

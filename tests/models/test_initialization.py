@@ -88,7 +88,7 @@ def test_more_rows_keep_the_rows_before():
 
 
 def test_a_piece_outside_the_parameter_is_refused():
-    with pytest.raises(ValueError, match="w: a piece of shape"):
+    with pytest.raises(ValueError, match="w: a slice of shape"):
         initialize_(torch.empty(4, 3), distribution=Normal(1.0), name="w", seed=0, global_shape=(5, 3), start=2)
 
 
