@@ -33,7 +33,7 @@ logs=${LOG_DIR:-$directory/logs}
 whole_numbers 1 NODES MIN_NODES RANKS_PER_NODE SIGNAL_SECONDS MAX_FAILURES MASTER_PORT CPUS_PER_NODE
 whole_numbers 0 GPUS_PER_NODE MAX_RESTARTS SAVE_SECONDS
 enough_to_save SIGNAL_SECONDS "$directory"
-limit=$(seconds "${TIME:-04:00:00}") || fail "TIME=$TIME is no time; write hours:minutes:seconds, days-hours or minutes"
+limit=$(seconds "${TIME:-04:00:00}") || fail "TIME=$TIME is not a time; write hours:minutes:seconds, days-hours or minutes"
 ((limit == 0 || limit > SIGNAL_SECONDS + 60)) ||
   fail "TIME=${TIME:-04:00:00} leaves no time to train before the signal to save, SIGNAL_SECONDS=$SIGNAL_SECONDS and up to a minute before the end"
 [[ $GPUS_PER_NODE != 0 || -n ${RANKS_PER_NODE:-} ]] || fail "GPUS_PER_NODE=0 needs RANKS_PER_NODE, the processes of a node"
