@@ -87,7 +87,7 @@ class _Pool:
             self.processes.append(process)
             self.pipes.append(here)
         for rank, pipe in enumerate(self.pipes):  # the imports take seconds, which no job's timeout should count
-            if not pipe.poll(PATIENCE_SECONDS) or not _receive(pipe, self.processes[rank])[0]:
+            if not pipe.poll(PATIENCE_SECONDS) or not self._receive(rank)[0]:
                 self.stop()
                 raise RanksFailed(f"rank {rank} of {self.world_size} did not start within {PATIENCE_SECONDS:g} s")
 
@@ -117,7 +117,7 @@ class _Pool:
                 break
             for pipe in ready:
                 rank = open_pipes[pipe]  # type: ignore[index]
-                worked, value = _receive(pipe, self.processes[rank])  # type: ignore[arg-type]
+                worked, value = self._receive(rank)
                 (results if worked else failures)[rank] = value
             if failures:
                 deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
@@ -130,6 +130,14 @@ class _Pool:
         texts = [f"--- rank {rank} of {self.world_size}: {failures[rank]}" for rank in sorted(failures)]
         raise RanksFailed(f"{job[1]} on {self.world_size} ranks\n" + "\n".join(texts))
 
+    def _receive(self, rank: int) -> tuple[bool, Any]:
+        try:
+            return pickle.loads(self.pipes[rank].recv_bytes())
+        except (EOFError, ConnectionResetError):
+            process = self.processes[rank]
+            process.join(1.0)
+            return False, f"the process died (exit code {process.exitcode})\n{self._stack(rank)}"
+
     def _where(self, rank: int) -> str:
         """The stack of a rank that hangs, which `faulthandler` writes when it gets SIGABRT."""
         process = self.processes[rank]
@@ -137,16 +145,11 @@ class _Pool:
             return ""
         os.kill(process.pid, 6)  # SIGABRT
         process.join(2.0)
+        return self._stack(rank)
+
+    def _stack(self, rank: int) -> str:
         path = self.folder / f"stack-{rank}.txt"
         return path.read_text() if path.exists() else ""
-
-
-def _receive(pipe: Connection, process: multiprocessing.process.BaseProcess) -> tuple[bool, Any]:
-    try:
-        return pickle.loads(pipe.recv_bytes())
-    except (EOFError, ConnectionResetError):
-        process.join(1.0)
-        return False, f"the process died (exit code {process.exitcode})"
 
 
 def _serve(rank: int, world_size: int, folder: str, pipe: Connection) -> None:
