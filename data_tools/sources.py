@@ -19,7 +19,7 @@ from data_tools.recipe import ReadConfig, SourceConfig
 
 TEXT_FILES_A_PIECE = 2_000
 FILES_TOLD = 3
-# What stands beside the data files of a data set and is not data.
+# Files beside the data files of a data set that are not data.
 DOCUMENTATION = {
     "readme", "license", "licence", "copying", "notice", "citation", "changelog", "datasheet", "dataset_info", "dataset_infos",
     "sha256sums", "md5sums", "checksums", "_success", "_metadata", "_common_metadata",

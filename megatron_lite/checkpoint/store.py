@@ -4,7 +4,7 @@ How a checkpoint becomes whole is in `saving.py`, how it is found and verified i
 load the same step, or all fall back to the same older one.
 
 Notable features
-- A process group of its own (gloo), so that a background save never stands between two collectives of the
+- A process group of its own (gloo), so that a background save never comes between two collectives of the
   training.
 - At most one save in flight; its error surfaces at the next `save`, `wait`, `newest_valid` or `load`, with
   its step.

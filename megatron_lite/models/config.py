@@ -82,7 +82,7 @@ class MambaConfig:
 class ModelConfig:
     """Everything that fixes a decoder's shape and mathematics. `validate()` before use.
 
-    Sizes have no default: 0 stands for "not given" and is refused.
+    Sizes have no default: 0 means "not given" and is refused.
 
     family: which Hugging Face mapping reads and writes it ("nemotron4", "llama", "mistral").
     num_layers: number of transformer blocks, each an attention and a feed-forward layer; or `pattern`: one symbol for each layer.

@@ -6,7 +6,7 @@ shard once (its copies share the work), loading fills each shard from whatever s
 is all of resharding.
 
 Notable features
-- No mesh, no DTensor, no process group: three pairs of numbers (`Layout`) say where a rank stands, so one
+- No mesh, no DTensor, no process group: three pairs of numbers (`Layout`) say which rank this is, so one
   process is the case of three ones, and a piece may live on any device (CPU staging and CPU offload beside
   a mesh of GPUs).
 - Tensor parallelism cuts first, data parallelism cuts the rows of what is left: what FSDP2 does to the
@@ -169,7 +169,7 @@ class State:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where this rank stands: its place among the tensor-parallel ranks and among the ranks that shard the
+    """This rank's coordinates: its place among the tensor-parallel ranks and among the ranks that shard the
     data axis; and which of the replicas of that sharded model (HSDP) it belongs to.
     """
 

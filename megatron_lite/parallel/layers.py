@@ -61,7 +61,7 @@ class TensorParallel:
 
 @dataclass(frozen=True)
 class ShardInfo:
-    """Where a local parameter lies in its global tensor: from `start` on along `tp_dim`; None: every rank holds it all."""
+    """A local parameter's place in its global tensor: from `start` on along `tp_dim`; None: every rank holds it all."""
 
     global_shape: tuple[int, ...]
     tp_dim: int | None = None
@@ -167,7 +167,7 @@ def shard_parameter(module: nn.Module, name: str, dim: int, tp: TensorParallel) 
 
 
 def shard_info(model: nn.Module) -> dict[str, ShardInfo]:
-    """For every parameter, by its global name, where this rank's part lies in the global tensor.
+    """For every parameter, by its global name, the place of this rank's part in the global tensor.
 
     Call it before the engine shards parameters over the data-parallel ranks.
     """

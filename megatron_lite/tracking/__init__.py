@@ -43,6 +43,6 @@ def build_tracker(config: TrackingConfig, *, main_process: bool = True, has_key:
         observers.append(WandbTracker(config.wandb, has_key=has_key))
     if config.tensorboard:
         observers.append(TensorBoardTracker())
-    if config.console:  # last: its closing table stands below what the others print
+    if config.console:  # last: its closing table comes below what the others print
         observers.append(ConsoleTracker())
     return Trackers(JsonlTracker(), observers)

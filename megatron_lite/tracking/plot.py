@@ -125,7 +125,7 @@ def _legend(axes: Any, *, beside: bool) -> None:
         axes.legend(loc="upper right", fontsize=8.5, **style)
         return
     handles, labels = axes.get_legend_handles_labels()
-    # The figure's own legend stands beside both panels and stretches neither.
+    # The figure's own legend is beside both panels and stretches neither.
     axes.figure.legend(handles, labels, loc="outside right upper", fontsize=8.5 if len(labels) < 24 else 7.5, **style)
 
 
