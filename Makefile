@@ -1,7 +1,7 @@
 # Two commands are enough on a fresh machine: `make smoke` and `make test`.
 PYTHON ?= python3
 BIN    := .venv/bin
-PIP    := $(BIN)/python -m pip --disable-pip-version-check
+PIP    := $(BIN)/python -m pip --disable-pip-version-check install -q --no-compile -c constraints.txt
 
 .PHONY: help smoke test test-slow test-gpu soak lint format env env-dev clean
 
@@ -14,8 +14,9 @@ smoke: env       ## set up .venv, build the sample corpus, train the smoke exper
 test: env-dev    ## set up .venv with [dev] and run the tests
 	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu"
 
+# Four at a time and launchers first: those mostly wait.
 test-slow: env-dev  ## the long tests: random layouts, kills, a real Slurm where it is installed
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "slow and not gpu"
+	$(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder -m "slow and not gpu" tests/launch tests
 
 test-gpu: env-dev  ## what one GPU can show; skips itself without CUDA
 	$(BIN)/python -m pytest -m gpu
@@ -36,15 +37,16 @@ format: env-dev  ## let ruff rewrite the files
 env: .venv/.env        ## .venv with what training and the sample corpus need
 env-dev: .venv/.env-dev  ## the same .venv with what the tests need
 
-# torch comes first and alone: whatever is installed after it finds it there and pulls no second one.
+# torch comes first and alone: whatever is installed after it finds it there and pulls no second one. Nothing is compiled beforehand:
+# Python compiles the few modules that it imports.
 .venv/.env: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(PIP) install -q -c constraints.txt torch
-	$(PIP) install -q -c constraints.txt -e '.[sample]'
+	$(PIP) torch
+	$(PIP) -e '.[sample]'
 	touch $@
 
 .venv/.env-dev: .venv/.env
-	$(PIP) install -q -c constraints.txt -e '.[dev]'
+	$(PIP) -e '.[dev]'
 	touch $@
 
 clean:           ## remove .venv and caches (runs/ and data/ stay)

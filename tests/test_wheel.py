@@ -77,5 +77,5 @@ def test_it_trains_from_an_empty_directory(installed, tmp_path):
     assert (tmp_path / "runs" / "smoke" / "status.json").read_text().startswith('{"state": "finished", "step": 3')
     text = run(installed / "mlite", "generate", "checkpoint=runs/smoke", "prompt=def", "max_new_tokens=2", cwd=tmp_path)
     assert text.startswith("def")
-    recipes = "from data_tools.configuration import config_dir; print(*(config_dir() / 'data_recipe').iterdir())"
+    recipes = "from megatron_lite.config.compose import config_dir; print(*(config_dir() / 'data_recipe').iterdir())"
     assert "three_groups.yaml" in run(installed / "python", "-c", recipes, cwd=tmp_path)

@@ -96,7 +96,6 @@ def test_the_same_layout_goes_on_with_the_same_bits(saved, name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("before", LAYOUTS)
 def test_drawn_from_the_matrix(saved, before: str) -> None:
-    """Every layout saves once; it is resumed at a drawn one in fp32 and at another in bf16."""
-    after, in_bf16 = random.Random(before).sample(sorted(LAYOUTS), 2)
-    check(saved, before, after)
-    check(saved, before, in_bf16, "bf16")
+    """Every layout saves once and is resumed at a drawn one, half of them in bf16."""
+    draw = random.Random(before)
+    check(saved, before, draw.choice(sorted(LAYOUTS)), draw.choice(["fp32", "bf16"]))

@@ -79,8 +79,8 @@ def one_process(tied: bool = False) -> list[Trace]:
     return [harness.train(0, 1, Case(model=TIED if tied else {}, micro_batch=4))]
 
 
-def check(world_size: int, case: Case) -> None:
-    traces = run_ranks(world_size, train, case)
+def check(world_size: int, case: Case, steps: int = harness.STEPS) -> None:
+    traces = run_ranks(world_size, train, case, steps)
     reference = one_process(case.model == TIED)
     assert harness.differences(reference, traces) == []
     wanted, got = (harness.assemble([trace.boxes["start"] for trace in side]) for side in (reference, traces))
@@ -97,7 +97,7 @@ def test_as_one_process(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SLOW)
 def test_more_as_one_process(name: str) -> None:
-    check(*SLOW[name])
+    check(*SLOW[name], steps=5)
 
 
 @pytest.mark.parametrize(

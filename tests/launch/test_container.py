@@ -42,7 +42,7 @@ def install(base: Path, copy: Path) -> subprocess.CompletedProcess[str]:
     subprocess.run(["cp", "-r", *(str(PROJECT / source) for source in sources), str(copy)], check=True)
     run = next(line for line in lines if "container_install.sh" in line).removeprefix("RUN ")
     return subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", run], cwd=copy, env={**os.environ, "PYTHON": str(base)},
+        ["bash", "-euo", "pipefail", "-c", run], cwd=copy, env={**os.environ, "PYTHON": str(base), "PIP_NO_COMPILE": "1"},
         capture_output=True, text=True, timeout=900, check=False,
     )  # fmt: skip
 

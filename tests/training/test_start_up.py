@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections import Counter
 from pathlib import Path
@@ -83,7 +84,9 @@ def test_no_rank_has_more_to_do_when_there_are_more(resumed, tiny_data, tmp_path
 
 
 def without_tensors(files: dict[str, int]) -> dict[str, int]:
-    """The files but those of tensors; the mark that rank 0 leaves for the others has a new name each time."""
+    """The files but those of tensors, temporary ones without their process's number; the mark for the others has a new name each time."""
     return {
-        name: count for name, count in files.items() if not name.endswith(".safetensors") and ".tmp-shared" not in name
+        re.sub(r"\.tmp-\d+$", ".tmp", name): count
+        for name, count in files.items()
+        if not name.endswith(".safetensors") and ".tmp-shared" not in name
     }

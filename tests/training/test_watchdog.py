@@ -125,20 +125,15 @@ def test_a_rank_that_sleeps_is_named(tiny_data, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("place", "phase"),
-    [
-        ("checkpoint.store:CheckpointStore.check_shared", "check run.dir"),
-        ("checkpoint.store:CheckpointStore.load", "restore step_00000004"),
-    ],
-)
-def test_a_rank_that_never_gets_to_the_loop_is_named(tiny_data, tmp_path, place, phase):
-    run = tmp_path / "resumed"
-    job = local_run.start(tiny_data, run, "train.stop_at=4", RANKS_PER_NODE="2")
-    assert local_run.finish(job) == 0
+def test_a_healthy_run_hears_nothing_and_a_rank_that_never_gets_to_the_loop_is_named(tiny_data, tmp_path):
+    run, phase = tmp_path / "resumed", "restore step_00000004"
+    healthy = ("train.stop_at=4", "watchdog.timeout_seconds=60", "watchdog.report_seconds=1")
+    assert local_run.finish(local_run.start(tiny_data, run, *healthy, RANKS_PER_NODE="2")) == 0
+    assert "watchdog" not in local_run.output(run)
+    assert not (run / "hang").exists()
     job = local_run.start(
         tiny_data, run, "watchdog.timeout_seconds=15",
-        RANKS_PER_NODE="2", HANG_IN=place, SLOW_RANK="1", SHUTDOWN_TIMEOUT="5",
+        RANKS_PER_NODE="2", HANG_IN="checkpoint.store:CheckpointStore.load", SLOW_RANK="1", SHUTDOWN_TIMEOUT="5",
     )  # fmt: skip
     assert local_run.finish(job) != 0
     reason = runs.status(run)["reason"]
@@ -192,18 +187,6 @@ def test_a_slow_rank_is_reported(tiny_data, tmp_path):
     assert local_run.finish(job) == 0
     assert "slow: rank 1 0." in local_run.output(run)
     assert "slow: rank 0" not in local_run.output(run)
-
-
-@pytest.mark.slow
-def test_a_healthy_run_hears_nothing(tiny_data, tmp_path, straight):
-    run = tmp_path / "healthy"
-    job = local_run.start(
-        tiny_data, run, "watchdog.timeout_seconds=60", "watchdog.report_seconds=1", RANKS_PER_NODE="2"
-    )
-    assert local_run.finish(job) == 0
-    assert "watchdog" not in local_run.output(run)
-    assert not (run / "hang").exists()
-    assert len(runs.curve(run)) == len(runs.curve(straight))
 
 
 @pytest.mark.slow
