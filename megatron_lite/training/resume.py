@@ -10,15 +10,18 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 from megatron_lite.checkpoint.store import CheckpointStore
 from megatron_lite.config.compose import flatten, from_dict, to_dict
+from megatron_lite.data.phases import Phases
 from megatron_lite.data.sidecar import TokenizerIdentity
 from megatron_lite.engine.base import Engine
 from megatron_lite.models.config import ModelConfig
 from megatron_lite.models.huggingface import expected_shapes
+from megatron_lite.optim.schedule import Progress, Schedule
 from megatron_lite.parallel.global_view import State
 from megatron_lite.ranks import Ranks
 from megatron_lite.training.config import RunConfig
@@ -121,6 +124,38 @@ def load_optimizer(engine: Engine, source: Weights) -> None:
             piece.tensor().copy_(source.optimizer[kind].read(name, piece.offsets, piece.sizes))
             pieces[key] = piece
     engine.load_state(State(pieces, source.manifest["counters"]))
+
+
+def progress_of(manifest: dict[str, Any] | None) -> Progress:
+    """Where the run stood when a checkpoint was written; at its beginning without one."""
+    if manifest is None:
+        return Progress()
+    return Progress(manifest["step"], manifest["consumed_samples"], manifest["consumed_tokens"])
+
+
+def changed_length(schedule: Schedule, *, before: Schedule | None, phases: Phases) -> None:
+    """Say what a length, batch size or schedule that is not the checkpoint's has changed.
+
+    That is where the ends of phases now are, which keep their sample numbers, and a learning rate that jumps.
+    """
+    total = schedule.end.consumed_samples
+    for fraction, sample in phases.boundaries.items():
+        if round(Fraction(fraction) * total) != sample:
+            reached = f"{sample / total:.3f} of the run" if sample < total else "past its end, so it is never reached"
+            print(
+                f"data.phases: until_fraction={float(Fraction(fraction))} stays at sample {sample}, now {reached} "
+                f"({total} samples); until_samples moves a phase that has not begun"
+            )
+    here = schedule.projection.start
+    if before is None or here.step >= schedule.total_steps:
+        return
+    then, now = before.rate(here), schedule.rate(here)
+    if abs(now - then) > 0.01 * max(now, then):
+        warnings.warn(
+            f"the learning rate jumps at step {here.step}: the checkpoint's config gives {then:.3g} there, this one {now:.3g} (its "
+            f"schedule ends at step {schedule.total_steps}, the checkpoint's at {before.total_steps})",
+            stacklevel=2,
+        )
 
 
 def check_same_run(manifest: dict[str, Any], run: RunConfig, tokenizer: TokenizerIdentity) -> None:
