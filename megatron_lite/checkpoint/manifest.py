@@ -51,6 +51,7 @@ STATE_KEYS: dict[str, type] = {
 # what a checkpoint of an earlier version lacks; `_with_defaults` says what it stands for there
 LATER_KEYS: dict[str, type] = {
     "consumed_tokens": int,
+    "lineage": list,  # see training/lineage.py
 }
 STORE_KEYS: dict[str, type] = {
     "format": str,
@@ -161,7 +162,13 @@ def _with_defaults(manifest: dict[str, Any]) -> dict[str, Any]:
     """With the keys that came after this checkpoint. Until then the sequence length of a run was taken to be the same all along."""
     seq_len = manifest["data"].get("seq_len", 0)  # converted weights have no data
     tokens = manifest["consumed_samples"] * seq_len if _is_count(seq_len) else 0
-    return {"consumed_tokens": tokens} | manifest
+    return {"consumed_tokens": tokens, "lineage": []} | manifest
+
+
+def identity(manifest: dict[str, Any]) -> str:
+    """What tells a checkpoint from others wherever it lies: a hash of its position and of its files' hashes."""
+    what = {key: manifest[key] for key in ("step", "consumed_samples", "files")}
+    return _checksum(what)[:16]
 
 
 def _check_manifest(file: Path, manifest: dict[str, Any]) -> None:
@@ -269,7 +276,10 @@ def _wrong_keys(given: dict[str, Any], keys: dict[str, type]) -> list[str]:
 
 
 def _wrong_later_keys(given: dict[str, Any]) -> list[str]:
-    return _wrong_keys(given, {key: kind for key, kind in LATER_KEYS.items() if key in given})
+    wrong = _wrong_keys(given, {key: kind for key, kind in LATER_KEYS.items() if key in given})
+    if not wrong and not all(isinstance(entry, dict) for entry in given.get("lineage", [])):
+        wrong.append("'lineage' is not a list of objects")
+    return wrong
 
 
 def _wrong_counters(counters: dict[str, Any]) -> list[str]:

@@ -55,13 +55,14 @@ def train(run: RunConfig) -> int:
         stack.enter_context(_named(run.run.dir))
         watchdog.enter("check run.dir", 0)
         store.check_shared()
-        checkpoint = choose_checkpoint(run, store)
+        point = choose_checkpoint(run, store)
+        checkpoint = point.checkpoint if point else None
         run = choose_model(run, store, checkpoint)
         validate_model(run)
         watchdog.enter("prepare data", 0)
         prepare_data(run.data, vocab_size=run.model.vocab_size, report=print if runtime.is_main else None)
         watchdog.enter("build", 0)
-        trainer = build_trainer(run, runtime, store=store, watchdog=watchdog, checkpoint=checkpoint)
+        trainer = build_trainer(run, runtime, store=store, watchdog=watchdog, point=point)
         if trainer.is_finished:
             _close_finished(run, trainer, checkpoint)
             return 0

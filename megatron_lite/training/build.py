@@ -37,7 +37,15 @@ from megatron_lite.tracking import RunInfo, build_tracker
 from megatron_lite.tracking.profile import Profiler
 from megatron_lite.training.config import RunConfig
 from megatron_lite.training.metrics import Metrics, Work
-from megatron_lite.training.resume import changed_length, check_same_run, load_optimizer, open_source, progress_of
+from megatron_lite.training.resume import (
+    ResumePoint,
+    check_same_run,
+    lineage_of,
+    load_optimizer,
+    open_source,
+    progress_of,
+    report_changes,
+)
 from megatron_lite.training.status import Status
 from megatron_lite.training.trainer import TrainConfig, Trainer
 from megatron_lite.training.watchdog import Watchdog
@@ -114,15 +122,15 @@ def build_engine(run: RunConfig, mesh: Mesh, *, source: Weights | None = None) -
 
 
 def build_trainer(
-    run: RunConfig, runtime: Runtime, *, store: CheckpointStore, watchdog: Watchdog, checkpoint: Path | None
+    run: RunConfig, runtime: Runtime, *, store: CheckpointStore, watchdog: Watchdog, point: ResumePoint | None
 ) -> Trainer:
-    """A trainer at the position of `checkpoint`, or at the start.
+    """A trainer at the position of `point`, or at the start.
 
     Raises ValueError for anything in the config, the data or the checkpoint that does not fit together.
     """
     tokenizer = open_tokenizer(run.data)
     check_vocabulary(run.model, tokenizer)
-    manifest = store.read_manifest(checkpoint) if checkpoint else None
+    manifest = store.read_manifest(point.checkpoint) if point else None
     if manifest:
         check_same_run(manifest, run, tokenizer)
     start = progress_of(manifest)
@@ -137,10 +145,10 @@ def build_trainer(
             allow=run.resume_allow,
         )
         if runtime.is_main:
-            changed_length(schedule, before=previous_schedule(run, manifest, start), phases=blend.phases)
+            report_changes(schedule, before=previous_schedule(run, manifest, start), phases=blend.phases)
     check_batch_sizes(run, schedule, world_size=runtime.world_size)
     mesh = build_grid(run.parallel, run.engine, world_size=runtime.world_size, device=runtime.device)
-    starts_from_source = checkpoint is None and run.init_from.path is not None
+    starts_from_source = point is None and run.init_from.path is not None
     engine = build_engine(run, mesh, source=open_source(run, tokenizer, store.ranks) if starts_from_source else None)
     trainer = Trainer(
         config=run.train,
@@ -160,10 +168,11 @@ def build_trainer(
             "schedule": to_dict(run.schedule),
             "data": blend.state(),
             "parameters": parameter_count(run.model),
+            "lineage": lineage_of(manifest, point),
         },
     )
-    if checkpoint:
-        trainer.restore(checkpoint)
+    if point:
+        trainer.restore(point.checkpoint)
     return trainer
 
 
