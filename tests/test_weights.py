@@ -61,7 +61,7 @@ def test_a_folder_is_imported_trained_and_exported(kind, dtype, tiny_data, tmp_p
     assert first["lr"] == pytest.approx(1e-2 / 2)  # the first of two warm-up steps
 
     run = config(tiny_data, run_dir, *keys)
-    horizon = build_schedule(run).total_samples
+    horizon = build_schedule(run).end.consumed_samples
     blend = open_blend(run.data, tokenizer=open_tokenizer(run.data), seed=run.seed, total_samples=horizon)
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     examples = [blend[i] for i in range(8)]

@@ -70,10 +70,16 @@ def remove(directory: Path, step: int) -> None:
 
 
 def abandon_after(directory: Path, step: int) -> list[int]:
-    """Hide the checkpoints after `step`; the next save that succeeds deletes them. Returns their steps."""
+    """Hide the checkpoints after `step` durably; the next save that succeeds deletes them. Returns their steps.
+
+    The newest goes first, so that a kill in between leaves the run as it was some steps earlier.
+    """
     newer = [found for found in list_steps(directory) if found > step]
-    for found in newer:
+    if newer:
+        clean(directory, keep_abandoned=True)  # else `recover` would put back what a hidden one had replaced
+    for found in reversed(newer):
         _move(directory, step_name(found), f".tmp-abandoned-{step_name(found)}")
+        fsync(directory)
     return newer
 
 

@@ -48,6 +48,11 @@ STATE_KEYS: dict[str, type] = {
     "data": dict,  # phases as sample numbers, source fingerprints
     "rng": dict,  # rng.rng_state()
 }
+# what a checkpoint of an earlier version lacks; `_with_defaults` says what it stands for there
+LATER_KEYS: dict[str, type] = {
+    "consumed_tokens": int,
+    "lineage": list,  # see training/lineage.py
+}
 STORE_KEYS: dict[str, type] = {
     "format": str,
     "format_version": int,
@@ -103,7 +108,7 @@ def software_versions() -> dict[str, str]:
 
 def check_state(state: dict[str, Any]) -> None:
     """The caller's part has every key with the right type and is JSON. Raises ValueError naming the keys."""
-    wrong = _wrong_keys(state, STATE_KEYS) or _wrong_counters(state["counters"])
+    wrong = _wrong_keys(state, STATE_KEYS) or _wrong_counters(state["counters"]) or _wrong_later_keys(state)
     if wrong:
         raise ValueError(f"this state cannot be saved: {'; '.join(wrong)}")
     taken = sorted(set(state) & {*STORE_KEYS, "checksum"})
@@ -150,7 +155,20 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
     if not isinstance(manifest, dict):
         raise CheckpointError(f"{file} is not a JSON object")
     _check_manifest(file, manifest)
-    return manifest | {"config": upgraded(manifest["config"])}
+    return _with_defaults(manifest) | {"config": upgraded(manifest["config"])}
+
+
+def _with_defaults(manifest: dict[str, Any]) -> dict[str, Any]:
+    """With the keys that came after this checkpoint. Until then the sequence length of a run was taken to be the same all along."""
+    seq_len = manifest["data"].get("seq_len", 0)  # converted weights have no data
+    tokens = manifest["consumed_samples"] * seq_len if _is_count(seq_len) else 0
+    return {"consumed_tokens": tokens, "lineage": []} | manifest
+
+
+def identity(manifest: dict[str, Any]) -> str:
+    """What tells a checkpoint from others wherever it lies: a hash of its position and of its files' hashes."""
+    what = {key: manifest[key] for key in ("step", "consumed_samples", "files")}
+    return _checksum(what)[:16]
 
 
 def _check_manifest(file: Path, manifest: dict[str, Any]) -> None:
@@ -171,7 +189,7 @@ def _check_manifest(file: Path, manifest: dict[str, Any]) -> None:
         raise CheckpointError(f"{file} does not match its own checksum: it was damaged or edited")
     if version == 1:
         manifest["counters"] = {"adam_step": manifest.pop("adam_step")}
-    if wrong := _wrong_counters(manifest["counters"]):
+    if wrong := _wrong_counters(manifest["counters"]) + _wrong_later_keys(manifest):
         raise CheckpointError(f"{file} is incomplete: {'; '.join(wrong)}")
     digest = "sha256" if version == 1 else "blocks_sha256"
     for name, entry in manifest["files"].items():
@@ -254,6 +272,13 @@ def _wrong_keys(given: dict[str, Any], keys: dict[str, type]) -> list[str]:
             wrong.append(f"{key!r} is {type(value).__name__}, not {kind.__name__}")
         elif kind is int and key in given and not _is_count(value):
             wrong.append(f"{key!r} is {str(value)[:40]}, not between 0 and 2**63")
+    return wrong
+
+
+def _wrong_later_keys(given: dict[str, Any]) -> list[str]:
+    wrong = _wrong_keys(given, {key: kind for key, kind in LATER_KEYS.items() if key in given})
+    if not wrong and not all(isinstance(entry, dict) for entry in given.get("lineage", [])):
+        wrong.append("'lineage' is not a list of objects")
     return wrong
 
 

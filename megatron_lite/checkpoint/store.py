@@ -189,13 +189,23 @@ class CheckpointStore:
 
         Damaged ones are skipped with a warning that names the file and the reason.
         """
+        return self.newest_of(self.recovered_steps())
+
+    def newest_of(self, steps: list[int]) -> Path | None:
+        """The same among the checkpoints of `steps`."""
         self.wait()
-        found = self._verifier.newest(self.directory, self.ranks.first("list", self._listed))
+        found = self._verifier.newest(self.directory, steps)
         return None if found is None else found.path
 
-    def _listed(self) -> list[int]:
-        folder.recover(self.directory)
-        return self.steps()
+    def recovered_steps(self) -> list[int]:
+        """`steps`, having put back what a crash in a save had moved away; the same on every rank."""
+        self.wait()
+
+        def listed() -> list[int]:
+            folder.recover(self.directory)
+            return self.steps()
+
+        return self.ranks.first("list", listed)
 
     def find(self, path: str | Path) -> Path:
         """The checkpoint that a person means by `path`: itself, or a run directory's newest one that is not damaged.

@@ -41,7 +41,8 @@ def train(run: RunConfig) -> int:
         stack.callback(stop)
         stack.callback(watchdog.end)
         validate(run, runtime.world_size)
-        build_schedule(run)  # refuses lengths that do not fit before anything is written
+        if _starts_afresh(run):
+            build_schedule(run)  # refuses lengths that do not fit before anything is written
         set_threads(run.train.threads)
         set_deterministic(run.train.deterministic)
         store = CheckpointStore.with_own_group(Path(run.run.dir) / "checkpoints", run.checkpoint)
@@ -54,13 +55,14 @@ def train(run: RunConfig) -> int:
         stack.enter_context(_named(run.run.dir))
         watchdog.enter("check run.dir", 0)
         store.check_shared()
-        checkpoint = choose_checkpoint(run, store)
+        point = choose_checkpoint(run, store)
+        checkpoint = point.checkpoint if point else None
         run = choose_model(run, store, checkpoint)
         validate_model(run)
         watchdog.enter("prepare data", 0)
         prepare_data(run.data, vocab_size=run.model.vocab_size, report=print if runtime.is_main else None)
         watchdog.enter("build", 0)
-        trainer = build_trainer(run, runtime, store=store, watchdog=watchdog, checkpoint=checkpoint)
+        trainer = build_trainer(run, runtime, store=store, watchdog=watchdog, point=point)
         if trainer.is_finished:
             _close_finished(run, trainer, checkpoint)
             return 0
@@ -80,11 +82,14 @@ def train(run: RunConfig) -> int:
 def validate_only(run: RunConfig, *, world_size: int) -> int:
     """Check the config for `world_size` ranks without touching the run directory; returns 0. Raises ValueError."""
     validate(run, world_size)
-    schedule = build_schedule(run)
-    if not any(Path(run.run.dir).glob("checkpoints/step_*")):  # else the batch size depends on where the run stands
-        check_batch_sizes(run, schedule, consumed=0, world_size=world_size)
+    if _starts_afresh(run):  # else batch sizes and length depend on where the run stands
+        check_batch_sizes(run, build_schedule(run), world_size=world_size)
     print(f"the config is valid for {world_size} rank(s)")
     return 0
+
+
+def _starts_afresh(run: RunConfig) -> bool:
+    return run.resume in ("auto", "never") and not any(Path(run.run.dir).glob("checkpoints/step_*"))
 
 
 @contextmanager

@@ -6,6 +6,8 @@ Notable features:
 - WSD (warm-up, stable, decay; Hu et al. 2024): lr = max until the decay starts, then min + c(r) (max - min) with r the
   fraction of the decay that is done and c one of the shapes in `DECAY_SHAPES`.
 - cosine is the same with the decay over everything after the warm-up.
+- `train` gives the length of a run in steps or in tokens. The other unit is projected from where the run stands and the batch sizes
+  that are still to come (`Projection`), so a batch size that was changed on the way moves neither the end nor the last learning rate.
 """
 
 from __future__ import annotations
@@ -143,17 +145,17 @@ class BatchSize:
         """Samples of the step that starts at sample `consumed`."""
         return self._sizes[bisect.bisect_right(self._starts, consumed) - 1]
 
-    def samples(self, steps: int) -> int:
-        """Samples consumed by the first `steps` steps."""
-        return self._walk(steps=steps, samples=None)[1]
+    def samples(self, steps: int, *, start: int = 0) -> int:
+        """Samples consumed, those before `start` included, after `steps` more steps from sample `start` on."""
+        return self._walk(start, steps=steps, samples=None)[1]
 
-    def steps(self, samples: int) -> int:
-        """Steps needed to consume at least `samples` samples."""
-        return self._walk(steps=None, samples=samples)[0]
+    def steps(self, samples: int, *, start: int = 0) -> int:
+        """Steps needed from sample `start` on until at least `samples` samples are consumed."""
+        return self._walk(start, steps=None, samples=samples)[0]
 
-    def _walk(self, *, steps: int | None, samples: int | None) -> tuple[int, int]:
-        """Go stage by stage (never step by step) until `steps` steps or `samples` samples are done."""
-        step, consumed = 0, 0
+    def _walk(self, start: int, *, steps: int | None, samples: int | None) -> tuple[int, int]:
+        """Go stage by stage (never step by step) from sample `start` until `steps` steps are done or `samples` samples consumed."""
+        step, consumed = 0, start
         for index, size in enumerate(self._sizes):
             left = math.inf if index + 1 == len(self._sizes) else -(-(self._starts[index + 1] - consumed) // size)
             if steps is not None:
@@ -165,16 +167,56 @@ class BatchSize:
         return step, consumed
 
 
-@dataclass(frozen=True)
-class Schedule:
-    """Batch size, learning rate and length of a whole run: pure functions of progress."""
+@dataclass
+class Progress:
+    """How far a run is: the steps that are done, and the samples and tokens that they consumed."""
 
+    step: int = 0
+    consumed_samples: int = 0
+    consumed_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Projection:
+    """The steps that are still to come: from `start` on, with the batch sizes and the sequence length of now.
+
+    What was consumed before `start` is taken as it is, whatever the sizes were then. Positions behind `start` give `start`.
+    """
+
+    start: Progress
     batch: BatchSize
-    lr: LearningRate
-    total_steps: int
-    total_samples: int
     seq_len: int
 
-    def rate(self, *, step: int, consumed_samples: int) -> float:
-        """Learning rate of the update that completes `step` and consumes up to `consumed_samples`."""
-        return self.lr(step, consumed_samples * self.seq_len)
+    def at_step(self, step: int) -> Progress:
+        """Where the run stands when `step` steps are done in all."""
+        more = max(0, step - self.start.step)
+        samples = self.batch.samples(more, start=self.start.consumed_samples)
+        tokens = self.start.consumed_tokens + (samples - self.start.consumed_samples) * self.seq_len
+        return Progress(self.start.step + more, samples, tokens)
+
+    def at_tokens(self, tokens: int) -> Progress:
+        """Where the run stands after the first step that makes the consumed tokens at least `tokens`."""
+        more = max(0, -(-(tokens - self.start.consumed_tokens) // self.seq_len))  # samples
+        steps = self.batch.steps(self.start.consumed_samples + more, start=self.start.consumed_samples)
+        return self.at_step(self.start.step + steps)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The rest of a run: batch sizes, learning rates and the end, as pure functions of progress."""
+
+    projection: Projection
+    lr: LearningRate
+    end: Progress
+
+    @property
+    def total_steps(self) -> int:
+        return self.end.step
+
+    def rate(self, at: Progress) -> float:
+        """Learning rate of the update that completes the step `at`."""
+        return self.lr(at.step, at.consumed_tokens)
+
+    def end_of_job(self, stop_at: int | None) -> Progress:
+        """Where a job ends that stops when `stop_at` steps are done in all, or at the end of the run."""
+        return self.end if stop_at is None else self.projection.at_step(min(self.end.step, stop_at))

@@ -11,11 +11,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from megatron_lite.checkpoint.store import CheckpointStore
-from megatron_lite.config.compose import to_dict
+from megatron_lite.config.compose import from_dict, to_dict
 from megatron_lite.data.blend import Blend, open_blend
 from megatron_lite.data.config import DataConfig
 from megatron_lite.data.loader import DataLoader, HeldOut, rank_samples
@@ -28,7 +29,7 @@ from megatron_lite.engine.base import Engine, EngineConfig
 from megatron_lite.hardware import device_peak_flops
 from megatron_lite.models.config import ModelConfig
 from megatron_lite.models.flops import flops_per_token, parameter_count
-from megatron_lite.optim.schedule import BatchSize, LearningRate, Schedule
+from megatron_lite.optim.schedule import BatchSize, LearningRate, Progress, Projection, Schedule, ScheduleConfig
 from megatron_lite.parallel.assemble import assemble, from_tensors, seeded
 from megatron_lite.parallel.mesh import Mesh, ParallelConfig, build_mesh
 from megatron_lite.runtime import Runtime, has_wandb_key
@@ -36,9 +37,17 @@ from megatron_lite.tracking import RunInfo, build_tracker
 from megatron_lite.tracking.profile import Profiler
 from megatron_lite.training.config import RunConfig
 from megatron_lite.training.metrics import Metrics, Work
-from megatron_lite.training.resume import check_same_run, load_optimizer, open_source
+from megatron_lite.training.resume import (
+    ResumePoint,
+    check_same_run,
+    lineage_of,
+    load_optimizer,
+    open_source,
+    progress_of,
+    report_changes,
+)
 from megatron_lite.training.status import Status
-from megatron_lite.training.trainer import Trainer
+from megatron_lite.training.trainer import TrainConfig, Trainer
 from megatron_lite.training.watchdog import Watchdog
 from megatron_lite.weights import Weights
 
@@ -73,14 +82,17 @@ def check_vocabulary(model: ModelConfig, tokenizer: TokenizerIdentity) -> None:
         )
 
 
-def build_schedule(run: RunConfig) -> Schedule:
-    """Batch sizes, learning rates and the length of the whole run."""
+def build_schedule(run: RunConfig, start: Progress | None = None) -> Schedule:
+    """Batch sizes, learning rates and the end of a run that stands at `start` (None: at its beginning).
+
+    Raises ValueError when warm-up and decay do not fit into its length.
+    """
     batch = BatchSize(run.train.global_batch_size, run.train.batch_ramp)
-    seq_len = run.data.seq_len
-    steps = run.train.max_steps or batch.steps(-(-(run.train.max_tokens or 0) // seq_len))
-    samples = batch.samples(steps)
-    rate = LearningRate(run.schedule, peak=run.optim.lr, total_steps=steps, total_tokens=samples * seq_len)
-    return Schedule(batch, rate, total_steps=steps, total_samples=samples, seq_len=seq_len)
+    projection = Projection(start or Progress(), batch, run.data.seq_len)
+    steps, tokens = run.train.max_steps, run.train.max_tokens
+    end = projection.at_tokens(tokens or 0) if steps is None else projection.at_step(steps)
+    rate = LearningRate(run.schedule, peak=run.optim.lr, total_steps=end.step, total_tokens=end.consumed_tokens)
+    return Schedule(projection, rate, end)
 
 
 def build_grid(parallel: ParallelConfig, engine: EngineConfig, *, world_size: int, device: torch.device) -> Mesh:
@@ -110,29 +122,33 @@ def build_engine(run: RunConfig, mesh: Mesh, *, source: Weights | None = None) -
 
 
 def build_trainer(
-    run: RunConfig, runtime: Runtime, *, store: CheckpointStore, watchdog: Watchdog, checkpoint: Path | None
+    run: RunConfig, runtime: Runtime, *, store: CheckpointStore, watchdog: Watchdog, point: ResumePoint | None
 ) -> Trainer:
-    """A trainer at the position of `checkpoint`, or at the start.
+    """A trainer at the position of `point`, or at the start.
 
     Raises ValueError for anything in the config, the data or the checkpoint that does not fit together.
     """
     tokenizer = open_tokenizer(run.data)
     check_vocabulary(run.model, tokenizer)
-    schedule = build_schedule(run)
-    blend = open_blend(run.data, tokenizer=tokenizer, seed=run.seed, total_samples=schedule.total_samples)
-    manifest = store.read_manifest(checkpoint) if checkpoint else None
+    manifest = store.read_manifest(point.checkpoint) if point else None
     if manifest:
         check_same_run(manifest, run, tokenizer)
+    start = progress_of(manifest)
+    schedule = build_schedule(run, start)
+    total_samples = schedule.end.consumed_samples
+    blend = open_blend(run.data, tokenizer=tokenizer, seed=run.seed, total_samples=total_samples)
+    if manifest:
         blend = resume_blend(
             blend,
             saved=manifest["data"],
-            consumed_samples=manifest["consumed_samples"],
+            consumed_samples=start.consumed_samples,
             allow=run.resume_allow,
         )
-    consumed = manifest["consumed_samples"] if manifest else 0
-    check_batch_sizes(run, schedule, consumed=consumed, world_size=runtime.world_size)
+        if runtime.is_main:
+            report_changes(schedule, before=previous_schedule(run, manifest, start), phases=blend.phases)
+    check_batch_sizes(run, schedule, world_size=runtime.world_size)
     mesh = build_grid(run.parallel, run.engine, world_size=runtime.world_size, device=runtime.device)
-    starts_from_source = checkpoint is None and run.init_from.path is not None
+    starts_from_source = point is None and run.init_from.path is not None
     engine = build_engine(run, mesh, source=open_source(run, tokenizer, store.ranks) if starts_from_source else None)
     trainer = Trainer(
         config=run.train,
@@ -142,7 +158,7 @@ def build_trainer(
         loader=build_loader(run, blend, open_validation(run.data, tokenizer), mesh),
         store=store,
         tracker=build_tracker(run.tracking, main_process=runtime.is_main, has_key=has_wandb_key()),
-        metrics=build_metrics(run, runtime, consumed=consumed),
+        metrics=build_metrics(run, runtime, consumed=start.consumed_samples),
         status=Status(Path(run.run.dir), main_process=runtime.is_main),
         watchdog=watchdog,
         profiler=Profiler(run.profile, Path(run.run.dir) / "profile", main_process=runtime.is_main),
@@ -152,25 +168,44 @@ def build_trainer(
             "schedule": to_dict(run.schedule),
             "data": blend.state(),
             "parameters": parameter_count(run.model),
+            "lineage": lineage_of(manifest, point),
         },
     )
-    if checkpoint:
-        trainer.restore(checkpoint)
+    if point:
+        trainer.restore(point.checkpoint)
     return trainer
 
 
-def check_batch_sizes(run: RunConfig, schedule: Schedule, *, consumed: int, world_size: int) -> None:
+def previous_schedule(run: RunConfig, manifest: dict[str, Any], start: Progress) -> Schedule | None:
+    """The rest of the run as the job that wrote a checkpoint would have gone on; None where its config cannot be used today."""
+    then = manifest["config"]
+    try:
+        return build_schedule(
+            replace(
+                run,
+                train=from_dict(TrainConfig, then["train"]),
+                schedule=from_dict(ScheduleConfig, then["schedule"]),
+                optim=replace(run.optim, lr=then["optim"]["lr"]),
+                data=replace(run.data, seq_len=then["data"]["seq_len"]),
+            ),
+            start,
+        )
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def check_batch_sizes(run: RunConfig, schedule: Schedule, *, world_size: int) -> None:
     """Raise ValueError when a batch size between here and this job's end does not split evenly over its ranks.
 
     Only those: a ramp may grow together with the number of ranks, in jobs that end at its stages (`train.stop_at`).
     """
-    batch, end = schedule.batch, schedule.total_samples
-    if run.train.stop_at is not None:
-        end = min(end, batch.samples(run.train.stop_at))
-    first_steps = [batch.samples(batch.steps(stage.from_samples)) for stage in run.train.batch_ramp]
+    batch, here = schedule.projection.batch, schedule.projection.start.consumed_samples
+    end = schedule.end_of_job(run.train.stop_at).consumed_samples
+    steps = [batch.steps(stage.from_samples, start=here) for stage in run.train.batch_ramp]  # until each stage begins
+    first_samples = [batch.samples(count, start=here) for count in steps]
     ranks = run.parallel.degrees(world_size).data_parallel
-    for start in [consumed, *(step for step in first_steps if consumed < step < end)]:
-        rank_samples(0, batch=batch.at(start), micro_batch=run.train.micro_batch_size, rank=0, ranks=ranks)
+    for sample in [here, *(sample for sample in first_samples if here < sample < end)]:
+        rank_samples(0, batch=batch.at(sample), micro_batch=run.train.micro_batch_size, rank=0, ranks=ranks)
 
 
 def build_loader(run: RunConfig, blend: Blend, held_out: dict[str, Source], mesh: Mesh) -> DataLoader:

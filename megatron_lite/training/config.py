@@ -30,6 +30,7 @@ from megatron_lite.parallel.plans import check_divisible
 from megatron_lite.precision.dtypes import PrecisionConfig
 from megatron_lite.tracking.base import TrackingConfig
 from megatron_lite.tracking.profile import ProfileConfig
+from megatron_lite.training.lineage import ONCE
 from megatron_lite.training.support import refuse_unsupported
 from megatron_lite.training.trainer import TrainConfig
 from megatron_lite.training.watchdog import WatchdogConfig
@@ -84,6 +85,7 @@ class RunConfig:
     watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
     init_from: InitFromSection = field(default_factory=InitFromSection)
     resume: str = "auto"
+    resume_again: str = ONCE  # true or any new word: go back to `resume=<path>` once more
     resume_allow: list[str] = field(default_factory=list)
 
     @property
@@ -124,6 +126,10 @@ def _validate_start(run: RunConfig) -> None:
         raise ValueError(f"seed={run.seed} must be 0 or more")
     if not run.resume:
         raise ValueError("resume is empty; give auto, never, or the path of a checkpoint")
+    if run.resume_again.lower() != ONCE and run.resume in ("auto", "never"):
+        raise ValueError(
+            f"resume_again={run.resume_again.lower()} needs resume=<path>, the checkpoint to go back to once more; give it, or drop this"
+        )
     if run.init_from.path is not None and not run.init_from.path.strip():
         raise ValueError(
             "init_from is empty; give a run, a checkpoint or a Hugging Face folder, or drop it to start afresh"

@@ -30,6 +30,7 @@ import torch
 
 from megatron_lite.engine.base import StepResult
 from megatron_lite.hardware import Peak
+from megatron_lite.optim.schedule import Progress
 
 WAITS_FOR_OTHER_RANKS = (
     True  # read by the watchdog: here the host fetches numbers from a GPU, whose collectives may not end
@@ -74,22 +75,20 @@ class Metrics:
         """Training begins now: what came before (loading, tracking services) is not training time."""
         self._since = self.clock()
 
-    def update(
-        self, result: StepResult, *, step: int, consumed_samples: int, lr: float, last: bool = False
-    ) -> dict[str, Any] | None:
-        """Take step `step` (1 is the first), after which `consumed_samples` were used in the whole run.
+    def update(self, result: StepResult, *, at: Progress, lr: float, last: bool = False) -> dict[str, Any] | None:
+        """Take the result of step `at.step` (1 is the first), after which the whole run stands at `at`.
 
         Returns the row at multiples of `log_every` and at the `last` step, else None without touching the device.
         """
         self._results.append(result)
-        self._samples += consumed_samples - self._consumed
-        self._consumed = consumed_samples
-        if step % self.log_every != 0 and not last:
+        self._samples += at.consumed_samples - self._consumed
+        self._consumed = at.consumed_samples
+        if at.step % self.log_every != 0 and not last:
             return None
         row: dict[str, Any] = {
-            "step": step,
-            "consumed_samples": consumed_samples,
-            "consumed_tokens": consumed_samples * self.work.seq_len,
+            "step": at.step,
+            "consumed_samples": at.consumed_samples,
+            "consumed_tokens": at.consumed_tokens,
             **_averages(
                 _to_host(self._results)
             ),  # waits for the device, hence before the clock is read; has the parts too

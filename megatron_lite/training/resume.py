@@ -1,31 +1,43 @@
 """Where a job begins: at the newest checkpoint of its run, at a named one, at other weights, or afresh; and whether it may.
 
 Notable features:
-- `resume=auto|never|<path>` concerns this run; `init_from=<path>` takes weights from elsewhere and is never looked at again once the
-  run has a checkpoint.
+- `resume=auto|never|<path>` concerns this run, and a path is gone back to once (see `lineage`); `init_from=<path>` takes weights from
+  elsewhere and is never looked at again once the run has a checkpoint.
 - What would make another run of it (model, batch sizes, tokenizer; the data checks itself) is refused by name.
 """
 
 from __future__ import annotations
 
 import warnings
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 from megatron_lite.checkpoint.store import CheckpointStore
 from megatron_lite.config.compose import flatten, from_dict, to_dict
+from megatron_lite.data.phases import Phases
 from megatron_lite.data.sidecar import TokenizerIdentity
 from megatron_lite.engine.base import Engine
 from megatron_lite.models.config import ModelConfig
 from megatron_lite.models.huggingface import expected_shapes
+from megatron_lite.optim.schedule import Progress, Schedule
 from megatron_lite.parallel.global_view import State
 from megatron_lite.ranks import Ranks
 from megatron_lite.training.config import RunConfig
+from megatron_lite.training.lineage import ONCE, Origin, descendants
 from megatron_lite.weights import Weights, model_config, open_weights
 
 
-def choose_checkpoint(run: RunConfig, store: CheckpointStore) -> Path | None:
+@dataclass(frozen=True)
+class ResumePoint:
+    """checkpoint: what to load. led_by: the entry with which the lineage goes on, where `resume=<path>` leads there now."""
+
+    checkpoint: Path
+    led_by: dict[str, Any] | None = None
+
+
+def choose_checkpoint(run: RunConfig, store: CheckpointStore) -> ResumePoint | None:
     """The checkpoint that `resume` means: None starts afresh. The same on every rank.
 
     Raises ValueError when `resume=never` would write over a run.
@@ -42,26 +54,51 @@ def choose_checkpoint(run: RunConfig, store: CheckpointStore) -> Path | None:
                 "resume=auto to continue it, or delete it"
             )
         return None
-    if run.resume == "auto":
+    own = (store.directory.resolve(), store.directory.parent.resolve())
+    if run.resume == "auto" or (Path(run.resume).resolve() in own and store.recovered_steps()):
         newest = store.newest_valid()
         if newest is None and store.steps():  # a fresh start would overwrite what may be repaired
             raise ValueError(
                 f"run.dir={run.run.dir} holds checkpoints, but none of them is whole (steps {store.steps()}, see the warnings "
                 "above); put a whole copy of one back, or give another run.dir"
             )
-        return newest
+        return ResumePoint(newest) if newest else None
+    return _led_by_path(run, store)
+
+
+def _led_by_path(run: RunConfig, store: CheckpointStore) -> ResumePoint:
+    """The newest checkpoint of `run.dir` that descends from `resume=<path>`, or the path's own where none does yet."""
+    steps = store.recovered_steps()
+    origin, going_on, of_any_word = store.ranks.first("lineage", lambda: _descent(run, store.directory, steps))
+    newest = store.newest_of(going_on)
+    if newest is not None:
+        if store.ranks.rank == 0:
+            print(
+                f"resume={run.resume} was gone back to by an earlier job, whose newest checkpoint is {newest.name}; to go back "
+                "once more give resume_again=true, or a word that was not given before"
+            )
+        return ResumePoint(newest)
     if not Path(run.resume).exists():
         raise ValueError(
             f"resume={run.resume} does not exist; give a checkpoint or a run directory, auto for the newest one of run.dir, "
             "or never"
         )
     found = store.find(run.resume)
-    if store.steps() and found.resolve().parent != store.directory.resolve():
+    step = store.read_manifest(found)["step"]
+    branched = bool(of_any_word) and step < min(steps)  # off from here, all that there is
+    if steps and not branched and found.resolve().parent != store.directory.resolve():
         raise ValueError(
             f"resume={run.resume} is a checkpoint of another run, and run.dir={run.run.dir} holds checkpoints of its own, which "
             "would be dropped; set run.dir to the run that it belongs to, or to an empty folder"
         )
-    return found
+    return ResumePoint(found, origin.entry(step))
+
+
+def _descent(run: RunConfig, directory: Path, steps: list[int]) -> tuple[Origin, list[int], list[int]]:
+    """What `resume` names, and the steps that descend from it: by its word of `resume_again`, and by any."""
+    origin = Origin.named(run.resume, run.resume_again)
+    by_word = descendants(origin, directory, steps)
+    return origin, by_word, descendants(replace(origin, word=ONCE), directory, steps)
 
 
 def choose_model(run: RunConfig, store: CheckpointStore, checkpoint: Path | None) -> RunConfig:
@@ -121,6 +158,44 @@ def load_optimizer(engine: Engine, source: Weights) -> None:
             piece.tensor().copy_(source.optimizer[kind].read(name, piece.offsets, piece.sizes))
             pieces[key] = piece
     engine.load_state(State(pieces, source.manifest["counters"]))
+
+
+def progress_of(manifest: dict[str, Any] | None) -> Progress:
+    """Where the run stood when a checkpoint was written; at its beginning without one."""
+    if manifest is None:
+        return Progress()
+    return Progress(manifest["step"], manifest["consumed_samples"], manifest["consumed_tokens"])
+
+
+def lineage_of(manifest: dict[str, Any] | None, point: ResumePoint | None) -> list[dict[str, Any]]:
+    """The lineage of the checkpoints that a job will write."""
+    past = manifest["lineage"] if manifest else []
+    return [*past, point.led_by] if point and point.led_by else past
+
+
+def report_changes(schedule: Schedule, *, before: Schedule | None, phases: Phases) -> None:
+    """Say what a length, batch size or schedule that is not the checkpoint's has changed.
+
+    That is where the ends of phases now are, which keep their sample numbers, and a learning rate that jumps.
+    """
+    total = schedule.end.consumed_samples
+    for fraction, sample in phases.boundaries.items():
+        if round(Fraction(fraction) * total) != sample:
+            reached = f"{sample / total:.3f} of the run" if sample < total else "past its end, so it is never reached"
+            print(
+                f"data.phases: until_fraction={float(Fraction(fraction))} stays at sample {sample}, now {reached} "
+                f"({total} samples); until_samples moves a phase that has not begun"
+            )
+    here = schedule.projection.start
+    if before is None or here.step >= schedule.total_steps:
+        return
+    then, now = before.rate(here), schedule.rate(here)
+    if abs(now - then) > 0.01 * max(now, then):
+        warnings.warn(
+            f"the learning rate jumps at step {here.step}: the checkpoint's config gives {then:.3g} there, this one {now:.3g} (its "
+            f"schedule ends at step {schedule.total_steps}, the checkpoint's at {before.total_steps})",
+            stacklevel=2,
+        )
 
 
 def check_same_run(manifest: dict[str, Any], run: RunConfig, tokenizer: TokenizerIdentity) -> None:

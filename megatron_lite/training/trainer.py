@@ -26,7 +26,7 @@ from megatron_lite.data.loader import DataLoader
 from megatron_lite.data.packing import Batch
 from megatron_lite.engine.base import Engine, StepResult
 from megatron_lite.errors import TrainingDivergedError
-from megatron_lite.optim.schedule import BatchSize, RampStage, Schedule
+from megatron_lite.optim.schedule import BatchSize, Progress, RampStage, Schedule
 from megatron_lite.parallel.global_view import State
 from megatron_lite.runtime import Runtime, Signals
 from megatron_lite.tracking.base import Tracker
@@ -41,11 +41,14 @@ from megatron_lite.training.watchdog import Watchdog
 
 @dataclass
 class TrainConfig:
-    """How long, how large, how often. `max_steps` or `max_tokens` is the length that schedule and phases refer to."""
+    """How long, how large, how often. `max_steps` or `max_tokens` is the length that schedule and phases refer to.
+
+    A run ends at `max_steps`, or at the first step that reaches `max_tokens`, whatever the batch sizes were before.
+    """
 
     max_steps: int | None = None
     max_tokens: int | None = None
-    stop_at: int | None = None  # this job saves and exits 0 after that step; the length of the run stays
+    stop_at: int | None = None  # this job saves and exits 0 when so many steps are done; the length of the run stays
     validate_only: bool = False  # check the config for WORLD_SIZE ranks, exit with 0 or 2, touch nothing
     global_batch_size: int = 8
     micro_batch_size: int = 8
@@ -77,11 +80,9 @@ class TrainConfig:
 
 
 @dataclass
-class Position:
+class Position(Progress):
     """Where a run stands. validation_due: the validation after `step` was cut short and has to be done again."""
 
-    step: int = 0
-    consumed_samples: int = 0
     validation_due: bool = False
 
 
@@ -132,16 +133,13 @@ class Trainer:
     @property
     def is_finished(self) -> bool:
         """Whether nothing is left to do: every step is done, and the validation after the last one."""
-        return self.position.consumed_samples >= self.schedule.total_samples and not self.position.validation_due
+        return self.position.step >= self.schedule.total_steps and not self.position.validation_due
 
     def _batches(self) -> Generator[tuple[int, list[Batch]], None, None]:
-        steps = self.loader.steps(self.position.consumed_samples, self.schedule.batch.at, self._end())
-        yield from self.profiler.watch(steps)
-
-    def _end(self) -> int:
-        """The sample at which this job ends."""
-        end = self.schedule.total_samples
-        return end if self.config.stop_at is None else min(end, self.schedule.batch.samples(self.config.stop_at))
+        end = self.schedule.end_of_job(self.config.stop_at).consumed_samples
+        yield from self.profiler.watch(
+            self.loader.steps(self.position.consumed_samples, self.schedule.projection.batch.at, end)
+        )
 
     def _step(self, batches: Iterator[tuple[int, list[Batch]]]) -> tuple[StepResult, float]:
         """One step of the optimizer; returns its result, still on the device, and its learning rate."""
@@ -149,15 +147,16 @@ class Trainer:
         size, micro_batches = next(batches)
         self.position.step += 1
         self.position.consumed_samples += size
-        lr = self.schedule.rate(step=self.position.step, consumed_samples=self.position.consumed_samples)
+        self.position.consumed_tokens += size * self.schedule.projection.seq_len
+        lr = self.schedule.rate(self.position)
         self.watchdog.enter("train_step", self.position.step)
         return self.engine.train_step(micro_batches, lr=lr), lr
 
     def _outcome(self, *, ask: bool = False) -> str:
         """What follows from the position, and, if the ranks are to be asked, from a signal: running means one more step."""
-        if self.position.consumed_samples >= self.schedule.total_samples:
+        if self.position.step >= self.schedule.total_steps:
             return "finished"
-        if self.position.consumed_samples >= self._end():
+        if self.config.stop_at is not None and self.position.step >= self.config.stop_at:
             return "stopped"
         if not ask:
             return "running"
@@ -166,8 +165,7 @@ class Trainer:
 
     def _log(self, result: StepResult, *, lr: float, skips: torch.Tensor, last: bool) -> None:
         self.watchdog.enter("log", self.position.step)
-        step, consumed = self.position.step, self.position.consumed_samples
-        row = self.metrics.update(result, step=step, consumed_samples=consumed, lr=lr, last=last)
+        row = self.metrics.update(result, at=self.position, lr=lr, last=last)
         if row:
             self.tracker.log(row)
             self._give_up_after(skips)
@@ -212,6 +210,7 @@ class Trainer:
             manifest = {
                 **self.base_manifest,
                 "consumed_samples": self.position.consumed_samples,
+                "consumed_tokens": self.position.consumed_tokens,
                 "validation_due": self.position.validation_due,
                 "counters": state.counters,
                 "rng": rng_state(),
@@ -227,7 +226,8 @@ class Trainer:
         manifest = self.store.load(path, state.tensors)
         self.engine.load_state(State(state.tensors, manifest["counters"]))
         due = bool(manifest.get("validation_due"))
-        self.position = Position(manifest["step"], manifest["consumed_samples"], validation_due=due)
+        done = manifest["step"], manifest["consumed_samples"], manifest["consumed_tokens"]
+        self.position = Position(*done, validation_due=due)
         set_rng_state(manifest["rng"])
 
     def declare_finished(self) -> None:

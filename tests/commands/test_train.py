@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import time
 
@@ -195,6 +196,44 @@ def test_a_batch_ramp_consumes_what_it_says(tiny_data, tmp_path):
     runs.run(tiny_data, tmp_path / "r", ramp, "train.max_steps=6", "train.stop_at=3")
     runs.run(tiny_data, tmp_path / "r", ramp, "train.max_steps=6")
     assert [row["consumed_samples"] for row in runs.rows(tmp_path / "r")] == [8, 16, 32, 48, 80, 112]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "steps"),
+    [
+        (["train.global_batch_size=16"], 20),
+        (["train.global_batch_size=4", "schedule.unit=tokens", "schedule.warmup_steps=0"], 20),
+        # 12 steps of 8 x 32 tokens are done of the 20 that were asked for: 8 x 8 x 32 tokens are left, which are 16 steps of 4 x 32
+        (["train.global_batch_size=4", "train.max_steps=null", "train.max_tokens=5120"], 28),
+        (["data.seq_len=16", "train.max_steps=null", "train.max_tokens=5120"], 28),
+        (["train.global_batch_size=12", "train.batch_ramp=[{from_samples:108,global_batch_size:24}]"], 20),
+    ],
+)
+def test_changed_sizes_keep_the_end(tiny_data, straight, copy_of, overrides, steps, capsys):
+    run_dir = copy_of(straight)
+    shutil.rmtree(run_dir / "checkpoints" / "step_00000020")
+    shutil.rmtree(run_dir / "checkpoints" / "step_00000016")
+    allow = "resume_allow=[train.global_batch_size,train.batch_ramp,data.seq_len]"
+    assert runs.run(tiny_data, run_dir, *overrides, allow, "train.stop_at=14") == 0
+    assert runs.rows(run_dir)[-1]["step"] == 14
+    assert runs.run(tiny_data, run_dir, *overrides, allow) == 0
+    assert runs.status(run_dir)["state"] == "finished"
+    rows = runs.rows(run_dir)
+    assert [row["step"] for row in rows] == list(range(1, steps + 1))
+    assert [row["lr"] == 0.0 for row in rows] == [False] * (steps - 1) + [True]
+    if "train.max_tokens=5120" in overrides:
+        assert rows[-1]["consumed_tokens"] == 5120
+    # the second phase begins at sample 80, which was one half of 160
+    said = "until_fraction=0.5 stays at sample 80" in capsys.readouterr().out
+    assert said == (rows[-1]["consumed_samples"] != 160)
+
+
+def test_a_rate_that_jumps_is_warned_of(tiny_data, straight, copy_of, recwarn):
+    run_dir = copy_of(straight)
+    runs.run(tiny_data, run_dir, "train.stop_at=20")
+    assert not [w for w in recwarn if "learning rate" in str(w.message)]
+    with pytest.warns(UserWarning, match=r"jumps at step 20: .* gives 0 there, this one 0\.0"):
+        runs.run(tiny_data, run_dir, "train.max_steps=40", "train.stop_at=21")
 
 
 def test_two_processes_on_one_run_directory(tiny_data, tmp_path):

@@ -375,16 +375,17 @@ def test_the_papers_three_jobs():
         stop = re.findall(r"train\.stop_at=\d+", line)
         run = compose_run(["experiment=nemotron4_15b", *stop])
         validate(run, nodes * 8)
-        schedule = build_schedule(run)
-        consumed = schedule.batch.samples(at)
-        check_batch_sizes(run, schedule, consumed=consumed, world_size=nodes * 8)
-        assert schedule.batch.at(consumed) == batch
+        start = build_schedule(run).projection.at_step(at)
+        schedule = build_schedule(run, start)
+        check_batch_sizes(run, schedule, world_size=nodes * 8)
+        assert schedule.projection.batch.at(start.consumed_samples) == batch
+        assert schedule.total_steps == build_schedule(run).total_steps  # projected from the middle as from the start
         if tokens:
             at = int(stop[0].split("=")[1])
-            over = schedule.batch.samples(at) * 4096 - tokens
+            over = schedule.projection.at_step(at).consumed_tokens - tokens
             assert 0 <= over < batch * 4096  # the first step that ends at or after the paper's tokens
     with pytest.raises(ValueError, match="global batch of 768"):
-        check_batch_sizes(run, schedule, consumed=schedule.batch.samples(127157), world_size=97 * 8)
+        check_batch_sizes(run, build_schedule(run, build_schedule(run).projection.at_step(127157)), world_size=97 * 8)
 
 
 def test_the_three_jobs_keep_their_settings_and_their_order(tmp_path):

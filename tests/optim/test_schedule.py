@@ -6,7 +6,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_lite.optim.schedule import BatchSize, LearningRate, RampStage, ScheduleConfig
+from megatron_lite.optim.schedule import (
+    BatchSize,
+    LearningRate,
+    Progress,
+    Projection,
+    RampStage,
+    Schedule,
+    ScheduleConfig,
+)
 
 
 def rates(peak=1.0, horizon=100, **keys):
@@ -73,21 +81,59 @@ def test_impossible_schedules_are_refused(keys, message):
 ramps = st.lists(st.tuples(st.integers(1, 40), st.integers(1, 9)), max_size=4)
 
 
-@given(first=st.integers(1, 9), ramp=ramps, steps=st.integers(0, 60), samples=st.integers(0, 400))
-def test_ramp_counts_like_a_loop(first, ramp, steps, samples):
+def batch_of(first, ramp):
     stages, start = [], 0
     for gap, size in ramp:
         start += gap
         stages.append(RampStage(start, size))
-    batch = BatchSize(first, stages)
-    consumed = 0
+    return BatchSize(first, stages)
+
+
+numbers = st.integers(0, 400)
+
+
+@given(first=st.integers(1, 9), ramp=ramps, steps=st.integers(0, 60), samples=numbers, start=numbers)
+def test_ramp_counts_like_a_loop(first, ramp, steps, samples, start):
+    batch = batch_of(first, ramp)
+    consumed = start
     for _ in range(steps):
         consumed += batch.at(consumed)
-    assert batch.samples(steps) == consumed
-    consumed, count = 0, 0
+    assert batch.samples(steps, start=start) == consumed
+    consumed, count = start, 0
     while consumed < samples:
         consumed, count = consumed + batch.at(consumed), count + 1
-    assert batch.steps(samples) == count
+    assert batch.steps(samples, start=start) == count
+
+
+@given(
+    first=st.integers(1, 9),
+    ramp=ramps,
+    start=st.builds(Progress, st.integers(0, 30), st.integers(0, 200), st.integers(0, 2000)),
+    in_tokens=st.booleans(),
+    length=st.integers(1, 60),
+    unit=st.sampled_from(["steps", "tokens"]),
+)
+def test_a_run_ends_where_it_was_asked_to_and_only_there_with_the_last_rate(
+    first, ramp, start, in_tokens, length, unit
+):
+    """Whatever the batch sizes and the sequence length were before `start`; against a walk step by step."""
+    seq_len = 10
+    projection = Projection(start, batch_of(first, ramp), seq_len)
+    end = projection.at_tokens(length * 50) if in_tokens else projection.at_step(length)
+    lr = LearningRate(
+        ScheduleConfig(name="cosine", unit=unit), peak=1.0, total_steps=end.step, total_tokens=end.consumed_tokens
+    )
+    schedule = Schedule(projection, lr, end)
+    step, samples, tokens = start.step, start.consumed_samples, start.consumed_tokens
+    rates = []
+    while tokens < length * 50 if in_tokens else step < length:
+        size = projection.batch.at(samples)
+        step, samples, tokens = step + 1, samples + size, tokens + size * seq_len
+        rates.append(schedule.rate(Progress(step, samples, tokens)))
+        assert projection.at_step(step) == Progress(step, samples, tokens)
+    assert end == Progress(step, samples, tokens)
+    assert [rate == 0.0 for rate in rates] == [False] * (len(rates) - 1) + [True] * bool(rates)
+    assert schedule.end_of_job(start.step + 2).step == min(start.step + 2, end.step)
 
 
 def test_nemotron4_ramp_takes_the_published_number_of_steps():

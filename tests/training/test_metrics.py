@@ -12,11 +12,16 @@ import torch
 from megatron_lite import hardware
 from megatron_lite.engine.base import StepResult
 from megatron_lite.hardware import Peak, device_peak_flops
+from megatron_lite.optim.schedule import Progress
 from megatron_lite.training.metrics import Metrics, Work, memory_gib
 
 
 def result(loss: float, norm: float = 1.0, tokens: int = 16, skipped: bool = False) -> StepResult:
     return StepResult(torch.tensor(loss), torch.tensor(norm), torch.tensor(tokens), torch.tensor(skipped))
+
+
+def at(step: int, samples: int, seq_len: int = 8) -> Progress:
+    return Progress(step, samples, samples * seq_len)
 
 
 class Clock:
@@ -42,7 +47,7 @@ def test_a_row_has_the_promised_keys_and_the_formula_of_mfu() -> None:
     clock = Clock()
     meter = Metrics(work(), clock=clock)
     clock.now += 0.5
-    row = meter.update(result(5.25, 0.5), step=1, consumed_samples=2, lr=1e-3)
+    row = meter.update(result(5.25, 0.5), at=at(1, 2), lr=1e-3)
     assert row is not None
     memory = row.pop("memory_gib")
     assert 0.01 < memory < 1000
@@ -67,7 +72,7 @@ def test_parts_of_the_loss_are_averaged_over_tokens_and_named_in_the_row() -> No
     meter = Metrics(work(), log_every=2, clock=Clock())
     for step, (tokens, part) in enumerate([(1, 8.0), (3, 4.0)], start=1):
         step_result = replace(result(2.0, tokens=tokens), parts={"auxiliary": torch.tensor(part)})
-        row = meter.update(step_result, step=step, consumed_samples=step, lr=1e-3)
+        row = meter.update(step_result, at=at(step, step), lr=1e-3)
     assert row is not None
     assert (row["loss"], row["auxiliary"]) == (2.0, 5.0)
 
@@ -83,7 +88,7 @@ def test_mfu_reproduces_nemotron_4s_table(gpus: int, seconds: float, batch: int,
     peak = hardware._datasheet_peak("NVIDIA H100 80GB HBM3", "bf16")
     meter = Metrics(work(flops_per_token=flops, seq_len=seq, devices=gpus, peak=peak), clock=clock)
     clock.now += seconds
-    row = meter.update(result(2.0), step=1, consumed_samples=batch, lr=1.0)
+    row = meter.update(result(2.0), at=at(1, batch), lr=1.0)
     assert row is not None
     # The table rounds its seconds to 2 digits: 0.005 of 0.57 moves 34.3 points by 0.3.
     assert row["mfu"] == pytest.approx(mfu, abs=0.003)
@@ -96,7 +101,7 @@ def test_loss_of_an_interval_is_weighted_by_valid_tokens() -> None:
     rows = []
     for i, (loss, norm, tokens) in enumerate(steps):
         clock.now += 1.0
-        rows.append(meter.update(result(loss, norm, tokens), step=i + 1, consumed_samples=12 + 2 * i, lr=0.1))
+        rows.append(meter.update(result(loss, norm, tokens), at=at(i + 1, 12 + 2 * i), lr=0.1))
     assert rows[:2] == [None, None]
     assert rows[2]["loss"] == pytest.approx((40 + 90 + 120) / 100, rel=1e-15)
     assert rows[2]["grad_norm"] == 3.0
@@ -109,7 +114,7 @@ def test_a_single_step_keeps_its_bits() -> None:
     meter = Metrics(work())
     for step in range(1, 200):
         value = torch.rand((), generator=generator) * 10
-        row = meter.update(result(value.item(), tokens=7919), step=step, consumed_samples=step, lr=0.1)
+        row = meter.update(result(value.item(), tokens=7919), at=at(step, step), lr=0.1)
         assert row is not None
         assert torch.tensor(json.loads(json.dumps(row["loss"])), dtype=torch.float32).equal(value)
 
@@ -124,20 +129,20 @@ def test_unlogged_steps_do_not_read_the_device() -> None:
     waiting = StepResult(Unready(), Unready(), Unready(), Unready())  # type: ignore[arg-type]
     meter = Metrics(work(), log_every=10)
     for step in range(1, 10):
-        assert meter.update(waiting, step=step, consumed_samples=step, lr=0.1) is None
+        assert meter.update(waiting, at=at(step, step), lr=0.1) is None
     with pytest.raises(RuntimeError, match="Unready"):
-        meter.update(waiting, step=10, consumed_samples=10, lr=0.1)
+        meter.update(waiting, at=at(10, 10), lr=0.1)
 
 
 def test_skipped_steps_are_counted_and_left_out() -> None:
     meter = Metrics(work(), log_every=3)
-    meter.update(result(4.0, 1.0), step=1, consumed_samples=1, lr=0.1)
-    meter.update(result(float("nan"), float("inf"), skipped=True), step=2, consumed_samples=2, lr=0.1)
-    row = meter.update(result(2.0, 3.0), step=3, consumed_samples=3, lr=0.1)
+    meter.update(result(4.0, 1.0), at=at(1, 1), lr=0.1)
+    meter.update(result(float("nan"), float("inf"), skipped=True), at=at(2, 2), lr=0.1)
+    row = meter.update(result(2.0, 3.0), at=at(3, 3), lr=0.1)
     assert row is not None
     assert (row["loss"], row["grad_norm"], row["skipped_steps"]) == (3.0, 2.0, 1)
     meter = Metrics(work())
-    row = meter.update(result(float("inf"), skipped=True), step=1, consumed_samples=1, lr=0.1)
+    row = meter.update(result(float("inf"), skipped=True), at=at(1, 1), lr=0.1)
     assert row is not None
     assert (row["loss"], row["skipped_steps"]) == (float("inf"), 1)
 
@@ -146,11 +151,11 @@ def test_pauses_are_not_training_time_and_the_last_step_is_logged() -> None:
     clock = Clock()
     meter = Metrics(work(), log_every=10, clock=clock)
     clock.now += 1.0
-    meter.update(result(1.0), step=1, consumed_samples=1, lr=0.1)
+    meter.update(result(1.0), at=at(1, 1), lr=0.1)
     with meter.paused():
         clock.now += 50.0
     clock.now += 2.0
-    row = meter.update(result(1.0), step=2, consumed_samples=2, lr=0.1, last=True)
+    row = meter.update(result(1.0), at=at(2, 2), lr=0.1, last=True)
     assert row is not None
     assert row["step_seconds"] == 1.5
 
@@ -214,7 +219,7 @@ def test_an_unknown_gpu_has_no_mfu(name: str, dtype: str) -> None:
     with pytest.warns(UserWarning, match="mfu will be null"):
         peak = hardware._datasheet_peak(name, dtype)
     assert peak.flops is None
-    row = Metrics(work(peak=peak)).update(result(1.0), step=1, consumed_samples=1, lr=0.1)
+    row = Metrics(work(peak=peak)).update(result(1.0), at=at(1, 1), lr=0.1)
     assert row is not None
     assert row["mfu"] is None
     assert row["tflops_per_device"] > 0
