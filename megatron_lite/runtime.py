@@ -180,7 +180,8 @@ def set_deterministic(enabled: bool) -> None:
         os.environ.setdefault("NCCL_ALGO", "Ring")  # trees and NVLink SHARP add in an order that depends on the run
         os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
         torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # a check of torch's own that costs time
+        # a check of torch's own that costs time
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def has_wandb_key() -> bool:

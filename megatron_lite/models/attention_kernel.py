@@ -17,6 +17,7 @@ Shapes: B batch, T queries, S keys, H heads, G KV groups, K head dim.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -40,12 +41,16 @@ class AttentionKernel:
         queries = query_BHTK.shape[1] // key_BGSK.shape[1]
         if self.repeats and queries > 1:
             key_BGSK, value_BGSK = (x.repeat_interleave(queries, dim=1) for x in (key_BGSK, value_BGSK))
-        # On CPU `enable_gqa` is as fast as any way of repeating the keys and values by hand (tried, both passes).
-        settings = {"attn_mask": mask, "is_causal": is_causal, "enable_gqa": queries > 1 and not self.repeats}
-        if self.backend is None:
-            return F.scaled_dot_product_attention(query_BHTK, key_BGSK, value_BGSK, **settings)
-        with sdpa_kernel(self.backend):
-            return F.scaled_dot_product_attention(query_BHTK, key_BGSK, value_BGSK, **settings)
+        with sdpa_kernel(self.backend) if self.backend is not None else nullcontext():
+            return F.scaled_dot_product_attention(
+                query_BHTK,
+                key_BGSK,
+                value_BGSK,
+                attn_mask=mask,
+                is_causal=is_causal,
+                # On CPU as fast as any way of repeating the keys and values by hand (tried, both passes).
+                enable_gqa=queries > 1 and not self.repeats,
+            )
 
 
 ANY = AttentionKernel("torch's choice")

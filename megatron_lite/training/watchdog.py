@@ -121,7 +121,7 @@ class Watchdog:
     def failed_first(self) -> str | None:
         """The rank that failed first, where and why, if a rank has told of it."""
         failure = self._notes.failure() if self._notes is not None else None
-        return failure and failure_text(failure)
+        return failure_text(failure) if failure else None
 
     def note_failure(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
