@@ -37,7 +37,8 @@ class Replicas:
             return
         own = [tensors[name] for name in self.names]
         flat = torch.cat([tensor.flatten() for tensor in own])
-        dist.broadcast(flat, group=self.mesh.group("tp"), group_src=0)
+        if flat.numel():  # a rank may hold no rows of so short tensors
+            dist.broadcast(flat, group=self.mesh.group("tp"), group_src=0)
         first = [part.view_as(tensor) for part, tensor in zip(flat.split([t.numel() for t in own]), own)]
         self._note(own, first)
         torch._foreach_copy_(own, first)
