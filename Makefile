@@ -18,8 +18,9 @@ test: env-dev    ## set up .venv with [dev] and run the tests
 test-slow: env-dev  ## the long tests: random layouts, kills, a real Slurm where it is installed
 	$(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder -m "slow and not gpu" tests/launch tests
 
-test-gpu: env-dev  ## what one GPU can show; skips itself without CUDA
+test-gpu: env-dev  ## what GPUs can show, as many as there are; skips what needs more
 	$(BIN)/python -m pytest -m gpu
+	MLITE_TEST_DEVICE=cuda $(BIN)/python -m pytest tests/parallel/test_collectives.py $(addprefix tests/engine/test_,same_numbers.py one_checkpoint.py skipping.py replicas.py)
 
 soak: env-dev    ## kill a run at 100 random moments; it must end with the same bits
 	$(BIN)/python -m tests.soak --kills 100

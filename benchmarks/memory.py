@@ -87,6 +87,7 @@ def main() -> None:
     """Print one table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="cuda: a GPU for each rank")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--layers", type=int, default=4)
@@ -107,9 +108,13 @@ def in_processes(mode: Mode, ranks: int, options: argparse.Namespace) -> tuple[d
 def measure(rank: int, ranks: int, mode: Mode, options: argparse.Namespace, folder: str) -> None:
     """In a rank: two steps to settle, then one that is watched."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=ranks)
+    device = torch.device(options.device, rank) if options.device == "cuda" else torch.device("cpu")
+    if options.device == "cuda":
+        torch.cuda.set_device(device)
+    backend = "cuda:nccl,cpu:gloo" if options.device == "cuda" else "gloo"
+    dist.init_process_group(backend, init_method=f"file://{folder}/meet", rank=rank, world_size=ranks)
     run = run_config(mode, ranks, options)
-    mesh = build_grid(run.parallel, run.engine, world_size=ranks, device=torch.device("cpu"))
+    mesh = build_grid(run.parallel, run.engine, world_size=ranks, device=device)
     engine = build_engine(run, mesh)
     draw = torch.Generator().manual_seed(rank)
     words = torch.randint(1, VOCABULARY, (options.micro_batch, LENGTH + 1), generator=draw)
@@ -118,6 +123,7 @@ def measure(rank: int, ranks: int, mode: Mode, options: argparse.Namespace, fold
         "targets": words[:, 1:],
         "loss_mask": torch.ones_like(words[:, 1:], dtype=torch.bool),
     }
+    batch = {key: value.to(device) for key, value in batch.items()}
     for _ in range(2):
         engine.train_step([batch], lr=1e-4)
     staying = storages()
@@ -195,7 +201,12 @@ def at_update(engine: Any, batch: dict[str, torch.Tensor], staying: dict[int, in
 
 
 def peak(step: Any) -> int:
-    """The most that was allocated at once while `step` ran, above what had been before."""
+    """The most that was allocated at once while `step` ran, above what had been before: on a GPU if it is used, else on the CPU."""
+    if torch.cuda.is_initialized():
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        return torch.cuda.max_memory_allocated() - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watch:
         step()
     events = [event for event in watch.profiler.kineto_results.events() if event.name() == "[memory]"]

@@ -3,15 +3,22 @@
 Notable features:
 - the only file that reads `os.environ`;
 - one process needs no process group: `start()` opens one only when a launcher says that there are several ranks;
+- where the host's own name leads nowhere, gloo is told which network interface to use, since it would bind to loopback;
+- an image's wish to compute fp32 in TF32 is not followed;
 - signals are only noted down here; the loop asks for `Signals.number` between two steps, so that nothing is interrupted.
 """
 
 from __future__ import annotations
 
 import datetime
+import fcntl
 import os
 import signal
+import socket
+import struct
 import time
+import warnings
+from contextlib import suppress
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -73,6 +80,7 @@ def start(*, timeout_seconds: float = 1800.0) -> Runtime:
         )
     if cuda:
         torch.cuda.set_device(device)
+        _keep_fp32()
     if world_size > 1:
         missing = [key for key in ("RANK", "MASTER_ADDR", "MASTER_PORT") if key not in os.environ]
         if missing:
@@ -80,10 +88,59 @@ def start(*, timeout_seconds: float = 1800.0) -> Runtime:
                 f"WORLD_SIZE={world_size} but {', '.join(missing)} not set: start with torchrun, or set them all"
             )
         if not dist.is_initialized():
+            if world_size > int(os.environ.get("LOCAL_WORLD_SIZE", world_size)):
+                _choose_gloo_interface(os.environ["MASTER_ADDR"])
             backend = "cuda:nccl,cpu:gloo" if cuda else "gloo"
             dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_seconds))
     job = os.environ.get("MLITE_JOB", "")
     return Runtime(rank=rank, world_size=world_size, local_rank=local_rank, device=device, job=job)
+
+
+def _choose_gloo_interface(master: str) -> None:
+    """Set GLOO_SOCKET_IFNAME to the interface that leads to `master`, unless it is set or the host's name resolves to a real one.
+
+    gloo binds to the address that the host's name resolves to, which on Debian's and Ubuntu's default is 127.0.1.1: no other host
+    reaches that.
+    """
+    if "GLOO_SOCKET_IFNAME" in os.environ:
+        return
+    try:
+        own = socket.gethostbyname(socket.gethostname())
+    except OSError:
+        own = "127.0.0.1"  # gloo then takes loopback too
+    if not own.startswith("127."):
+        return
+    name = interface_to(master)
+    if name is None:
+        warnings.warn(
+            f"the name {socket.gethostname()} resolves to {own}, which other hosts do not reach, and no interface was found that "
+            f"leads to MASTER_ADDR={master}: set GLOO_SOCKET_IFNAME to this host's network interface",
+            stacklevel=3,
+        )
+        return
+    os.environ["GLOO_SOCKET_IFNAME"] = name
+
+
+def interface_to(host: str) -> str | None:
+    """The network interface over which IPv4 packets to `host` leave; None where that cannot be found, or is loopback."""
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((host, 9))  # nothing is sent
+            address = probe.getsockname()[0]
+            for _, name in socket.if_nameindex():
+                with suppress(OSError):  # an interface without an address; 0x8915 is SIOCGIFADDR of Linux
+                    found = fcntl.ioctl(probe, 0x8915, struct.pack("256s", name.encode()[:15]))[20:24]
+                    if socket.inet_ntoa(found) == address and not address.startswith("127."):
+                        return name
+    except OSError:
+        return None
+    return None
+
+
+def _keep_fp32() -> None:
+    """fp32 products in fp32. TORCH_ALLOW_TF32_CUBLAS_OVERRIDE, which NVIDIA's images set, would make them TF32: 10 bits of 23."""
+    if os.environ.get("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "0") not in ("", "0"):
+        torch.set_float32_matmul_precision("highest")
 
 
 def ensure_process_group() -> None:
@@ -116,10 +173,15 @@ def set_threads(threads: int | None) -> int:
 
 
 def set_deterministic(enabled: bool) -> None:
-    """Ask torch for kernels that give the same bits twice (matters on GPUs; the CPU kernels used here already do)."""
+    """Ask torch, cuBLAS and NCCL for the same bits twice (matters on GPUs; the CPU kernels used here already do). Call it before
+    `start`: libraries read these variables when they begin. What is set already stays."""
     if enabled:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        os.environ.setdefault("NCCL_ALGO", "Ring")  # trees and NVLink SHARP add in an order that depends on the run
+        os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
         torch.use_deterministic_algorithms(True)
+        # a check of torch's own that costs time
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def has_wandb_key() -> bool:

@@ -1,4 +1,4 @@
-"""Run a function on several gloo processes from a test.
+"""Run a function on several processes from a test: on the CPU with gloo, or with MLITE_TEST_DEVICE=cuda on a GPU each with NCCL.
 
     from tests.distributed import run_ranks
 
@@ -10,6 +10,7 @@ Notable features:
 - One pool of workers for each world size, started at its first use and kept until pytest ends: importing torch costs
   seconds a process, a job then costs milliseconds. Each pytest-xdist worker has pools of its own.
 - Rendezvous through a file in a temporary folder: no port to collide on.
+- `device()` is the device of this process, the one place that decides it; tests that need more GPUs than there are skip themselves.
 - A rank's exception arrives in the test with its rank and traceback. A rank that hangs is named after the timeout, with
   where its Python stands; the pool is then killed and the next job starts a fresh one.
 
@@ -44,6 +45,18 @@ PATIENCE_SECONDS = 600.0
 GRACE_SECONDS = 3.0  # for the other ranks to fail too, once one has: their tracebacks often say why
 
 
+def device_type() -> str:
+    """Where tests run that can run anywhere: cpu or cuda."""
+    return os.environ.get("MLITE_TEST_DEVICE", "cpu")
+
+
+def device() -> Any:
+    """The `torch.device` of this process: of a worker, or of the test itself."""
+    import torch
+
+    return torch.device("cuda", torch.cuda.current_device()) if device_type() == "cuda" else torch.device("cpu")
+
+
 class RanksFailed(AssertionError):
     """One or more ranks raised, died or did not answer in time; the message says which, with tracebacks."""
 
@@ -51,13 +64,23 @@ class RanksFailed(AssertionError):
 def run_ranks(
     world_size: int, function: Callable[..., Any], *args: Any, timeout: float = PATIENCE_SECONDS
 ) -> list[Any]:
-    """`function(rank, world_size, *args)` on `world_size` processes in one gloo group: the results, in order of rank.
+    """`function(rank, world_size, *args)` on `world_size` processes in one group: the results, in order of rank.
 
     Raises RanksFailed when a rank raises, dies, or has not answered after `timeout` seconds.
     """
+    if device_type() == "cuda":
+        _skip_without_gpus(world_size)
     pool = _pool(world_size)
     pool.start()
     return pool.run((function.__code__.co_filename, function.__qualname__, args), timeout)
+
+
+def _skip_without_gpus(number: int) -> None:
+    import pytest
+    import torch
+
+    if torch.cuda.device_count() < number:
+        pytest.skip(f"needs {number} GPUs, this machine has {torch.cuda.device_count()}")
 
 
 @functools.cache
@@ -161,8 +184,10 @@ def _serve(rank: int, world_size: int, folder: str, pipe: Connection) -> None:
     with open(Path(folder, f"stack-{rank}.txt"), "w") as stack:
         faulthandler.enable(stack)
         torch.set_num_threads(1)
+        if device_type() == "cuda":
+            torch.cuda.set_device(rank)
         dist.init_process_group(
-            "gloo",
+            "cuda:nccl,cpu:gloo" if device_type() == "cuda" else "gloo",
             init_method=f"file://{folder}/rendezvous",
             rank=rank,
             world_size=world_size,

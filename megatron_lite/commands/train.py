@@ -35,16 +35,17 @@ def train(run: RunConfig) -> int:
     """One job of a run: build or resume, train, report. Returns the exit code."""
     if run.train.validate_only:
         return validate_only(run, world_size=launched_ranks())
+    set_deterministic(run.train.deterministic)
     runtime = start(timeout_seconds=run.watchdog.group_seconds)
     with ExitStack() as stack:
         watchdog = stack.enter_context(Watchdog(run.watchdog, runtime=runtime, run_dir=Path(run.run.dir)))
         stack.callback(stop)
         stack.callback(watchdog.end)
+        stack.push(watchdog.note_failure)
         validate(run, runtime.world_size)
         if _starts_afresh(run):
             build_schedule(run)  # refuses lengths that do not fit before anything is written
         set_threads(run.train.threads)
-        set_deterministic(run.train.deterministic)
         store = CheckpointStore.with_own_group(Path(run.run.dir) / "checkpoints", run.checkpoint)
         store.ranks.first(
             "lock run.dir",

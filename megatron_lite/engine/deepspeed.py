@@ -31,6 +31,7 @@ from megatron_lite.data.packing import Batch
 from megatron_lite.engine.base import BatchSums, StepResult
 from megatron_lite.engine.master_weights import compute_with_master_weights
 from megatron_lite.engine.mpu import ModelParallelUnit
+from megatron_lite.engine.replicas import Replicas
 from megatron_lite.engine.rows import by_rows, flat_part, own_rows, share_rows
 from megatron_lite.objectives.base import Objective
 from megatron_lite.optim.optimizer import OptimConfig, torch_adamw
@@ -120,6 +121,7 @@ class DeepSpeedEngine:
         deepspeed, self.unit = _start(mesh)
         self.objective, self.mesh = objective, mesh
         self.shards, self.stage = shards, config.zero_stage
+        self.replicas = Replicas(shards, mesh)
         self.parameters = dict(objective.decoder.named_parameters())
         for name, parameter in self.parameters.items():
             parameter.tensor_model_parallel = shards[name].tp_dim is not None  # type: ignore[attr-defined]
@@ -175,19 +177,29 @@ class DeepSpeedEngine:
         return loss.total, loss.tokens
 
     def state(self) -> State:
-        """See `Engine`: copies on the CPU, a data-parallel rank's share of the rows of each tensor."""
+        """See `Engine`: copies on the CPU, a data-parallel rank's share of the rows of each tensor.
+
+        Raises RuntimeError if copies of a tensor on tensor-parallel ranks differ by more than a last digit; those of the first
+        rank are saved.
+        """
         pieces = {}
         for kind in ("model", "exp_avg", "exp_avg_sq"):
-            for name, parameter in self.parameters.items():
-                if kind == "model":
-                    whole = self.fragments.safe_get_full_fp32_param(parameter)
-                else:
-                    whole = self.fragments.safe_get_full_optimizer_state(parameter, kind)
+            copies = {name: self._whole(kind, name) for name in self.replicas.names}
+            self.replicas.take_first(copies)
+            for name in self.parameters:
+                whole = copies[name] if name in copies else self._whole(kind, name)
                 rows = own_rows(whole, self.unit).to("cpu", copy=True)
                 info = self.shards[name]
                 pieces[f"{kind}.{name}"] = self.mesh.layout.piece(rows, info.global_shape, tp_dim=info.tp_dim)
+        self.replicas.check()
         steps = next(iter(self.adamw.state.values()))["step"]
         return State(pieces, {"adam_step": int(steps.item())})
+
+    def _whole(self, kind: str, name: str) -> Tensor:
+        """This tensor-parallel rank's shard of a tensor, all its rows. Collective over the data-parallel ranks."""
+        if kind == "model":
+            return self.fragments.safe_get_full_fp32_param(self.parameters[name])
+        return self.fragments.safe_get_full_optimizer_state(self.parameters[name], kind)
 
     def load_state(self, state: State) -> None:
         """See `Engine`."""
@@ -263,9 +275,10 @@ def _deepspeed() -> ModuleType:
     logging.disable(logging.WARNING)
     try:
         import deepspeed
-    except ImportError as error:
+    except Exception as error:  # not installed, or its import looks for a CUDA compiler and does not find one
         raise ValueError(
-            f"engine=deepspeed needs DeepSpeed ({error}): pip install 'megatron-lite[deepspeed]', or set engine=fsdp"
+            f"engine=deepspeed needs DeepSpeed ({type(error).__name__}: {error}): pip install "
+            "'megatron-lite[deepspeed]', or set engine=fsdp"
         ) from error
     finally:
         logging.disable(logging.NOTSET)
@@ -283,6 +296,7 @@ def _ds_config(
         "stage": config.zero_stage,
         "reduce_bucket_size": bucket,
         "allgather_bucket_size": bucket,
+        "overlap_comm": torch.cuda.is_available(),  # gradients are reduced beside backward; the CPU has no streams
         "stage3_param_persistence_threshold": 0,  # everything is sharded, small parameters too
         "memory_efficient_linear": False,  # it would replace torch.nn.functional.linear for the whole process
     }

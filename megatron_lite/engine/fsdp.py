@@ -3,9 +3,12 @@
 Notable features:
 - One process needs no wrapper and no process group: the same step runs on the plain module.
 - `engine.shard=full` gathers a layer for forward and again for backward (ZeRO-3), embedding and head once for both; `optimizer`
-  keeps all gathered weights in between (ZeRO-2); `none` keeps everything on every rank and only sums gradients: `build` gives it
-  a mesh whose shard dimension is 1.
-- Gradients are reduced on the last micro-batch only, as a sum: the loss was divided by the global token count before.
+  gathers all weights once a step and keeps them until its last backward (ZeRO-2); `none` keeps everything on every rank and only
+  sums gradients: `build` gives it a mesh whose shard dimension is 1.
+- Embedding and head are groups of their own: the first layer waits for the embedding's gather only, and the head's gradient, the
+  first that is complete, is reduced beside the rest of backward. (When they are one tensor, it is gathered first and reduced last.)
+- Gradients are reduced on the last micro-batch only, as a sum: the loss was divided by the global token count before. Until then
+  they are kept unsharded in fp32: with several micro-batches, 4 bytes for every parameter of a tensor-parallel shard.
 - Clipping, the finite check and the update stay on the device: nothing in a step waits for a number.
 """
 
@@ -24,11 +27,13 @@ from torch.distributed.fsdp import (
     MixedPrecisionPolicy,
     OffloadPolicy,
     fully_shard,
+    register_fsdp_forward_method,
 )
 from torch.distributed.tensor import DTensor
 
 from megatron_lite.data.packing import Batch
 from megatron_lite.engine.base import BatchSums, StepResult
+from megatron_lite.engine.replicas import Replicas
 from megatron_lite.objectives.base import Objective
 from megatron_lite.optim.optimizer import AdamW, OptimConfig
 from megatron_lite.parallel.assemble import Distribute, Materialize, undivided
@@ -74,7 +79,12 @@ class FsdpConfig:
                 shard(module, mp_policy=in_fp32, reshard_after_forward=self.shard == "full")
             for layer in materialize.decoder.layers:
                 shard(layer, mp_policy=policy, reshard_after_forward=self.shard == "full")
-            # embedding and head stay gathered: backward begins where forward ends
+            decoder = materialize.decoder
+            for module in (decoder.embedding, decoder.head) if decoder.head is not None else ():
+                # stays gathered: backward begins where forward ends
+                shard(module, mp_policy=policy, reshard_after_forward=False)
+            if decoder.head is not None:
+                register_fsdp_forward_method(decoder.head, "with_weight")  # what a loss calls
             shard(objective, mp_policy=policy, reshard_after_forward=False)
             for module in objective.modules():
                 if isinstance(module, FSDPModule):
@@ -95,7 +105,8 @@ class FsdpConfig:
         shards: dict[str, ShardInfo],
     ) -> FsdpEngine:
         """See `EngineConfig`."""
-        return FsdpEngine(objective, optim=optim, dtype=dtype, mesh=mesh, shards=shards)
+        keep = self.shard == "optimizer"
+        return FsdpEngine(objective, optim=optim, dtype=dtype, mesh=mesh, shards=shards, keep_gathered=keep)
 
 
 def computing(dtype: torch.dtype, objective: nn.Module) -> AbstractContextManager[None]:
@@ -104,7 +115,10 @@ def computing(dtype: torch.dtype, objective: nn.Module) -> AbstractContextManage
 
 
 class FsdpEngine:
-    """The engine over an objective that `FsdpConfig.distribute` divided; arguments as in `EngineConfig.build`."""
+    """The engine over an objective that `FsdpConfig.distribute` divided; arguments as in `EngineConfig.build`.
+
+    keep_gathered: weights stay gathered from a step's first forward to its last backward.
+    """
 
     def __init__(
         self,
@@ -114,9 +128,12 @@ class FsdpEngine:
         dtype: torch.dtype,
         mesh: Mesh,
         shards: dict[str, ShardInfo],
+        keep_gathered: bool = False,
     ) -> None:
+        self.keep_gathered = keep_gathered
         self.objective, self.mesh, self.dtype, self.shards = objective, mesh, dtype, shards
         self.clip_grad = optim.clip_grad
+        self.replicas = Replicas(shards, mesh)
         self.parameters = dict(objective.decoder.named_parameters())
         self.optimizer = AdamW({name: _local(parameter) for name, parameter in self.parameters.items()}, optim)
         self.optimizer_device = next(iter(self.optimizer.parameters.values())).device  # the CPU with engine.cpu_offload
@@ -126,13 +143,14 @@ class FsdpEngine:
         self.objective.train()
         sums = BatchSums(micro_batches, self.mesh.loss_groups)
         for index, batch in enumerate(micro_batches):
-            self._synchronize_gradients(index + 1 == len(micro_batches))
+            self._begin_micro_batch(last=index + 1 == len(micro_batches))
             with computing(self.dtype, self.objective):
                 loss = self.objective(batch)
                 (loss.total / sums.num_tokens).backward()
             sums.add(loss)
         mean, parts = sums.means()
         gradients = self._take_gradients()
+        self.replicas.take_first(gradients)
         norm = self._global_norm(gradients).to(mean.device)
         if self.clip_grad:
             scale = (self.clip_grad / (norm + 1e-6)).clamp(max=1.0).to(self.optimizer_device)
@@ -150,7 +168,8 @@ class FsdpEngine:
         return loss.total, loss.tokens
 
     def state(self) -> State:
-        """See `Engine`."""
+        """See `Engine`. Raises RuntimeError if copies of a gradient differed (see `Replicas`)."""
+        self.replicas.check()
         local = {f"model.{name}": tensor for name, tensor in self.optimizer.parameters.items()}
         local |= self.optimizer.moments()
         layout = self.mesh.layout
@@ -165,10 +184,11 @@ class FsdpEngine:
         """See `Engine`. The pieces are the live tensors: filled, they are loaded."""
         self.optimizer.adam_step = state.counters["adam_step"]
 
-    def _synchronize_gradients(self, enabled: bool) -> None:
+    def _begin_micro_batch(self, *, last: bool) -> None:
         if isinstance(self.objective, FSDPModule):
-            self.objective.set_requires_gradient_sync(enabled)
-            self.objective.set_is_last_backward(enabled)
+            self.objective.set_requires_gradient_sync(last)
+            self.objective.set_is_last_backward(last)
+            self.objective.set_reshard_after_backward(last or not self.keep_gathered)
 
     def _take_gradients(self) -> dict[str, Tensor]:
         """This rank's gradients by name, taken off the parameters; zeros where none arrived."""
@@ -182,11 +202,14 @@ class FsdpEngine:
     def _global_norm(self, gradients: dict[str, Tensor]) -> Tensor:
         """L2 norm over all ranks: every element of a global gradient counts once.
 
-        A gradient that tensor parallelism did not cut is the same on all its ranks: only the first one counts it.
+        A gradient that tensor parallelism did not cut is the same on all its ranks: only the first one counts it. The sum over all
+        ranks is one all-reduce, which gives every rank the same bits. Sums over one group after another would not: ranks could clip
+        by scales that differ in the last digit, and replicas would drift apart.
         """
         first = self.mesh.tp_rank == 0
         counted = [g for name, g in gradients.items() if first or self.shards[name].tp_dim is not None]
-        return sum_over(self.mesh.shard_groups, sum_of_squares(counted)).sqrt()
+        squares = sum_of_squares(counted) / self.mesh.degrees.dp_replicate
+        return sum_over(self.mesh.world, squares).sqrt()
 
 
 def sum_of_squares(tensors: list[Tensor]) -> Tensor:

@@ -11,9 +11,9 @@ value), K head dim.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megatron_lite.models.attention_kernel import attention_kernel
 from megatron_lite.models.config import ModelConfig
 from megatron_lite.models.context import LayerContext
 from megatron_lite.models.linear import Linear
@@ -37,8 +37,8 @@ class Attention(nn.Module):
 
     def forward(self, x_BTD: Tensor, context: LayerContext) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
-        batch, length, _ = x_BTD.shape
-        qkv_BTGNK = self.qkv(x_BTD).view(batch, length, -1, self.queries_per_group + 2, self.head_dim)
+        qkv_BTGNK = self.qkv(x_BTD).unflatten(-1, (-1, self.queries_per_group + 2, self.head_dim))
+        length = qkv_BTGNK.shape[1]
         # split, not slices: its backward is one concatenation, that of every slice a whole tensor of zeros.
         qk, value = qkv_BTGNK.split([self.queries_per_group + 1, 1], dim=3)
         if self.rotary_dim:
@@ -51,17 +51,10 @@ class Attention(nn.Module):
         if context.cache is not None:
             key_BGSK, value_BGSK = context.cache.append(key_BGSK, value_BGSK)
         mask = attention_mask(context, keys=key_BGSK.shape[2])
-        y_BHTK = F.scaled_dot_product_attention(
-            query_BHTK,
-            key_BGSK,
-            value_BGSK,
-            attn_mask=mask,
-            # Without a mask a single query is the newest token and sees everything; SDPA's own causal mask
-            # would align it with the first key.
-            is_causal=mask is None and length > 1,
-            # On CPU as fast as any way of repeating the keys and values by hand (tried, both passes).
-            enable_gqa=self.queries_per_group > 1,
-        )
+        kernel = attention_kernel(query_BHTK.device.type, query_BHTK.dtype, masked=mask is not None)
+        # Without a mask a single query is the newest token and sees everything; a causal mask would align it with the first key.
+        is_causal = mask is None and length > 1
+        y_BHTK = kernel(query_BHTK, key_BGSK, value_BGSK, mask=mask, is_causal=is_causal)
         return self.out(y_BHTK.transpose(1, 2).flatten(2))
 
 

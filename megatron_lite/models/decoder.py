@@ -78,6 +78,10 @@ class Decoder(nn.Module):
         padded = F.linear(x, self.embedding.weight) if self.head is None else self.head(x)
         return padded[..., : self.config.vocab_size]
 
+    def with_head_weight(self, function: Callable[[Tensor, Tensor], Tensor], x: Tensor) -> Tensor:
+        """`function(x, head_weight)`."""
+        return function(x, self.embedding.weight) if self.head is None else self.head.with_weight(function, x)
+
     def hidden(
         self, tokens_BT: Tensor, documents_BT: Tensor | None = None, cache: KeyValueCache | None = None
     ) -> Tensor:

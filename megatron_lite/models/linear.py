@@ -13,6 +13,8 @@ Shapes: V vocabulary rows, D width of a row.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -45,6 +47,11 @@ class Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
         return F.linear(x, self.weight, self.bias)
+
+    def with_weight(self, function: Callable[[Tensor, Tensor], Tensor], x: Tensor) -> Tensor:
+        """`function(x, weight)`, for a loss that reads the weight itself. An engine that shards the weight gathers it for this
+        call, as it does for `forward`."""
+        return function(x, self.weight)
 
     def initial(self) -> dict[str, Distribution]:
         """How each parameter starts: weights normal, bias zero."""

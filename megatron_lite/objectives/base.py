@@ -60,15 +60,19 @@ class Objective(nn.Module):
 
     def cross_entropy(self, x_BTD: Tensor, batch: dict[str, Tensor]) -> Tensor:
         """- sum over counted tokens of log p(target | x), 0-dim in fp32."""
-        return cross_entropy_sum(
-            x_BTD.flatten(0, 1),
-            self.decoder.head_weight,
-            batch["targets"].flatten(),
-            batch["loss_mask"].flatten(),
-            vocab_size=self.decoder.config.vocab_size,
-            vocab_start=self.vocab_start,
-            group=self.group,
-        )
+
+        def loss(x_ND: Tensor, weight_VD: Tensor) -> Tensor:
+            return cross_entropy_sum(
+                x_ND,
+                weight_VD,
+                batch["targets"].flatten(),
+                batch["loss_mask"].flatten(),
+                vocab_size=self.decoder.config.vocab_size,
+                vocab_start=self.vocab_start,
+                group=self.group,
+            )
+
+        return self.decoder.with_head_weight(loss, x_BTD.flatten(0, 1))
 
 
 class ObjectiveConfig:

@@ -100,17 +100,18 @@ def _all_gather(x: Tensor, *, group: dist.ProcessGroup, dim: int) -> Tensor:
 
 def _reduce_scatter(x: Tensor, *, group: dist.ProcessGroup, dim: int) -> Tensor:
     dim, size = dim % x.dim(), group.size()
-    slices = x.unflatten(dim, (size, _slice_length(x, size, dim))).movedim(dim, 0)
+    slices = x.unflatten(dim, (size, slice_length(x, size, dim))).movedim(dim, 0)
     stacked = slices.flatten(0, 1).contiguous()
     return _c10d.wait_tensor(_c10d.reduce_scatter_tensor(stacked, "sum", size, group.group_name))
 
 
 def _slice(x: Tensor, *, group: dist.ProcessGroup, dim: int) -> Tensor:
-    length = _slice_length(x, group.size(), dim)
+    length = slice_length(x, group.size(), dim)
     return x.narrow(dim, group.rank() * length, length).contiguous()
 
 
-def _slice_length(x: Tensor, size: int, dim: int) -> int:
+def slice_length(x: Tensor, size: int, dim: int) -> int:
+    """Entries of x along `dim` for each of `size` ranks. Raises ValueError when they do not divide."""
     if x.shape[dim] % size:
         raise ValueError(
             f"dimension {dim} of a tensor of shape {tuple(x.shape)} has {x.shape[dim]} entries, which do not divide "

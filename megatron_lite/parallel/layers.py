@@ -10,6 +10,11 @@ Notable features:
 - Gradients of replicated parameters that saw only part of the input are summed in the graph, by the module's forward:
   tensor hooks on sharded parameters do not fire under FSDP2.
 
+Under sequence parallelism the residual stream is (B, T/tp, D). What a layer reads is gathered rank by rank, as (tp B, T/tp, D):
+slice after slice, as an all-gather leaves it in memory. A layer that looks at one token at a time (an MLP) can use it like that,
+and a sum of its results is scattered from it, without a copy that brings the slices of a sequence together. Layers that look along
+a sequence put only their own, narrower tensors in order (`in_order`, `by_rank`).
+
 Shapes: B batch, T sequence (T/tp on the residual stream under sequence parallelism), D hidden, V vocabulary rows.
 """
 
@@ -40,16 +45,29 @@ class TensorParallel:
     sequence_parallel: bool = False
 
     def enter(self, x_BTD: Tensor) -> Tensor:
-        """From the residual stream to what every rank's shard of a layer reads: all of x, its gradient summed."""
+        """From the residual stream to what every rank's shard of a layer reads: all of x, rank by rank, its gradient summed."""
         if self.sequence_parallel:
-            return collectives.sequence_gather(x_BTD, self.group)
+            return collectives.sequence_gather(x_BTD, self.group, dim=0)
         return collectives.copy_in(x_BTD, self.group)
 
-    def leave(self, y_BTD: Tensor) -> Tensor:
-        """From the ranks' partial results to the residual stream: their sum."""
+    def leave(self, y: Tensor) -> Tensor:
+        """From the ranks' partial results, (B, T, D) or rank by rank (tp B, T/tp, D), to the residual stream: their sum."""
         if self.sequence_parallel:
-            return collectives.sequence_reduce_scatter(y_BTD, self.group)
-        return collectives.reduce_out(y_BTD, self.group)
+            return collectives.sequence_reduce_scatter(y, self.group, dim=0)
+        return collectives.reduce_out(y, self.group)
+
+    def in_order(self, x: Tensor) -> Tensor:
+        """(tp B, T/tp, ...) rank by rank -> (B, T, ...), whole sequences; the identity without sequence parallelism."""
+        if not self.sequence_parallel:
+            return x
+        return x.unflatten(0, (self.size, -1)).movedim(0, 1).flatten(1, 2)
+
+    def by_rank(self, x: Tensor) -> Tensor:
+        """The inverse of `in_order`. Raises ValueError if T is not a multiple of tp."""
+        if not self.sequence_parallel:
+            return x
+        length = collectives.slice_length(x, self.size, 1)
+        return x.unflatten(1, (self.size, length)).movedim(1, 0).flatten(0, 1)
 
     def on_stream(self, parameter: Tensor) -> Tensor:
         """A replicated parameter used on the residual stream; under sequence parallelism each rank's gradient knows only
@@ -87,6 +105,14 @@ class ColumnParallelLinear(TensorParallelModule):
     """
 
 
+class InOrderColumnParallelLinear(ColumnParallelLinear):
+    """One whose results are whole sequences: attention's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What the layer reads -> (B, T, out/tp)."""
+        return self.tp.in_order(super().forward(x))
+
+
 class RowParallelLinear(TensorParallelModule):
     """A linear layer with a share of the input features: weight (out, in/tp), bias replicated and added after the sum."""
 
@@ -94,9 +120,17 @@ class RowParallelLinear(TensorParallelModule):
     bias: nn.Parameter | None
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, T, in/tp) -> the residual stream (B, T, out)."""
+        """What column layers computed (..., in/tp) -> the residual stream (B, T, out)."""
         y = self.tp.leave(F.linear(x, self.weight))
         return y if self.bias is None else y + self.tp.on_stream(self.bias).to(y.dtype)
+
+
+class InOrderRowParallelLinear(RowParallelLinear):
+    """One that reads whole sequences: attention's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, in/tp) -> the residual stream (B, T, out)."""
+        return super().forward(self.tp.by_rank(x))
 
 
 class VocabParallelEmbedding(TensorParallelModule):
@@ -110,7 +144,7 @@ class VocabParallelEmbedding(TensorParallelModule):
         local_BT = tokens_BT - self.tp.rank * rows
         is_here_BT = (local_BT >= 0) & (local_BT < rows)
         x_BTD = super().forward(local_BT.masked_fill(~is_here_BT, 0))
-        return self.tp.leave(x_BTD.masked_fill(~is_here_BT[..., None], 0.0))
+        return self.tp.leave(self.tp.by_rank(x_BTD.masked_fill(~is_here_BT[..., None], 0.0)))
 
 
 class VocabParallelHead(TensorParallelModule):
@@ -140,6 +174,14 @@ class CopyIn(TensorParallelModule):
     def forward(self, *args: object) -> Tensor:
         """What the module returns, ready for column layers."""
         return self.tp.enter(super().forward(*args))
+
+
+class CopyInOrder(CopyIn):
+    """One that hands on whole sequences: the final norm, for the head and the loss."""
+
+    def forward(self, *args: object) -> Tensor:
+        """What the module returns, (B, T, D) on every rank."""
+        return self.tp.in_order(super().forward(*args))
 
 
 def parallelize_module(module: nn.Module, mixin: type[TensorParallelModule], tp: TensorParallel) -> None:

@@ -13,6 +13,7 @@ rank = (((pp rank x dp_replicate + replica) x dp_shard + shard rank) x cp + cp r
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -168,9 +169,9 @@ class Mesh:
         return self._groups("dp_shard", "dp_replicate")
 
     @property
-    def shard_groups(self) -> list[dist.ProcessGroup]:
-        """Summing over each of these groups in turn sums over all distinct shards of the model (not over replicas)."""
-        return self._groups("dp_shard", "tp", "pp")
+    def world(self) -> list[dist.ProcessGroup]:
+        """The one group of all processes; none for a single process."""
+        return [] if self.device_mesh is None else [dist.distributed_c10d._get_default_group()]
 
     @property
     def layout(self) -> Layout:
@@ -192,12 +193,21 @@ class Mesh:
 def build_mesh(degrees: Degrees, *, device: torch.device) -> Mesh:
     """The grid of all processes. Collective when there are several; `torch.distributed` must be initialized then.
 
-    device: this process's; its type decides between gloo (cpu) and NCCL (cuda).
+    device: this process's; its type decides between gloo (cpu) and NCCL (cuda). Its groups wait as long as the default group.
     """
     if degrees.world_size == 1:
         return Mesh(degrees, device)
     sizes = (degrees.pp, degrees.dp_replicate, degrees.dp_shard * degrees.cp, degrees.tp)
-    return Mesh(degrees, device, init_device_mesh(device.type, sizes, mesh_dim_names=_AXES))
+    mesh = Mesh(degrees, device, init_device_mesh(device.type, sizes, mesh_dim_names=_AXES))
+    timeout = group_timeout(mesh.world[0], device)
+    for axis in _AXES:  # torch gives them its own 30 minutes
+        dist.distributed_c10d._set_pg_timeout(timeout, mesh.group(axis))
+    return mesh
+
+
+def group_timeout(group: dist.ProcessGroup, device: torch.device) -> timedelta:
+    """How long a collective of `group` on `device` waits for the other processes."""
+    return group._get_backend(device).options._timeout
 
 
 def sum_over(groups: list[dist.ProcessGroup], value: torch.Tensor) -> torch.Tensor:

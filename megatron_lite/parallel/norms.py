@@ -39,7 +39,9 @@ class ReplicatedNorm(TensorParallelModule):
         """(..., D) -> (..., D)."""
         if not self.tp.sequence_parallel:
             return super().forward(x)
-        weights = {name: self.tp.on_stream(parameter) for name, parameter in self.named_parameters(recurse=False)}
+        names, parameters = zip(*self.named_parameters(recurse=False))
+        together = self.tp.on_stream(torch.cat(parameters))  # their gradients are summed in one all-reduce
+        weights = dict(zip(names, together.split([parameter.numel() for parameter in parameters])))
         return self.plain_forward(_Weights(eps=self.eps, **weights), x)
 
 

@@ -4,15 +4,18 @@ A plan maps a name below the module to an entry, or to several that are applied 
 
     column           linear layer, share of the output features; reads what a `copy_in` module returns
     row              linear layer, share of the input features; sums the ranks' results
+    column_in_order, row_in_order    the same for layers that look along the sequence, as attention does
     vocab            embedding or output head, share of the words
     shard(dim)       the plain parameter of that name, cut along dim
     replicated_norm  norm of the residual stream: weights on every rank, gradients summed under sequence parallelism
     sharded_norm     norm over a sharded width: statistics summed over the ranks
     copy_in          the module's output enters the sharded region: its gradient is summed in backward
+    copy_in_order    the same with whole sequences, for what looks along them
     tied_logits      decoder whose head is its embedding: gathers the logits in `logits`
 
 What column, row and copy_in do is Megatron-LM's (arXiv 1909.08053, section 3): one all-reduce a layer forward and one
-backward. Under sequence parallelism (arXiv 2205.05198) the same plan holds: `copy_in` gathers, `row` and `vocab` scatter.
+backward. Under sequence parallelism (arXiv 2205.05198) the same plan holds: `copy_in` gathers, `row` and `vocab` scatter. What is
+gathered lies rank by rank, not sequence by sequence: see `layers`.
 A new layer kind needs a plan of its own in MIXERS and a line in `MUST_DIVIDE`.
 """
 
@@ -30,6 +33,9 @@ from megatron_lite.models.mlp import MLP, GatedMLP
 from megatron_lite.parallel.layers import (
     ColumnParallelLinear,
     CopyIn,
+    CopyInOrder,
+    InOrderColumnParallelLinear,
+    InOrderRowParallelLinear,
     RowParallelLinear,
     TensorParallel,
     TensorParallelModule,
@@ -56,21 +62,25 @@ def shard(dim: int) -> Entry:
 
 
 column = Entry(ColumnParallelLinear, {"weight": 0, "bias": 0})
+column_in_order = Entry(InOrderColumnParallelLinear, {"weight": 0, "bias": 0})
 row = Entry(RowParallelLinear, {"weight": 1})
+row_in_order = Entry(InOrderRowParallelLinear, {"weight": 1})
 vocab_embedding = Entry(VocabParallelEmbedding, {"weight": 0})
 vocab_head = Entry(VocabParallelHead, {"weight": 0, "bias": 0})
 replicated_norm = Entry(ReplicatedNorm, {})
 sharded_norm = Entry(ShardedNorm, {"weight": 0, "bias": 0})
 copy_in = Entry(CopyIn, {})
+copy_in_order = Entry(CopyInOrder, {})
 tied_logits = Entry(TiedLogits, {})
 
 Plan = Mapping[str, tuple[Entry, ...]]
 
 # The norm before a mixer hands its output to column layers, the final norm hands its output to the head.
 ENTRANCE = (replicated_norm, copy_in)
+FINAL = (replicated_norm, copy_in_order)
 
 MIXERS: dict[type[nn.Module], Plan] = {
-    Attention: {"qkv": (column,), "out": (row,)},
+    Attention: {"qkv": (column_in_order,), "out": (row_in_order,)},
     MLP: {"up": (column,), "down": (row,)},
     GatedMLP: {"up": (column,), "gate": (column,), "down": (row,)},
 }
@@ -78,7 +88,7 @@ MIXERS: dict[type[nn.Module], Plan] = {
 
 def decoder_plan(decoder: Decoder) -> dict[str, tuple[Entry, ...]]:
     """The plan of a whole decoder. Raises ValueError for a layer kind without a plan."""
-    plan: dict[str, tuple[Entry, ...]] = {"embedding": (vocab_embedding,), "final_norm": ENTRANCE}
+    plan: dict[str, tuple[Entry, ...]] = {"embedding": (vocab_embedding,), "final_norm": FINAL}
     plan |= {"": (tied_logits,)} if decoder.head is None else {"head": (vocab_head,)}
     for index, layer in enumerate(decoder.layers):
         kind = type(layer.mixer)

@@ -12,6 +12,7 @@ be sharded.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,6 +35,14 @@ class PrecisionConfig:
         """Raise ValueError for a name that is not in DTYPES."""
         if self.name not in DTYPES:
             raise ValueError(f"precision.name={self.name} is unknown; choose one of {', '.join(DTYPES)}")
+
+    def warn_if_slow(self, device: torch.device) -> None:
+        """Warn where fp32 leaves a GPU's tensor cores idle: an H100 then reaches 67 TFLOP/s of 989."""
+        if self.name == "fp32" and device.type == "cuda":
+            warnings.warn(
+                "precision=fp32 on a GPU leaves its tensor cores idle, at about a tenth of the speed; precision=bf16 uses them",
+                stacklevel=2,
+            )
 
     @property
     def dtype(self) -> torch.dtype:

@@ -27,6 +27,7 @@ from megatron_lite.data.source import Source, open_validation
 from megatron_lite.data.tokenizer import fingerprint, load_tokenizer, vocabulary_size
 from megatron_lite.engine.base import Engine, EngineConfig
 from megatron_lite.hardware import device_peak_flops
+from megatron_lite.models.attention_kernel import attention_kernel
 from megatron_lite.models.config import ModelConfig
 from megatron_lite.models.flops import flops_per_token, parameter_count
 from megatron_lite.optim.schedule import BatchSize, LearningRate, Progress, Projection, Schedule, ScheduleConfig
@@ -147,6 +148,8 @@ def build_trainer(
         if runtime.is_main:
             report_changes(schedule, before=previous_schedule(run, manifest, start), phases=blend.phases)
     check_batch_sizes(run, schedule, world_size=runtime.world_size)
+    if runtime.is_main:
+        run.precision.warn_if_slow(runtime.device)
     mesh = build_grid(run.parallel, run.engine, world_size=runtime.world_size, device=runtime.device)
     starts_from_source = point is None and run.init_from.path is not None
     engine = build_engine(run, mesh, source=open_source(run, tokenizer, store.ranks) if starts_from_source else None)
@@ -235,6 +238,8 @@ def build_metrics(run: RunConfig, runtime: Runtime, *, consumed: int) -> Metrics
 def run_info(run: RunConfig, trainer: Trainer) -> RunInfo:
     """What trackers show of a run."""
     model = run.model
+    device, dtype = trainer.runtime.device.type, run.precision.dtype
+    kernel = attention_kernel(device, dtype, masked=run.data.reset_attention)
     size = f"{len(model.symbols)} layers, hidden {model.hidden_size}, vocabulary {model.vocab_size}"
     return RunInfo(
         run_dir=Path(run.run.dir),
@@ -246,6 +251,6 @@ def run_info(run: RunConfig, trainer: Trainer) -> RunInfo:
         model=f"{model.family}, {size}",
         parameters=parameter_count(model),
         tokens_per_step=run.train.global_batch_size * run.data.seq_len,
-        layout=f"{run.engine.name}, {run.precision.name}, {trainer.runtime.world_size} process(es)",
+        layout=f"{run.engine.name}, {run.precision.name}, {trainer.runtime.world_size} process(es), attention: {kernel.name}",
         peak=str(trainer.metrics.work.peak),
     )

@@ -68,7 +68,7 @@ class Metrics:
         self.work, self.log_every, self.clock = work, log_every, clock
         self._consumed = consumed_samples
         self._results: list[StepResult] = []
-        self._samples = 0
+        self._samples, self._rows = 0, 0
         self._since = clock()
 
     def start(self) -> None:
@@ -96,6 +96,8 @@ class Metrics:
         }
         seconds = self.clock() - self._since
         row.update(self._speed(seconds), memory_gib=memory_gib(self.work.device))
+        if self.work.device.type == "cuda":
+            row |= self._allocator(torch.cuda.memory_stats(self.work.device))
         self._results, self._samples, self._since = [], 0, self.clock()
         return row
 
@@ -109,6 +111,15 @@ class Metrics:
             yield
         finally:
             self._since += self.clock() - began
+
+    def _allocator(self, stats: dict[str, int]) -> dict[str, int]:
+        """What the allocator had to try again, once it has: such a run is short of memory and slow. After the first row, peaks are
+        those of training, not of building the model."""
+        if not self._rows:
+            torch.cuda.reset_peak_memory_stats(self.work.device)
+        self._rows += 1
+        retries = stats.get("num_alloc_retries", 0)
+        return {"allocation_retries": retries} if retries else {}
 
     def _speed(self, seconds: float) -> dict[str, Any]:
         work, steps = self.work, len(self._results)

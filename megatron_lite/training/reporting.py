@@ -43,7 +43,9 @@ def reported(trainer: Reported) -> Iterator[None]:
     except BaseException as error:
         text = error_text(error)
         if lost := _is_lost_connection(error):
-            text = f"rank {trainer.runtime.rank} lost another rank in {trainer.watchdog.phase}, see who ended first: {text}"
+            first = trainer.watchdog.failed_first() or "see who ended first"
+            text = f"rank {trainer.runtime.rank} lost another rank in {trainer.watchdog.phase}, {first}: {text}"
+        trainer.watchdog.fail(text)
         if not trainer.watchdog.has_reported():
             with suppress(OSError):  # on a full disk: the error to show is the first one, not this
                 write_status(trainer, "failed", text)

@@ -5,9 +5,11 @@
     thread:   looks at every tick where the loop is; publishes it in the process group's store
 
 Notable features:
-- Hang: when the loop has stayed in one phase for `timeout_seconds`, every rank that can writes the stacks of its threads (and on GPUs
-  the flight recorder) to <run.dir>/hang, the ranks compare notes, one of them names the culprit in status.json, and all exit.
-  Culprits are the ranks that do not answer, else those that are not waiting for other ranks.
+- Hang: when the loop has stayed in one phase for `timeout_seconds`, every rank that can writes the stacks of its threads and the
+  flight recorder to <run.dir>/hang, the ranks compare notes, one of them names the culprit in status.json (see `hang`), all exit.
+- Failure: a rank that fails tells the others through the store, one that is killed or whose node is lost stops renewing its
+  heartbeat, which the rank before it sees. gloo raises on the other ranks, NCCL does not: they sit in a kernel that never ends. So a
+  rank that is still there a few seconds later ends itself, with the name of the first that failed.
 - A rank whose interpreter is stuck (so that its watchdog thread cannot run either) is ended by faulthandler's C thread, stacks to
   stderr.
 - Slow: a rank's own time is the time that it does not spend waiting in a collective, sampled from its stack at every tick. Where
@@ -26,32 +28,24 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any
 
 import torch
 
+from megatron_lite.errors import error_text
 from megatron_lite.runtime import Runtime
-from megatron_lite.training.rank_notes import RankNotes
+from megatron_lite.training.hang import has_unfinished_collective, place, verdict, waits_for_others
+from megatron_lite.training.rank_notes import BEAT_SECONDS, GONE, Others, RankNotes, failure_text
 from megatron_lite.training.status import Status
 
 logger = logging.getLogger(__name__)
 EXIT_CODE = 3
 _START, _END = "start", "end"  # phases in which the run directory must not be written yet, or any more
 _COUNTED = ("data", "train_step", "agree")  # phases that belong to a step
-# A rank waits for others in torch's collectives, and in modules of ours that set `WAITS_FOR_OTHER_RANKS = True`.
-_WAITING = "torch/distributed/"
-_PASSED_THROUGH = (
-    "torch/_ops.py",
-    "torch/_library/",
-    "torch/utils/",
-    "torch/autograd/",
-    "contextlib.py",
-    "torch/_dynamo/",
-)
+_SECONDS_TO_FOLLOW = 10.0  # for a rank to end by itself once another one has failed
+_SECONDS_TO_LEAVE = 60.0  # for one that is on its way out: trackers are closed, the run directory is described
 
 
 @dataclass
@@ -60,11 +54,13 @@ class WatchdogConfig:
 
     slow_factor: own time per step, relative to the median of all ranks, above which a rank is reported as slow; 0: never.
     report_seconds: how often ranks are compared.
+    lost_seconds: age of a heartbeat (sent every 5 s) at which its rank counts as lost and the job ends; 0: never.
     """
 
     timeout_seconds: float = 1800.0
     slow_factor: float = 1.5
     report_seconds: float = 60.0
+    lost_seconds: float = 40.0
 
     @property
     def group_seconds(self) -> float:
@@ -79,6 +75,10 @@ class WatchdogConfig:
             raise ValueError(f"watchdog.slow_factor={self.slow_factor} must be above 1, or 0 to compare no ranks")
         if self.report_seconds <= 0:
             raise ValueError(f"watchdog.report_seconds={self.report_seconds} must be above 0")
+        if self.lost_seconds != 0 and self.lost_seconds < 15:
+            raise ValueError(
+                f"watchdog.lost_seconds={self.lost_seconds} must be at least 15, three heartbeats, or 0 to count no rank as lost"
+            )
 
 
 class Watchdog:
@@ -89,7 +89,8 @@ class Watchdog:
         self.enabled = config.timeout_seconds > 0 and runtime.world_size > 1
         self._tick = min(0.1, config.timeout_seconds / 20)
         self._where = (0, _START, time.monotonic())
-        self._steps, self._own = 0, 0.0
+        self._entered, self._steps, self._own = 0, 0, 0.0
+        self._leaving = False
         self._loop = threading.get_ident()
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
@@ -97,6 +98,7 @@ class Watchdog:
 
     def enter(self, phase: str, step: int) -> None:
         """The loop begins `phase` of `step`."""
+        self._entered += 1
         if phase == "train_step":
             self._steps += 1
         self._where = (step, phase, time.monotonic())
@@ -108,6 +110,25 @@ class Watchdog:
     def has_reported(self) -> bool:
         """Whether a rank's watchdog has written the verdict to status.json: errors of other ranks are then a consequence."""
         return self._notes is not None and self._notes.is_reported()
+
+    def fail(self, text: str) -> None:
+        """This rank fails with `text`, which the other ranks are told at once."""
+        step, phase, _ = self._where
+        self._leaving = True
+        if self._notes is not None:
+            self._notes.fail({"rank": self.runtime.rank, "step": step, "phase": phase, "text": text[:500]})
+
+    def failed_first(self) -> str | None:
+        """The rank that failed first, where and why, if a rank has told of it."""
+        failure = self._notes.failure() if self._notes is not None else None
+        return failure_text(failure) if failure else None
+
+    def note_failure(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """What an `ExitStack` calls (`push`) when the job ends, before anything that may wait for other ranks."""
+        if error is not None:
+            self.fail(error_text(error))
 
     @property
     def phase(self) -> str:
@@ -130,6 +151,8 @@ class Watchdog:
         if self._thread is not None:
             faulthandler.cancel_dump_traceback_later()
             self._thread.join(timeout=10)
+        if self._notes is not None and error is None:
+            self._notes.publish("beat", {"phase": GONE, "step": 0, "own": 0.0, "steps": 0})
 
     def _arm(self) -> None:
         """Set faulthandler's timer, which ends the process if this thread cannot: it needs no interpreter lock."""
@@ -140,8 +163,10 @@ class Watchdog:
     # ---- the thread
 
     def _watch(self, notes: RankNotes) -> None:
-        last = compared = time.monotonic()
-        published = last - 5.0  # the first note at once
+        last = compared = heard = time.monotonic()
+        published = last - BEAT_SECONDS  # the first note at once
+        number = 0
+        others = Others(notes, lost_seconds=self.config.lost_seconds)
         self._arm()
         while not self._ended.wait(self._tick):
             now = time.monotonic()
@@ -151,10 +176,16 @@ class Watchdog:
             last = now
             if now - since > self.config.timeout_seconds:
                 self._end_the_job(notes, now - since)
-            if now - published > min(5.0, self.config.timeout_seconds / 4, self.config.report_seconds / 2):
-                notes.publish("beat", {"step": step, "phase": phase, "own": self._own, "steps": self._steps})
+            if now - published > min(BEAT_SECONDS, self.config.timeout_seconds / 4, self.config.report_seconds / 2):
+                number += 1
+                beat = {"step": step, "phase": phase, "own": self._own, "steps": self._steps, "number": number}
+                heard = now if notes.publish("beat", beat) else heard
                 published = now
                 self._arm()
+                if others.have_failed(now, patience=_SECONDS_TO_LEAVE if self._leaving else _SECONDS_TO_FOLLOW):
+                    self._follow(notes)
+                if self.config.lost_seconds and now - heard > self.config.lost_seconds and phase != _END:
+                    self._end_without_a_store(now - heard)
             if self.runtime.rank == 0 and self.config.slow_factor and now - compared > self.config.report_seconds:
                 self._compare(notes)
                 compared = now
@@ -176,18 +207,18 @@ class Watchdog:
         """Dump the stacks, compare notes, write the verdict, end this process. Never returns."""
         rank = self.runtime.rank
         step, phase, _ = self._where
-        frame = self._frame()
+        frame, on_gpu = self._frame(), self.runtime.device.type == "cuda"
         try:
-            self._dump(rank)
-            notes.publish("hang", {"step": step, "phase": phase, "waits": waits_for_others(frame), "at": place(frame)})
+            record = self._dump(rank)
+            waits = has_unfinished_collective(record) if on_gpu and record else waits_for_others(frame)
+            note = {"step": step, "phase": phase, "entered": self._entered, "waits": waits, "at": place(frame)}
+            notes.publish("hang", note)
             patience = min(20.0, max(3.0, self.config.timeout_seconds / 4))
             if notes.first_to_arrive(patience):
-                verdict = self._verdict(notes.read("hang"), notes.read("beat"), seconds)
-                print(f"watchdog: {verdict}", file=sys.stderr, flush=True)
-                if phase not in (_START, _END):  # before, another process may own the run; after, its status is final
-                    Status(self.run_dir, main_process=True).write(
-                        "failed", step, verdict, job=self.runtime.job, time=time.time()
-                    )
+                found = [f"no progress for {seconds:.0f} s (watchdog.timeout_seconds={self.config.timeout_seconds:g})"]
+                world = self.runtime.world_size
+                found += verdict(notes.read("hang"), last_seen=notes.read("beat"), world_size=world, on_gpu=on_gpu)
+                self._write("; ".join(found) + f". Stacks: {self.run_dir}/hang")
                 notes.report()
         except Exception as error:  # whatever goes wrong here, the process must end
             print(
@@ -198,53 +229,47 @@ class Watchdog:
         finally:
             os._exit(EXIT_CODE)
 
-    def _dump(self, rank: int) -> None:
+    def _follow(self, notes: RankNotes) -> None:
+        """Another rank has failed and this one has not ended by itself: end it. Never returns."""
+        try:
+            if notes.is_first_to_report():
+                self._write(self.failed_first() or "another rank failed")
+                notes.report()
+        finally:
+            os._exit(EXIT_CODE)
+
+    def _end_without_a_store(self, seconds: float) -> None:
+        """Nobody can be told or asked any more: the store's host, where rank 0 runs, is lost. Never returns."""
+        try:
+            step, phase, _ = self._where
+            text = f"rank {self.runtime.rank} in step {step}, {phase}: no answer for {seconds:.0f} s from the process group's store, "
+            text += "which the node of rank 0 holds"
+            if self.runtime.rank == self.runtime.world_size - 1:  # one of those that may be left
+                self._write(text)
+            else:
+                print(f"watchdog: {text}", file=sys.stderr, flush=True)
+        finally:
+            os._exit(EXIT_CODE)
+
+    def _write(self, text: str) -> None:
+        """Say it on stderr and in status.json, if the run is this job's: before, another may own it; after, its status is final."""
+        step, phase, _ = self._where
+        print(f"watchdog: {text}", file=sys.stderr, flush=True)
+        if phase not in (_START, _END):
+            Status(self.run_dir, main_process=True).write("failed", step, text, job=self.runtime.job, time=time.time())
+
+    def _dump(self, rank: int) -> bytes | None:
+        """Write this rank's stacks and its flight recorder, and return what that has recorded."""
         folder = self.run_dir / "hang"
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / f"rank_{rank:05}.txt").open("w") as file:
             faulthandler.dump_traceback(file, all_threads=True)
         recorder = "nccl" if self.runtime.device.type == "cuda" else "fr"  # NCCL keeps a recorder of its own
         record = getattr(torch._C._distributed_c10d, f"_dump_{recorder}_trace_json", None)
-        if record is not None:
-            (folder / f"rank_{rank:05}.flight.json").write_bytes(record())
-
-    def _verdict(self, notes: dict[int, dict[str, Any]], beats: dict[int, dict[str, Any]], seconds: float) -> str:
-        world = self.runtime.world_size
-        silent = [rank for rank in range(world) if rank not in notes]
-        busy = [rank for rank, note in notes.items() if not note["waits"]]
-        parts = [f"no progress for {seconds:.0f} s (watchdog.timeout_seconds={self.config.timeout_seconds:g})"]
-        for rank in silent[:8]:
-            seen = beats.get(rank)
-            last = f"last seen in step {seen['step']}, {seen['phase']}" if seen else "never seen"
-            parts.append(f"rank {rank} does not answer ({last})")
-        for rank in busy[:8]:
-            note = notes[rank]
-            parts.append(f"rank {rank} is stuck in step {note['step']}, {note['phase']}, at {note['at']}")
-        waiting = sorted(set(notes) - set(busy))
-        if waiting:
-            first = notes[waiting[0]]
-            verb = "wait" if len(waiting) > 1 else "waits"
-            where = f"step {first['step']}, {first['phase']}, at {first['at']}"
-            parts.append(f"{numbers(waiting)} {verb} for others in {where}")
-        return "; ".join(parts) + f". Stacks: {self.run_dir}/hang"
-
-
-def waits_for_others(frame: FrameType | None) -> bool:
-    """Whether the innermost frame, wrappers of torch left aside, is in a collective or waits for one."""
-    while frame is not None and any(part in frame.f_code.co_filename for part in _PASSED_THROUGH):
-        frame = frame.f_back
-    if frame is None:
-        return False
-    return _WAITING in frame.f_code.co_filename or bool(frame.f_globals.get("WAITS_FOR_OTHER_RANKS"))
-
-
-def place(frame: FrameType | None) -> str:
-    """The innermost line outside of torch, e.g. `megatron_lite/engine/fsdp.py:131 train_step`."""
-    while frame is not None and "/torch/" in frame.f_code.co_filename:
-        frame = frame.f_back
-    if frame is None:
-        return "an unknown place"
-    return f"{'/'.join(Path(frame.f_code.co_filename).parts[-3:])}:{frame.f_lineno} {frame.f_code.co_name}"
+        recorded = record() if record is not None else None
+        if recorded is not None:
+            (folder / f"rank_{rank:05}.flight.json").write_bytes(recorded)
+        return recorded
 
 
 def slow_ranks(times: dict[int, float], factor: float) -> list[int]:
@@ -253,15 +278,3 @@ def slow_ranks(times: dict[int, float], factor: float) -> list[int]:
         return []
     typical = statistics.median_low(times.values())  # of two ranks, the faster one
     return sorted((rank for rank, own in times.items() if own > factor * max(typical, 1e-3)), key=lambda r: -times[r])
-
-
-def numbers(ranks: Sequence[int]) -> str:
-    """`rank 3` or `ranks 0-2, 7`."""
-    runs: list[list[int]] = []
-    for rank in ranks:
-        if runs and rank == runs[-1][1] + 1:
-            runs[-1][1] = rank
-        else:
-            runs.append([rank, rank])
-    text = ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
-    return f"rank{'s' if len(ranks) > 1 else ''} {text}"

@@ -22,6 +22,7 @@ from megatron_lite.parallel.mesh import ParallelConfig
 from megatron_lite.precision.dtypes import PrecisionConfig
 from megatron_lite.training.build import build_engine, build_grid
 from megatron_lite.training.config import RunConfig
+from tests.distributed import device
 from tests.engine.bugs import BUGS
 from tests.model_configs import model_config
 
@@ -35,7 +36,6 @@ PEAK = 1e-3
 # Adam's g / (|g| + eps) has the slope 1 / eps at 0: with the usual 1e-8 it makes a tenth of the learning rate out of a difference
 # of 1e-9, which is the last digit of gradients of 1e-2. With 1e-6 weights agree as well as gradients do.
 EPS = 1e-6
-DEVICE = torch.device("cpu")
 
 # Reordered fp32 sums differ by 1e-7 in losses and by at most 2e-6 in gradients, whether torch, oneDNN and MKL use AVX-512, AVX2 or SSE;
 # a doubled gradient moves 20 losses of Adam by 3e-6.
@@ -104,7 +104,7 @@ def micro_batches(step: int, *, rank: int = 0, ranks: int = 1, size: int = 1) ->
     share = SAMPLES // ranks
     samples = [sample(step, index) for index in range(rank * share, (rank + 1) * share)]
     return [
-        {key: torch.stack([s[key] for s in samples[start : start + size]]) for key in samples[0]}
+        {key: torch.stack([s[key] for s in samples[start : start + size]]).to(device()) for key in samples[0]}
         for start in range(0, share, size)
     ]
 
@@ -113,7 +113,7 @@ def open_engine(case: Case, world_size: int) -> tuple[Any, int, int]:
     """(engine, this process's data-parallel rank, number of them)."""
     run = run_config(case)
     run.engine.validate()
-    mesh = build_grid(run.parallel, run.engine, world_size=world_size, device=DEVICE)
+    mesh = build_grid(run.parallel, run.engine, world_size=world_size, device=device())
     return build_engine(run, mesh), mesh.data_parallel_rank, mesh.data_parallel_size
 
 
@@ -158,7 +158,7 @@ def move_off_zero(engine: Any) -> None:
 def boxes(engine: Any, prefix: str) -> Boxes:
     """The engine's pieces as plain values."""
     return {
-        key: (piece.global_shape, piece.offsets, piece.local.detach().clone())
+        key: (piece.global_shape, piece.offsets, piece.local.detach().cpu().clone())
         for key, piece in engine.state().tensors.items()
         if key.startswith(prefix)
     }

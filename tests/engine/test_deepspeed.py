@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -22,6 +23,15 @@ def test_unknown_stage(stage: int) -> None:
 def test_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "deepspeed", None)
     with pytest.raises(ValueError, match=r"pip install 'megatron-lite\[deepspeed\]'"):
+        DeepSpeedConfig().validate()
+
+
+def test_a_library_that_cannot_be_imported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Older ones look for nvcc when they are imported on a machine with a GPU."""
+    (tmp_path / "deepspeed.py").write_text("raise OSError('CUDA_HOME does not exist')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "deepspeed", raising=False)
+    with pytest.raises(ValueError, match="engine=deepspeed.*OSError: CUDA_HOME.*engine=fsdp"):
         DeepSpeedConfig().validate()
 
 

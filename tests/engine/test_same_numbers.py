@@ -10,7 +10,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from megatron_lite.engine.fsdp import sum_of_squares
-from tests.distributed import run_ranks
+from tests.distributed import RanksFailed, run_ranks
 from tests.engine import harness
 from tests.engine.bugs import BUGS
 from tests.engine.harness import Case, Trace
@@ -127,11 +127,38 @@ def test_gradients_travel_once_a_step() -> None:
     assert one == four > 0
 
 
-@pytest.mark.parametrize(("shard", "gathers"), [("full", 2 * 4 + 1), ("optimizer", 4 + 1)])
-def test_embedding_and_head_are_gathered_once_a_micro_batch(shard: str, gathers: int) -> None:
-    """The four layers once for forward and, sharded fully, once more for backward."""
-    case = Case(engine={"shard": shard}, micro_batch=4)
+@pytest.mark.parametrize(
+    ("shard", "micro_batch", "gathers"),
+    [("full", 4, 2 * 4 + 3), ("full", 2, 2 * (2 * 4 + 3)), ("optimizer", 4, 4 + 3), ("optimizer", 1, 4 + 3)],
+)
+def test_how_often_weights_are_gathered(shard: str, micro_batch: int, gathers: int) -> None:
+    """`full`: the four layers for forward and for backward, embedding, head and final norm once, for each micro-batch.
+    `optimizer`: each once a step."""
+    case = Case(engine={"shard": shard}, micro_batch=micro_batch)
     assert run_ranks(2, collectives, "c10d::_allgather_base", case) == [gathers, gathers]
+
+
+def in_turn(rank: int, world_size: int, case: Case) -> list[str]:
+    """Which groups are gathered and reduced in a step, in the order in which it is asked for."""
+    from torch.distributed.fsdp._fully_shard import _fsdp_param_group as groups
+
+    engine, place, places = harness.open_engine(case, world_size)
+    seen: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        for name, word in (("foreach_all_gather", "gather"), ("foreach_reduce", "reduce")):
+            right = getattr(groups, name)
+            patch.setattr(groups, name, lambda params, *a, right=right, word=word, **k: (
+                seen.append(f"{word} {params[0]._module_info.module.__class__.__name__}"), right(params, *a, **k)
+            )[1])  # fmt: skip
+        engine.train_step(harness.micro_batches(1, rank=place, ranks=places, size=case.micro_batch), lr=1e-3)
+    return seen
+
+
+def test_the_head_is_reduced_first_and_the_embedding_gathered_before_it() -> None:
+    for seen in run_ranks(2, in_turn, Case(engine={"shard": "optimizer"}, micro_batch=4)):
+        gathers = [name for name in seen if name.startswith("gather")]
+        assert gathers.index("gather FSDPEmbedding") < gathers.index("gather FSDPLinear") == len(gathers) - 1, seen
+        assert next(name for name in seen if name.startswith("reduce")) == "reduce FSDPLinear", seen
 
 
 def local_elements(rank: int, world_size: int, case: Case) -> int:
@@ -152,5 +179,9 @@ def test_what_a_rank_keeps() -> None:
 @pytest.mark.parametrize("engine", [{}, zero(1)], ids=["fsdp", "deepspeed"])
 def test_a_planted_bug_is_found(bug: str, engine: dict[str, object]) -> None:
     """The harness would notice: each of these hides behind Adam in a plain look at the losses."""
+    if "not reduced" in bug:  # what differs between tensor-parallel ranks is found by the engine itself
+        with pytest.raises(RanksFailed, match=r"norm.*' differed between tensor-parallel ranks"):
+            run_ranks(2, train, Case(SEQUENCE, engine, micro_batch=4), 3, bug)
+        return
     traces = run_ranks(2, train, Case(SEQUENCE, engine, micro_batch=4), 3, bug)
     assert harness.differences(one_process(), traces) != []

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from megatron_lite.checkpoint.opening import load_tensors
+from megatron_lite.models.attention_kernel import MATH, attention_kernel
 from tests import runs
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -59,3 +60,22 @@ def test_deterministic_resumes_to_the_same_bits(tiny_data, tmp_path):
     runs.run(tiny_data, tmp_path / "stopped", "train.deterministic=true", "train.stop_at=9")
     runs.run(tiny_data, tmp_path / "stopped", "train.deterministic=true")
     assert runs.curve(tmp_path / "stopped") == runs.curve(tmp_path / "straight")
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)]
+)  # bf16: 2^-8 of sums of 64
+def test_the_chosen_attention_kernel_runs_and_is_right(dtype, tolerance, masked):
+    """Forward and backward, with grouped heads."""
+    draw = torch.Generator("cuda").manual_seed(0)
+    inputs = [torch.randn(2, heads, 64, 32, generator=draw, device="cuda", dtype=dtype) for heads in (6, 2, 2)]
+    mask = torch.ones(64, 64, device="cuda", dtype=torch.bool).tril()[None, None] if masked else None
+    results = []
+    for kernel in (attention_kernel("cuda", dtype, masked=masked), MATH):
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        y = kernel(*leaves, mask=mask, is_causal=not masked)
+        y.float().square().sum().backward()
+        results.append([y, *(leaf.grad for leaf in leaves)])
+    for found, expected in zip(*results):
+        assert (found - expected).abs().max() <= tolerance * expected.abs().max()

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_lite.parallel import collectives
-from tests.distributed import run_ranks
+from tests.distributed import device, run_ranks
 
 RANKS, SHAPE = 4, (3, 8, 5)  # B, T, D
 DIM = 1
@@ -48,7 +48,7 @@ GLOBAL: dict[str, Callable[[Tensor], Tensor]] = {
 
 def run_one(rank: int, world_size: int, name: str, strided: bool) -> tuple[Tensor, Tensor]:
     stacked, grads = inputs(name)
-    x, grad = stacked[rank].clone(), grads[rank]
+    x, grad = stacked[rank].to(device(), copy=True), grads[rank].to(device())
     if strided:
         x, grad = (t.transpose(0, 2).contiguous().transpose(0, 2) for t in (x, grad))
         assert not x.is_contiguous()
@@ -57,7 +57,7 @@ def run_one(rank: int, world_size: int, name: str, strided: bool) -> tuple[Tenso
     group = dist.group.WORLD
     y = function(x * 1.0, group, **({} if name in ("copy_in", "reduce_out", "total") else {"dim": DIM}))
     y.backward(grad)
-    return y.detach(), x.grad
+    return y.detach().cpu(), x.grad.cpu()
 
 
 @pytest.mark.parametrize("strided", [False, True])
@@ -77,7 +77,7 @@ def test_forward_and_backward(name: str, strided: bool) -> None:
 
 def uneven(rank: int, world_size: int) -> str:
     try:
-        collectives.sequence_reduce_scatter(torch.zeros(2, 7, 3), dist.group.WORLD)
+        collectives.sequence_reduce_scatter(torch.zeros(2, 7, 3, device=device()), dist.group.WORLD)
     except ValueError as error:
         return str(error)
     return ""

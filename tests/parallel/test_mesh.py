@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_lite.parallel.global_view import Layout
-from megatron_lite.parallel.mesh import CPU, Degrees, Mesh, ParallelConfig, build_mesh, sum_over
-from tests.distributed import run_ranks
+from megatron_lite.parallel.mesh import CPU, Degrees, Mesh, ParallelConfig, build_mesh, group_timeout, sum_over
+from tests.distributed import PATIENCE_SECONDS, run_ranks
 
 
 @given(replicate=st.integers(1, 6), shard=st.integers(1, 6), tp=st.integers(1, 8))
@@ -50,7 +50,7 @@ def test_one_process_has_no_groups() -> None:
     mesh = build_mesh(ParallelConfig().degrees(1), device=CPU)
     assert mesh == Mesh()
     assert not dist.is_initialized()
-    assert (mesh.loss_groups, mesh.shard_groups) == ([], [])
+    assert (mesh.loss_groups, mesh.world) == ([], [])
     assert (mesh.tp_rank, mesh.tp_size, mesh.data_parallel_rank, mesh.data_parallel_size, mesh.stage) == (0, 1, 0, 1, 0)
     assert mesh.layout == Layout()
 
@@ -66,8 +66,18 @@ def places(rank: int, world_size: int, degrees: Degrees) -> dict[str, object]:
         "tp_ranks": dist.get_process_group_ranks(mesh.group("tp")),
         "summed over": sum_over(mesh.loss_groups, torch.tensor([10**rank])).item(),
         "layout": (layout.dp_rank, layout.dp_size, layout.tp_rank, layout.tp_size),
-        "pieces": [dist.get_process_group_ranks(group) for group in mesh.shard_groups],
     }
+
+
+def timeouts(rank: int, world_size: int, degrees: Degrees) -> set[float]:
+    mesh = build_mesh(degrees, device=CPU)
+    groups = [mesh.group(axis) for axis in ("pp", "dp_replicate", "dp_shard", "tp")]
+    return {group_timeout(group, CPU).total_seconds() for group in [*mesh.world, *groups]}
+
+
+def test_all_groups_wait_as_long_as_the_default_group() -> None:
+    """The watchdog, which names a culprit, must be the first to end a job that hangs."""
+    assert run_ranks(4, timeouts, Degrees(dp_shard=2, tp=2)) == [{PATIENCE_SECONDS}] * 4
 
 
 def test_places_tensor_parallel_ranks_are_neighbors() -> None:
@@ -77,7 +87,6 @@ def test_places_tensor_parallel_ranks_are_neighbors() -> None:
     assert [r["tp_ranks"] for r in results] == [[0, 1], [0, 1], [2, 3], [2, 3]]
     assert [r["summed over"] for r in results] == [101, 1010, 101, 1010]
     assert [r["layout"] for r in results] == [(0, 2, 0, 2), (0, 2, 1, 2), (1, 2, 0, 2), (1, 2, 1, 2)]
-    assert results[0]["pieces"] == [[0, 2], [0, 1]]
     assert results[0]["fsdp"] == ("dp_shard",)
 
 
@@ -86,7 +95,6 @@ def test_places_replicas_are_outermost() -> None:
     assert [r["data"] for r in results] == [(0, 4), (1, 4), (2, 4), (3, 4)]
     assert [r["summed over"] for r in results] == [1111] * 4
     assert [r["layout"] for r in results] == [(0, 2, 0, 1), (1, 2, 0, 1), (0, 2, 0, 1), (1, 2, 0, 1)]
-    assert results[3]["pieces"] == [[2, 3]]
     assert results[0]["fsdp"] == ("dp_replicate", "dp_shard")
 
 
@@ -101,4 +109,3 @@ def test_pipeline_stages_are_outermost() -> None:
     results = run_ranks(4, places, Degrees(pp=2, dp_shard=2))
     assert [r["stage"] for r in results] == [0, 0, 1, 1]
     assert [r["summed over"] for r in results] == [11, 11, 1100, 1100]
-    assert results[0]["pieces"] == [[0, 1], [0, 2]]

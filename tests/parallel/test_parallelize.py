@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from dataclasses import dataclass, replace
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_lite.engine.fsdp import FsdpConfig
 from megatron_lite.models.config import AttentionConfig, MlpConfig, ModelConfig, RopeConfig
@@ -16,6 +18,7 @@ from megatron_lite.models.decoder import Decoder
 from megatron_lite.models.initialization import initialize_model_
 from megatron_lite.objectives.next_token import NextToken
 from megatron_lite.parallel.assemble import Materialize, assemble, bare, seeded
+from megatron_lite.parallel.collectives import sequence_gather
 from megatron_lite.parallel.cross_entropy import cross_entropy_sum
 from megatron_lite.parallel.layers import ShardInfo, TensorParallel, shard_info
 from megatron_lite.parallel.mesh import CPU, Mesh, ParallelConfig, build_mesh
@@ -218,6 +221,51 @@ def test_what_is_cut_where() -> None:
     assert infos["layers.0.mixer.out.bias"] == ShardInfo((32,))
     assert infos["layers.1.norm.weight"] == ShardInfo((32,))
     assert infos["layers.1.mixer.down.weight"] == ShardInfo((32, 48), tp_dim=1, start=24)
+
+
+class LargeCopies(TorchDispatchMode):
+    """Counts copies of at least `elements`, by operator."""
+
+    def __init__(self, elements: int) -> None:
+        super().__init__()
+        self.elements, self.seen = elements, Counter[str]()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and result.numel() >= self.elements and "c10d" in str(func):
+            self.seen["collective"] += 1
+        if func in (torch.ops.aten.clone.default, torch.ops.aten.copy_.default) and result.numel() >= self.elements:
+            self.seen["copy"] += 1
+        return result
+
+
+WIDE = replace(NEMOTRON, hidden_size=64, attention=AttentionConfig(heads=8, kv_heads=4, head_dim=4))
+
+
+def copies(
+    rank: int, world_size: int, config: ModelConfig, parallel: ParallelConfig
+) -> tuple[Counter[str], Counter[str]]:
+    """Of whole gathered sequences: within the layers, forward and backward; and in one gather along the sequence."""
+    decoder = build(world_size, config, parallel)
+    data = batch(config)
+    context = decoder.context(data["tokens"], data["documents"])
+    stream = torch.randn(3, 16 // world_size, config.hidden_size, requires_grad=True)
+    with LargeCopies(3 * 16 * config.hidden_size) as watch:
+        x = stream
+        for layer in decoder.layers:
+            x = layer(x, context)
+        x.sum().backward()
+    with LargeCopies(watch.elements) as along_the_sequence:
+        sequence_gather(stream, dist.group.WORLD, dim=1)
+    return watch.seen, along_the_sequence.seen
+
+
+def test_sequence_parallel_layers_copy_nothing_around_their_collectives() -> None:
+    """Four layers gather once in forward and once in backward; their slices are used as they arrive."""
+    for seen, along_the_sequence in run_ranks(2, copies, WIDE, ParallelConfig(tp=2, sequence_parallel=True)):
+        assert seen["collective"] >= 8
+        assert seen["copy"] == 0
+        assert along_the_sequence["copy"] == 1
 
 
 @pytest.mark.parametrize("world_size", [1, 2])

@@ -68,6 +68,17 @@ def test_a_row_has_the_promised_keys_and_the_formula_of_mfu() -> None:
     json.dumps(row)
 
 
+def test_on_a_gpu_building_does_not_count_as_peak_and_retries_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    resets, retries = [], iter([0, 0, 3])
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", resets.append)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 2**30 * (2 - len(resets)))
+    monkeypatch.setattr(torch.cuda, "memory_stats", lambda device: {"num_alloc_retries": next(retries)})
+    meter = Metrics(work(device=torch.device("cuda", 0)), clock=Clock())
+    rows = [meter.update(result(1.0), step=step, consumed_samples=step, lr=1e-3) for step in (1, 2, 3)]
+    assert [row and row["memory_gib"] for row in rows] == [2.0, 1.0, 1.0]
+    assert [row and row.get("allocation_retries") for row in rows] == [None, None, 3]
+
+
 def test_parts_of_the_loss_are_averaged_over_tokens_and_named_in_the_row() -> None:
     meter = Metrics(work(), log_every=2, clock=Clock())
     for step, (tokens, part) in enumerate([(1, 8.0), (3, 4.0)], start=1):

@@ -6,6 +6,8 @@ import json
 import os
 import re
 import signal
+import socket
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -15,13 +17,12 @@ import pytest
 import torch
 
 from megatron_lite.errors import TrainingFailedError
-from megatron_lite.parallel import collectives
 from megatron_lite.runtime import Runtime
-from megatron_lite.training import metrics
+from megatron_lite.training.rank_notes import Others
 from megatron_lite.training.reporting import reported
 from megatron_lite.training.status import Status
 from megatron_lite.training.trainer import Position
-from megatron_lite.training.watchdog import Watchdog, WatchdogConfig, numbers, place, slow_ranks, waits_for_others
+from megatron_lite.training.watchdog import Watchdog, WatchdogConfig, slow_ranks
 from tests import runs
 from tests.launch import local_run
 
@@ -33,38 +34,6 @@ def test_slow_ranks():
     assert slow_ranks({0: 0.0, 1: 0.0005}, 1.5) == []  # below a millisecond nobody is slow
 
 
-def test_numbers():
-    assert numbers([3]) == "rank 3"
-    assert numbers([0, 1, 2, 7, 9, 10]) == "ranks 0-2, 7, 9-10"
-
-
-def test_a_frame_of_ours_waits_for_nobody():
-    assert not waits_for_others(sys._getframe())
-    assert place(sys._getframe()).endswith("test_a_frame_of_ours_waits_for_nobody")
-    assert not waits_for_others(None)
-
-
-def frame(file: str, back: SimpleNamespace | None = None, **names: object) -> SimpleNamespace:
-    """A frame of a function in `file`."""
-    return SimpleNamespace(f_code=SimpleNamespace(co_filename=f"/somewhere/{file}"), f_globals=names, f_back=back)
-
-
-def test_a_rank_waits_for_others_in_torchs_collectives():
-    """Also when torch's wrappers are the innermost frames; code that a collective calls back works for itself."""
-    collective = frame("torch/distributed/distributed_c10d.py")
-    assert waits_for_others(collective)
-    assert waits_for_others(frame("torch/_ops.py", frame("torch/utils/_contextlib.py", collective)))
-    assert not waits_for_others(frame("torch/nn/functional.py", collective))
-    assert not waits_for_others(frame("torch/_ops.py"))
-
-
-def test_a_module_says_that_it_waits_for_others(monkeypatch):
-    monkeypatch.setitem(globals(), "WAITS_FOR_OTHER_RANKS", True)
-    assert waits_for_others(sys._getframe())
-    for module in (collectives, metrics):
-        assert module.WAITS_FOR_OTHER_RANKS
-
-
 def test_on_a_gpu_the_flight_recorder_is_that_of_nccl(tmp_path, monkeypatch):
     monkeypatch.setattr(torch._C._distributed_c10d, "_dump_nccl_trace_json", lambda: b"{}", raising=False)
     runtime = Runtime(rank=3, world_size=4, local_rank=3, device=torch.device("cuda", 3))
@@ -73,7 +42,14 @@ def test_on_a_gpu_the_flight_recorder_is_that_of_nccl(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("timeout_seconds", -1.0), ("slow_factor", 0.5), ("slow_factor", 1.0), ("report_seconds", 0.0)]
+    ("key", "value"),
+    [
+        ("timeout_seconds", -1.0),
+        ("slow_factor", 0.5),
+        ("slow_factor", 1.0),
+        ("report_seconds", 0.0),
+        ("lost_seconds", 5.0),
+    ],
 )
 def test_refused(key, value):
     with pytest.raises(ValueError, match=f"watchdog.{key}="):
@@ -88,7 +64,9 @@ def test_a_verdict_is_not_written_over_by_a_rank_that_it_ended(tmp_path, known, 
     trainer = SimpleNamespace(  # what a report needs
         status=Status(tmp_path, main_process=True),
         position=Position(step=7, consumed_samples=56),
-        watchdog=SimpleNamespace(has_reported=lambda: known, phase="train_step"),
+        watchdog=SimpleNamespace(
+            has_reported=lambda: known, phase="train_step", failed_first=lambda: None, fail=lambda text: None
+        ),
         runtime=SimpleNamespace(rank=0, job=""),
         loader=SimpleNamespace(seen=lambda consumed: {}),
         tracker=SimpleNamespace(close=lambda state: None),
@@ -103,6 +81,89 @@ def test_a_verdict_is_not_written_over_by_a_rank_that_it_ended(tmp_path, known, 
     with pytest.raises(TrainingFailedError, match="rank 0"):
         ended_by_another()
     assert runs.status(tmp_path)["reason"].startswith(reason)
+
+
+class Notes:
+    """Those of a next rank whose heartbeat never changes."""
+
+    rank, ranks = 3, 4
+
+    def __init__(self, phase: str = "data") -> None:
+        self.beat, self.told = {"step": 4, "phase": phase, "number": 9}, None
+
+    def read_one(self, kind, rank):
+        return self.beat
+
+    def failure(self):
+        return self.told
+
+    def fail(self, note):
+        self.told = note
+
+
+def first_alarm(notes: Notes, moments: list[float]) -> float | None:
+    others = Others(notes, lost_seconds=40)
+    return next((now for now in moments if others.have_failed(now, patience=10)), None)
+
+
+def test_a_heartbeat_that_stops_is_told_and_then_followed():
+    notes = Notes()
+    assert (
+        first_alarm(notes, [1000.0 + 5 * i for i in range(20)]) == 1060.0
+    )  # 40 s of silence, 10 s to leave, and two looks
+    assert notes.told["rank"] == 0
+    assert first_alarm(Notes("gone"), [1000.0 + 5 * i for i in range(20)]) is None
+
+
+def test_a_job_that_was_suspended_accuses_nobody():
+    notes = Notes()
+    assert first_alarm(notes, [1000.0, 1005.0, 3000.0, 3005.0, 3030.0]) is None
+    assert notes.told is None
+
+
+# Two ranks: one ends in the way that is asked for, the other sits in the phase train_step, as on a GPU, where nothing raises.
+SCRIPT = """
+import os, sys, time
+from pathlib import Path
+from megatron_lite import runtime
+from megatron_lite.training import watchdog
+watchdog._SECONDS_TO_FOLLOW = 1.0
+here = runtime.start()
+config = watchdog.WatchdogConfig(timeout_seconds=300, report_seconds=1, lost_seconds=3)
+with watchdog.Watchdog(config, runtime=here, run_dir=Path(sys.argv[1])) as dog:
+    dog.enter("train_step", 7)
+    time.sleep(2.0)
+    if here.rank == 0:
+        time.sleep(100)
+    elif sys.argv[2] == "failed":
+        dog.fail("ValueError: a bad sample")
+        time.sleep(100)  # an exit that waits for the others
+    elif sys.argv[2] == "killed":
+        os._exit(9)
+"""
+
+
+@pytest.mark.parametrize(("end", "says"), [("failed", "ValueError: a bad sample"), ("killed", "no heartbeat for 3 s")])
+def test_a_rank_that_is_lost_ends_the_others_with_its_name(tmp_path, end, says):
+    command = [sys.executable, "-c", SCRIPT, str(tmp_path), end]
+    shared = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    ranks = [subprocess.Popen(command, env={**shared, "RANK": str(rank)}) for rank in range(2)]
+    try:
+        assert ranks[0].wait(60) == 3
+    finally:
+        for process in ranks:
+            process.kill()
+            process.wait()
+    status = runs.status(tmp_path)
+    assert status["state"] == "failed"
+    assert status["reason"].startswith("rank 1 failed in step 7, train_step: ")
+    assert says in status["reason"]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 @pytest.mark.slow
