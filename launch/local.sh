@@ -61,8 +61,8 @@ if ((ranks > 1)); then
     [[ -n ${RENDEZVOUS:-} ]] || fail "NODES=$NODES needs RENDEZVOUS=host:port, the same on every node"
     command+=(--nnodes="$MIN_NODES:$NODES" --rdzv-backend=c10d --rdzv-endpoint="$RENDEZVOUS" --rdzv-id="$MLITE_JOB")
     index=${NODE_INDEX:-${JOB_COMPLETION_INDEX:-}}
-    wait=${START_SECONDS:-1200}
-    patience=read_timeout=$wait,join_timeout=$wait
+    seconds=${START_SECONDS:-1200}
+    patience=read_timeout=$seconds,join_timeout=$seconds
     if [[ -n ${LOCAL_ADDR:-} ]]; then
       command+=(--local-addr="$LOCAL_ADDR")
       if [[ -z $index ]]; then
