@@ -21,6 +21,8 @@ from megatron_lite.training.build import build_schedule
 from megatron_lite.training.config import RunConfig, validate
 from megatron_lite.training.preflight import UNITS, Bandwidth, Report, bandwidths, measure, out_of_line
 
+WAIT_SECONDS = 180.0  # a network that does not carry a collective in this time does not carry a training
+
 
 def main() -> None:
     """Parse, check, exit: 0 when all is well, 1 when a host is out of line, 2 for a wrong config."""
@@ -29,7 +31,7 @@ def main() -> None:
 
 def preflight(run: RunConfig) -> int:
     """Check the ranks that run this. Raises WorkFailedError on rank 0 if one is out of line."""
-    with all_ranks() as (runtime, ranks):
+    with all_ranks(timeout_seconds=WAIT_SECONDS) as (runtime, ranks):
         validate(run, runtime.world_size)
         build_schedule(run)
         reports = measure(runtime, ranks, Path(run.run.dir))
