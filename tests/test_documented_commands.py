@@ -66,7 +66,7 @@ def lay_out(words: list[str]) -> None:
                 file.parent.mkdir(parents=True, exist_ok=True)
                 content = {
                     "data": "groups: {a: {sources: {b: {path: c}}}}\n",
-                    "experiment": "# @package _global_\n{}\n",
+                    "experiment": "# @package _global_\ntrain: {max_steps: 500}\n",
                 }
                 file.write_text(content.get(group, ""))
 
