@@ -24,9 +24,11 @@ read_settings() {
   done <"$SETTINGS"
 }
 
-# Exports every variable of ENV_FILE (NCCL and friends) that is not set yet.
+# Exports every variable of ENV_FILE (NCCL and friends) that is not set yet. A relative name is also looked up beside the scripts, so
+# that launch/env/dgx_h100.env means the same in a container's working directory.
 read_env_file() {
   [[ -n ${ENV_FILE:-} ]] || return 0
+  if [[ ! -f $ENV_FILE && $ENV_FILE != /* && -f $LAUNCH_DIR/${ENV_FILE#launch/} ]]; then ENV_FILE=$LAUNCH_DIR/${ENV_FILE#launch/}; fi
   [[ -f $ENV_FILE && -r $ENV_FILE ]] || fail "ENV_FILE=$ENV_FILE cannot be read; ENV_FILE= (empty) goes without"
   SETTINGS=$ENV_FILE read_settings
 }
@@ -62,12 +64,46 @@ enough_to_save() { # name of the setting, run directory
     fail "$1=${!1} is too short: the ranks need $needed s for a step (at least 5 s) and a save; raise it, or set SAVE_SECONDS if they need less"
 }
 
-# Checks the config for a number of ranks as they will, without touching the run directory. Fails with 2
-# and the message of `mlite train`.
+# Checks the config for a number of ranks as they will, without touching the run directory. Exits with 2 and the message of `mlite train`
+# if it is wrong. Where the package is not installed the ranks alone check it.
 check_config() { # interpreter, ranks, overrides
-  local python=$1 ranks=$2
+  local python=$1 ranks=$2 code=0
   shift 2
-  WORLD_SIZE=$ranks "$python" -m megatron_lite train "$@" train.validate_only=true >/dev/null
+  if ! "$python" -c 'import megatron_lite' 2>/dev/null; then
+    echo "note: $python cannot import megatron_lite here, so the config is not checked before the start" >&2
+    return 0
+  fi
+  WORLD_SIZE=$ranks "$python" -m megatron_lite train "$@" train.validate_only=true >/dev/null || code=$?
+  ((code != 2)) || exit 2
+}
+
+# Which command the ranks run, COMMAND, and its OVERRIDES: `check=true` asks for `mlite preflight` in the place of training.
+# shellcheck disable=SC2034  # read by the scripts
+what_to_run() { # overrides
+  local word
+  COMMAND=train OVERRIDES=()
+  for word in "$@"; do
+    case $word in
+      check=true) COMMAND=preflight ;;
+      check=*) fail "$word: check takes true; leave it out to train" ;;
+      *) OVERRIDES+=("$word") ;;
+    esac
+  done
+}
+
+# pyxis takes CONTAINER for a file only if it begins with `/` or `.`, and for an image of a registry otherwise.
+find_container() {
+  [[ -n ${CONTAINER:-} ]] || return 0
+  if [[ -f $CONTAINER ]]; then
+    CONTAINER=$(cd "$(dirname "$CONTAINER")" && pwd)/$(basename "$CONTAINER")
+  elif [[ $CONTAINER == *.sqsh ]]; then
+    fail "CONTAINER=$CONTAINER is not a file; name one that all nodes see, or an image of a registry"
+  fi
+  export CONTAINER
+  case " ${CONTAINER_ARGS:-}" in # an option of pyxis reaches the nodes once: a second one would replace ours
+    *" --container-env"*) fail "CONTAINER_ARGS=$CONTAINER_ARGS would replace the names of ENV_FILE; write CONTAINER_ENV=NAME,NAME" ;;
+    *" --container-mounts"*) fail "CONTAINER_ARGS=$CONTAINER_ARGS would replace the run directory's mount; write CONTAINER_MOUNTS=/from:/to" ;;
+  esac
 }
 
 fail() {

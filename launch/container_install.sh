@@ -17,7 +17,11 @@ versions() {
 import importlib.metadata
 import re
 
-found = {re.sub(r"[-_.]+", "-", d.metadata["Name"]).lower(): d.version for d in importlib.metadata.distributions()}
+# In the order of sys.path: of a package that is there twice the first is imported (Debian's lies behind /usr/local's).
+found: dict[str, str] = {}
+for one in importlib.metadata.distributions():
+    if name := one.metadata and one.metadata["Name"]:  # a folder that a removal left behind has none
+        found.setdefault(re.sub(r"[-_.]+", "-", name).lower(), one.version)
 print("\n".join(f"{name}=={version}" for name, version in sorted(found.items()) if name not in ("pip", "setuptools", "wheel", "megatron-lite")))
 PY
 }
@@ -42,6 +46,8 @@ for line in open(sys.argv[2]):
         print(line.strip())
 PY
 cat "$work/before" "$work/ours" >"$work/constraints"
+# Ubuntu's Python refuses pip outside of an environment (EXTERNALLY-MANAGED); an image is nobody else's.
+export PIP_BREAK_SYSTEM_PACKAGES=1
 # The base's own constraint file (NGC: PIP_CONSTRAINT) says the same about its packages, and more: both hold.
 PIP_CONSTRAINT="${PIP_CONSTRAINT:+$PIP_CONSTRAINT }$work/constraints" \
   "$python" -m pip install --no-cache-dir --disable-pip-version-check "$package$extras"

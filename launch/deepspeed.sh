@@ -12,6 +12,7 @@
 #
 # SIGUSR1, SIGTERM or Ctrl-C here: on one host the ranks save and stop. DeepSpeed's launcher passes no signal to other hosts: there, send
 # SIGUSR1 to one rank (`pkill -USR1 -f "megatron_lite train"` on any host); all ranks agree to save and stop.
+# `check=true` among the overrides runs `mlite preflight` in the place of training.
 # Exit codes as in local.sh: 0 finished or train.stop_at reached, 75 preempted, otherwise an error.
 set -euo pipefail
 LAUNCH_DIR=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -22,6 +23,8 @@ if [[ ${1:-} == --dry-run ]]; then
   shift
 fi
 read_settings
+what_to_run "$@"
+set -- ${OVERRIDES[@]+"${OVERRIDES[@]}"}
 PYTHON=${PYTHON:-${MLITE_PYTHON:-python3}}
 [[ -n ${HOSTFILE:-} ]] || fail "HOSTFILE is not set: name a file with lines 'host slots=8'"
 [[ -r $HOSTFILE ]] || fail "HOSTFILE=$HOSTFILE cannot be read"
@@ -42,15 +45,18 @@ if [[ -n ${DEEPSPEED_ARGS:-} ]]; then
   read -r -a more <<<"$DEEPSPEED_ARGS"
   command+=("${more[@]}")
 fi
-command+=(megatron_lite train "$@" run.dir="$directory")
+command+=(megatron_lite "$COMMAND" "$@" run.dir="$directory")
 
 read_env_file
 if [[ -n ${DRY_RUN:-} ]]; then
+  ranks=$(sed -E 's/#.*//; s/.*slots=([0-9]+).*/\1/' "$HOSTFILE" | awk '/^[0-9]+$/ { sum += $1 } END { print sum + 0 }')
+  check_config "$PYTHON" "$ranks" "$@" run.dir="$directory"
   show_env_file
   show env MLITE_JOB="$MLITE_JOB" "${command[@]}"
   exit 0
 fi
 
+ulimit -Sn "$(ulimit -Hn)" # as node.sh does; on the other hosts the limits are those of their sshd
 # Variables reach the other hosts through this file.
 environment=$(mktemp)
 trap 'rm -f "$environment"' EXIT
@@ -87,6 +93,7 @@ while kill -0 "$child" 2>/dev/null; do
   code=0
   wait "$child" || code=$?
 done
+[[ $COMMAND == train ]] || exit "$code"
 case $(settled_outcome "$directory" "$MLITE_JOB" "$before") in
   finished | stopped) exit 0 ;;
   preempted) exit 75 ;;

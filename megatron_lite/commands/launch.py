@@ -17,10 +17,10 @@ from __future__ import annotations
 import os
 import re
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Any
 
-import yaml
+from megatron_lite.commands import kubernetes
 
 SCRIPTS = {"local": "local.sh", "slurm": "slurm.sh", "deepspeed": "deepspeed.sh"}
 USAGE = """usage: mlite launch <where> [--dry-run] [SETTING=value ...] [Hydra overrides]
@@ -103,85 +103,14 @@ def command(where: str, words: list[str]) -> list[str]:
 
 
 def manifest(settings: dict[str, str], overrides: list[str]) -> str:
-    """launch/kubernetes.yaml with settings and overrides filled in. Raises ValueError for an unknown setting.
+    """The manifest of launch/kubernetes.yaml, with a config that its ranks accept. Raises ValueError for a wrong setting or config."""
+    text = kubernetes.manifest(scripts_dir() / "kubernetes.yaml", settings, overrides)
+    # A folder of --config-dir is one of the pods'.
+    if not any(word.startswith("--config-dir") for word in overrides):
+        from megatron_lite.commands.train import validate_only
+        from megatron_lite.training.config import compose_run
 
-    NAME, NAMESPACE, IMAGE, NODES, GPUS_PER_NODE, CLAIM (a shared volume, mounted at /workspace), RUN_DIR and GRACE_SECONDS go where
-    they belong; any of local.sh's settings becomes a variable of the container.
-    """
-    text = _renamed((scripts_dir() / "kubernetes.yaml").read_text(), settings.get("NAME"))
-    documents = list(yaml.safe_load_all(text))
-    job = next(d for d in documents if d["kind"] == "Job")
-    pod = job["spec"]["template"]["spec"]
-    container = pod["containers"][0]
-    known = {v["name"] for v in container["env"]} | {"MIN_NODES", "MAX_RESTARTS", "ENV_FILE", "PYTHON", "LOCAL_ADDR"}
-    placed = {"NAME", "NAMESPACE", "IMAGE", "NODES", "GPUS_PER_NODE", "CLAIM", "GRACE_SECONDS"}
-    unknown = sorted(set(settings) - known - placed)
-    if unknown:
-        raise ValueError(
-            f"{unknown[0]} is not a setting of launch kubernetes; known are {', '.join(sorted(known | placed))}"
-        )
-    if "NODES" in settings:
-        job["spec"]["completions"] = job["spec"]["parallelism"] = _whole_number(settings, "NODES", 1)
-    if "GPUS_PER_NODE" in settings:
-        gpus = _whole_number(settings, "GPUS_PER_NODE", 0)
-        if not gpus and "RANKS_PER_NODE" not in settings:
-            raise ValueError("GPUS_PER_NODE=0 needs RANKS_PER_NODE, the processes of a node")
-        _set_gpus(container, gpus)
-        settings = {"RANKS_PER_NODE": str(gpus), **settings}
-    for name, lowest in {"RANKS_PER_NODE": 1, "MIN_NODES": 1, "MAX_RESTARTS": 0}.items():
-        if name in settings:
-            _whole_number(settings, name, lowest)
-    _set_grace(pod, settings)
-    container["image"] = settings.get("IMAGE", container["image"])
-    if claim := settings.get("CLAIM"):
-        pod["volumes"][0]["persistentVolumeClaim"]["claimName"] = claim
-    _set_variables(container, {key: settings[key] for key in settings if key in known})
-    container["args"] = [*container["args"], *overrides]
-    if namespace := settings.get("NAMESPACE"):
-        for document in documents:
-            document["metadata"]["namespace"] = namespace
-    return yaml.safe_dump_all(documents, sort_keys=False, width=120)
-
-
-def _whole_number(settings: dict[str, str], name: str, lowest: int) -> int:
-    value = settings[name]
-    if not re.fullmatch(r"[0-9]{1,9}", value) or int(value) < lowest:
-        raise ValueError(f"{name}={value} is not a whole number from {lowest} on")
-    return int(value)
-
-
-def _set_grace(pod: dict[str, Any], settings: dict[str, str]) -> None:
-    """The pod's grace period covers SHUTDOWN_TIMEOUT (what torchrun grants its ranks), and that covers SAVE_SECONDS."""
-    defaults = {v["name"]: v["value"] for v in pod["containers"][0]["env"] if "value" in v}
-    defaults["GRACE_SECONDS"] = str(pod["terminationGracePeriodSeconds"])
-    values = {**defaults, **settings}
-    grace, shutdown, save = (
-        _whole_number(values, name, 0) for name in ("GRACE_SECONDS", "SHUTDOWN_TIMEOUT", "SAVE_SECONDS")
-    )
-    if not grace > shutdown >= save:
-        raise ValueError(
-            f"GRACE_SECONDS={grace} must be above SHUTDOWN_TIMEOUT={shutdown}, and that not below SAVE_SECONDS={save}, the "
-            "seconds of a step (at least 5) and a save"
-        )
-    pod["terminationGracePeriodSeconds"] = grace
-
-
-def _set_gpus(container: dict[str, Any], gpus: int) -> None:
-    for limits in container["resources"].values():
-        limits.pop("nvidia.com/gpu", None)
-        if gpus:
-            limits["nvidia.com/gpu"] = gpus
-
-
-def _set_variables(container: dict[str, Any], values: dict[str, str]) -> None:
-    kept = [v for v in container["env"] if v["name"] not in values]
-    container["env"] = kept + [{"name": name, "value": value} for name, value in values.items()]
-
-
-def _renamed(text: str, name: str | None) -> str:
-    """The manifest with another name in every place that has it (service, labels, the first pod's address)."""
-    if name is None:
-        return text
-    if not re.fullmatch(r"[a-z]([a-z0-9-]{0,50}[a-z0-9])?", name):
-        raise ValueError(f"NAME={name} is not a Kubernetes name: use lower-case letters, digits and dashes")
-    return re.sub(r"\bmlite-run\b", name, text)
+        with redirect_stdout(sys.stderr):
+            run = compose_run([word for word in overrides if not word.startswith("check=")])
+            validate_only(run, world_size=kubernetes.ranks(settings))
+    return text

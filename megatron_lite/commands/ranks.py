@@ -14,20 +14,18 @@ from megatron_lite.errors import CheckpointError
 from megatron_lite.ranks import Ranks
 from megatron_lite.runtime import Runtime, start, stop
 
-_TIMEOUT_SECONDS = 1800.0
-
 
 @contextmanager
-def all_ranks() -> Iterator[tuple[Runtime, Ranks]]:
-    """This process and the ranks that a launcher started beside it.
+def all_ranks(*, timeout_seconds: float = 1800.0) -> Iterator[tuple[Runtime, Ranks]]:
+    """This process and the ranks that a launcher started beside it. timeout_seconds: how long one waits for the others.
 
     Inside, an error of the user's is one that all ranks raise (`Ranks.attempt` sees to that): rank 0 tells it, the others
     just end.
     """
-    runtime = start(timeout_seconds=_TIMEOUT_SECONDS)
+    runtime = start(timeout_seconds=timeout_seconds)
     try:
         group = dist.new_group(backend="gloo") if runtime.world_size > 1 else None
-        yield runtime, Ranks(group, timeout_seconds=_TIMEOUT_SECONDS)
+        yield runtime, Ranks(group, timeout_seconds=timeout_seconds)
     except (CheckpointError, ValueError, OSError) as error:
         if runtime.is_main:
             raise

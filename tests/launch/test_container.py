@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 PROJECT = Path(__file__).parents[2]
-pytestmark = pytest.mark.slow
+slow = pytest.mark.slow
 
 
 def pretend(site: Path, name: str, version: str) -> None:
@@ -47,6 +47,7 @@ def install(base: Path, copy: Path) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
+@slow
 def test_nothing_of_the_base_changes(base, tmp_path):
     pretend(site_of(base), "torch", "2.12.0a0+5aff3928d8.nv26.5")
     pretend(site_of(base), "transformer_engine", "2.14.0+f031cf87")
@@ -68,6 +69,7 @@ def test_nothing_of_the_base_changes(base, tmp_path):
     assert "TORCH_FR_BUFFER_SIZE=2000" in shown
 
 
+@slow
 def test_a_base_that_is_too_old_fails(base, tmp_path):
     pretend(site_of(base), "torch", "2.5.0")
     done = install(base, tmp_path / "copy")
@@ -75,7 +77,28 @@ def test_a_base_that_is_too_old_fails(base, tmp_path):
     assert "torch" in done.stderr
 
 
+@slow
 def test_a_base_without_torch_fails(base, tmp_path):
     done = install(base, tmp_path / "copy")
     assert done.returncode != 0
     assert "the base has no torch" in done.stderr
+
+
+def test_the_first_of_two_versions_is_the_one_that_is_imported(tmp_path):
+    """Debian's packages lie behind those of /usr/local; a folder without METADATA is left by a removal."""
+    for folder, version in (("local", "6.0.2"), ("system", "6.0.3")):
+        pretend(tmp_path / folder, "pyyaml", version)
+        pretend(tmp_path / folder, "torch", "2.12.0")
+    (tmp_path / "local" / "gone-1.0.dist-info").mkdir()
+    (tmp_path / "pip.py").write_text(
+        "import os, pathlib\nprint(pathlib.Path(os.environ['PIP_CONSTRAINT']).read_text())\n"
+    )
+    path = ":".join(str(tmp_path / name) for name in ("", "local", "system"))
+    done = subprocess.run(
+        ["bash", str(PROJECT / "launch" / "container_install.sh")],
+        env={**os.environ, "PYTHON": sys.executable, "PYTHONPATH": path, "PIP_CONSTRAINT": ""},
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "pyyaml==6.0.2" in done.stdout.split()
+    assert "pyyaml==6.0.3" not in done.stdout.split()

@@ -65,6 +65,15 @@ def test_a_wrong_config_on_several_ranks(tiny_data, tmp_path):
     assert local_run.finish(job) == 2
 
 
+def test_a_node_waits_for_the_first_one_as_long_as_it_is_told(tiny_data, tmp_path):
+    """torchrun alone gives up after two or three minutes, which a large image takes to arrive."""
+    shared = {"NODES": "2", "NODE_INDEX": "1", "RANKS_PER_NODE": "1", "RENDEZVOUS": "127.0.0.1:1", "JOB": "j"}
+    begun = time.monotonic()
+    job = local_run.start(tiny_data, tmp_path / "run", **shared, START_SECONDS="2")
+    assert local_run.finish(job, 120) == 1
+    assert time.monotonic() < begun + 100
+
+
 @pytest.mark.parametrize("ranks", ["1", "2"])
 def test_a_second_signal_ends_it_at_once(ranks, tiny_data, tmp_path):
     """Nothing is saved, and nothing is left behind."""

@@ -86,6 +86,14 @@ def test_two_nodes_train(uninterrupted, straight):
         assert row[:3] == pytest.approx(expected[:3], rel=1e-4)
 
 
+def test_check_runs_on_the_nodes_and_is_not_requeued(slurm, tiny_data, tmp_path):
+    job = Job(slurm, tiny_data, tmp_path / "checked", "check=true")
+    assert job.wait() in ("COMPLETED", "FAILED"), job.story()  # a busy machine may make one of the two slow
+    assert "2 node(s), 2 rank(s)" in job.output(), job.story()
+    assert job.restarts == 0
+    assert not (tmp_path / "checked" / "attempts.log").exists()
+
+
 def test_preempted_by_the_time_limit(slurm, tiny_data, tmp_path, uninterrupted):
     """The save takes longer than the 30 s that torchrun grants by default, and the run ends with the same numbers."""
     run = tmp_path / "preempted"

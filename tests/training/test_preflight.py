@@ -1,0 +1,83 @@
+"""The check of nodes: what it measures on two gloo "nodes", and which host it names."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_lite.ranks import Ranks
+from megatron_lite.runtime import Runtime
+from megatron_lite.training import preflight
+from megatron_lite.training.preflight import Report, bandwidths, measure, out_of_line
+from tests.distributed import run_ranks
+
+SAME = {"torch": "2.13", "device": "cpu"}
+SPEEDS = {"matmul": 1.0, "link": 10.0, "write": 2.0}
+WELL = [Report(rank, rank % 2, f"node{rank // 2}", SAME, SPEEDS, 1e9 + 0.01 * rank) for rank in range(6)]
+
+
+def test_nodes_that_are_alike():
+    near = replace(WELL[5], speeds={"matmul": 0.9, "link": 7.0, "write": 0.7})
+    assert out_of_line([*WELL[:5], near]) == []
+
+
+@pytest.mark.parametrize(
+    ("rank", "change", "said"),
+    [
+        (2, {"same": {"torch": "2.12", "device": "cpu"}}, ["torch is 2.12 on node1 (rank 2)", "2.13"]),
+        (2, {"same": {"device": "cpu"}}, ["torch is none on node1 (rank 2)"]),
+        (4, {"speeds": {**SPEEDS, "matmul": 0.8}}, ["matmul is slow on node2 (rank 4): 0.8 TFLOP/s"]),
+        (3, {"speeds": {**SPEEDS, "link": 5.0}}, ["link is slow on node1 (rank 3)"]),
+        (4, {"speeds": {**SPEEDS, "write": 0.5}}, ["write is slow on node2 (rank 4)"]),
+        (2, {"clock": 1e9 - 30}, ["the clock of node1 (rank 2) is -30"]),
+        (2, {"unseen": (0, 4)}, ["run.dir on node1 (rank 2)", "node0 (rank 0), node2 (rank 4)"]),
+    ],
+)
+def test_the_host_that_is_out_of_line_is_named(rank, change, said):
+    (line,) = out_of_line([replace(report, **change) if report.rank == rank else report for report in WELL])
+    assert all(text in line for text in said), line
+
+
+def two_nodes(rank: int, world_size: int, folder: str) -> tuple[list[Report], list]:
+    """Each rank is a node of its own; the second one is slow and has another version."""
+    runtime = Runtime(rank=rank, world_size=world_size, local_rank=0, device=torch.device("cpu"))
+    ranks = Ranks(dist.new_group(backend="gloo"))
+    with patch.object(preflight, "matmul_speed", return_value=1.0 - 0.5 * rank):
+        if rank == 0:
+            reports = measure(runtime, ranks, Path(folder))
+        else:
+            with patch.object(preflight, "versions", return_value={"torch": "0.4"}):
+                reports = measure(runtime, ranks, Path(folder))
+    return reports, list(bandwidths(runtime, 1))
+
+
+def test_two_nodes(tmp_path):
+    (reports, rows), (none, same_rows) = run_ranks(2, two_nodes, str(tmp_path / "run"))
+    assert none == []
+    assert [report.rank for report in reports] == [0, 1]
+    assert all(set(report.speeds) == set(SPEEDS) and not report.unseen for report in reports)
+    found = "\n".join(out_of_line(reports))
+    assert "torch is 0.4 on" in found
+    assert "matmul is slow on" in found
+    assert [(row.operation, row.size) for row in rows] == [(row.operation, row.size) for row in same_rows]
+    assert {row.operation for row in rows} == {"all-reduce", "all-gather"}
+    assert all(row.speed > 0 for row in rows)
+    assert list((tmp_path / "run").iterdir()) == []  # nothing is left behind
+
+
+def apart(rank: int, world_size: int, folder: str) -> list[Report]:
+    """Every node has a run directory of its own."""
+    runtime = Runtime(rank=rank, world_size=world_size, local_rank=0, device=torch.device("cpu"))
+    with patch.object(preflight, "SEEN_SECONDS", 0.0):
+        return measure(runtime, Ranks(dist.new_group(backend="gloo")), Path(folder) / str(rank))
+
+
+def test_a_run_directory_that_is_not_shared(tmp_path):
+    reports, _ = run_ranks(2, apart, str(tmp_path))
+    assert [report.unseen for report in reports] == [(1,), (0,)]
+    assert "is not on a file system that all share" in "\n".join(out_of_line(reports))
