@@ -34,6 +34,7 @@ class ConsoleTracker:
         self._task = TaskID(0)
         self._first: dict[str, float] = {}
         self._last: dict[str, float] = {}
+        self._bits: dict[str, float] = {}
 
     def start(self, run: RunInfo) -> None:
         self._run = run
@@ -103,17 +104,23 @@ class ConsoleTracker:
     def _validation(self, row: Row) -> None:
         before = dict(self._last)
         self._remember(row)
-        table = _table(f"validation after step {row['step']:,}", ("source", "loss", "perplexity", "change"))
+        table = _table(
+            f"validation after step {row['step']:,}", ("source", "loss", "perplexity", "bits per byte", "change")
+        )
+        bits = row.get("bits_per_byte") or {}
         for source, loss in row["val_loss"].items():
             change = f"{loss - before[source]:+.4f}" if source in before else ""
-            table.add_row(Text(source), f"{loss:.4f}", perplexity(loss), change)
+            table.add_row(Text(source), f"{loss:.4f}", perplexity(loss), number(bits.get(source)), change)
         self.console.print(table)
 
     def _summary(self) -> Table:
-        table = _table("validation loss by source", ("source", "first", "last", "change", "perplexity"))
+        table = _table(
+            "validation loss by source", ("source", "first", "last", "change", "perplexity", "bits per byte")
+        )
         for source, last in self._last.items():
             first = self._first[source]
-            cells = (f"{first:.4f}", f"{last:.4f}", f"{last - first:+.4f}", perplexity(last))
+            bits = number(self._bits.get(source))
+            cells = (f"{first:.4f}", f"{last:.4f}", f"{last - first:+.4f}", perplexity(last), bits)
             table.add_row(Text(source), *cells)
         return table
 
@@ -121,6 +128,7 @@ class ConsoleTracker:
         for source, loss in (row.get("val_loss") or {}).items():
             self._first.setdefault(source, loss)
             self._last[source] = loss
+        self._bits.update(row.get("bits_per_byte") or {})
 
     def _print(self, text: str) -> None:
         """Print text as it is: no markup, and no line of a log file is wrapped."""
@@ -165,6 +173,11 @@ def perplexity(loss: float) -> str:
     """e^loss, rounded for reading."""
     value = math.exp(loss) if loss < 700 else math.inf  # e^710 overflows
     return f"{value:,.4g}" if value < 1e3 else f"{value:,.0f}" if value < 1e7 else f"{value:.3g}"
+
+
+def number(value: float | None) -> str:
+    """Four decimals; nothing where there is no value."""
+    return "" if value is None else f"{value:.4f}"
 
 
 def _table(title: str, columns: tuple[str, ...]) -> Table:

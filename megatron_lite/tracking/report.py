@@ -17,7 +17,7 @@ from statistics import median
 from typing import Any
 
 from megatron_lite.atomic import whole_file
-from megatron_lite.tracking.console import clock, human, perplexity
+from megatron_lite.tracking.console import clock, human, number, perplexity
 from megatron_lite.tracking.curves import Curves, read_curves, smooth
 from megatron_lite.tracking.jsonl import METRICS_FILE, read_rows
 from megatron_lite.tracking.page import chart, key, page, table
@@ -97,10 +97,10 @@ def _training_seconds(curves: Curves) -> float:
 def _losses(curves: Curves) -> str:
     if not curves.training and not curves.validation:
         return '<section><h2>Loss by source</h2><p class="quiet">Nothing logged yet.</p></section>'
-    rows = [[key(None) + "training", *_first_last(curves.column("loss")[1])]]
+    rows = [[key(None) + "training", *_first_last(curves.column("loss")[1]), ""]]
     for i, source in enumerate(curves.sources()):
-        rows.append([key(i) + escape(source), *_first_last(curves.source(source)[1])])
-    losses = table(("source", "first", "last", "change", "perplexity"), rows)
+        rows.append([key(i) + escape(source), *_first_last(curves.source(source)[1]), number(curves.bits(source))])
+    losses = table(("source", "first", "last", "change", "perplexity", "bits per byte"), rows)
     return f"<section><h2>Loss by source</h2>{chart(loss_svg(curves))}{losses}</section>"
 
 

@@ -22,7 +22,8 @@ from megatron_lite.data.loader import DataLoader, HeldOut, rank_samples
 from megatron_lite.data.resume import resume_blend
 from megatron_lite.data.sample.corpus import prepare
 from megatron_lite.data.sidecar import TokenizerIdentity
-from megatron_lite.data.source import Source, open_validation
+from megatron_lite.data.source import open_validation
+from megatron_lite.data.token_bytes import token_bytes
 from megatron_lite.data.tokenizer import fingerprint, load_tokenizer, vocabulary_size
 from megatron_lite.engine.base import Engine, EngineConfig
 from megatron_lite.hardware import device_peak_flops
@@ -54,7 +55,11 @@ def open_tokenizer(config: DataConfig) -> TokenizerIdentity:
         )
     tokenizer = load_tokenizer(config.tokenizer)
     return TokenizerIdentity(
-        fingerprint(tokenizer), config.tokenizer, tokenizer.eos_token_id, vocabulary_size(tokenizer)
+        fingerprint(tokenizer),
+        config.tokenizer,
+        tokenizer.eos_token_id,
+        vocabulary_size(tokenizer),
+        token_bytes(tokenizer),
     )
 
 
@@ -139,7 +144,7 @@ def build_trainer(
         runtime=runtime,
         engine=engine,
         schedule=schedule,
-        loader=build_loader(run, blend, open_validation(run.data, tokenizer), mesh),
+        loader=build_loader(run, blend, held_out(run.data, tokenizer), mesh),
         store=store,
         tracker=build_tracker(run.tracking, main_process=runtime.is_main, has_key=has_wandb_key()),
         metrics=build_metrics(run, runtime, consumed=consumed),
@@ -173,11 +178,16 @@ def check_batch_sizes(run: RunConfig, schedule: Schedule, *, consumed: int, worl
         rank_samples(0, batch=batch.at(start), micro_batch=run.train.micro_batch_size, rank=0, ranks=ranks)
 
 
-def build_loader(run: RunConfig, blend: Blend, held_out: dict[str, Source], mesh: Mesh) -> DataLoader:
+def held_out(config: DataConfig, tokenizer: TokenizerIdentity) -> HeldOut:
+    """What `config` holds out for validation; without sources where no source has a `validation` file."""
+    return HeldOut(open_validation(config, tokenizer), config.validation.windows, tokenizer.token_bytes)
+
+
+def build_loader(run: RunConfig, blend: Blend, held_out: HeldOut, mesh: Mesh) -> DataLoader:
     """This data-parallel rank's batches, on its device."""
     return DataLoader(
         blend,
-        HeldOut(held_out, run.data.validation.windows),
+        held_out,
         micro_batch_size=run.train.micro_batch_size,
         rank=mesh.data_parallel_rank,
         ranks=mesh.data_parallel_size,
