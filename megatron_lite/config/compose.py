@@ -8,6 +8,7 @@ Notable features:
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,8 @@ def compose_config(name: str, schema: Any, overrides: list[str]) -> Any:
         try:
             config = OmegaConf.to_object(compose(name, overrides=overrides))
         except (HydraException, OmegaConfBaseException, ValueError) as error:
-            raise ConfigError(errors.explain(error, overrides, lambda: _keys_of(name, schema, overrides))) from None
+            keys = partial(_keys_of, name, schema, overrides)
+            raise ConfigError(errors.explain(error, overrides, keys, own_folder=folder)) from None
     wrong = errors.check_values(config)
     if wrong:
         raise ConfigError(wrong)
@@ -93,7 +95,7 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 def help_text(name: str, schema: type, purpose: str) -> str:
     """What `mlite <name> --help` prints: the purpose, the groups with their choices, every key with its default."""
-    defaults = OmegaConf.load(config_dir() / f"{name}.yaml").defaults
+    defaults: Any = OmegaConf.to_container(OmegaConf.load(config_dir() / f"{name}.yaml").defaults)
     groups = {group: choice for entry in defaults if not isinstance(entry, str) for group, choice in entry.items()}
     choices = "[group=choice ...] " if groups else ""
     lines = [
@@ -103,7 +105,8 @@ def help_text(name: str, schema: type, purpose: str) -> str:
     ]
     for group in sorted(groups):
         files = {path.stem for path in (config_dir() / group).glob("*.yaml")}
-        lines.append(f"  {group}={'|'.join(sorted(files | {groups[group] or ''} - {''}))}")
+        chosen = {groups[group]} - {None, "???"}  # it may be a choice that no file has: see `register_choice`
+        lines.append(f"  {group}={'|'.join(sorted(files | chosen))}")
     lines += [*[""] * bool(groups), "keys and their values (as composed without overrides):", ""]
     register_schema(name, schema)
     with initialize_config_dir(str(config_dir().resolve()), version_base="1.3"):

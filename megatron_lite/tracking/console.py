@@ -38,8 +38,10 @@ class ConsoleTracker:
 
     def start(self, run: RunInfo) -> None:
         self._run = run
+        past = run.start_step - run.validation_due  # this job's own rows may be in the file already
         for row in read_rows(run.run_dir / METRICS_FILE):
-            self._remember(row)
+            if row["step"] <= past and run.start_step:
+                self._remember(row)
         self._header(run)
         if self.console.is_terminal:
             self._progress = Progress(
@@ -47,6 +49,9 @@ class ConsoleTracker:
                 TextColumn("{task.description}"),
                 console=self.console,
                 refresh_per_second=4,
+                # or all that a training prints, torch's warnings too, would fail where the console fails
+                redirect_stdout=False,
+                redirect_stderr=False,
             )
             text = f"step {run.start_step}/{run.total_steps}"
             self._task = self._progress.add_task(text, total=run.total_steps, completed=run.start_step)
@@ -95,7 +100,7 @@ class ConsoleTracker:
         if self._progress is None:
             self._print(line)
         else:
-            shown = {key: row.get(key) for key in ("step", "loss", "tokens_per_second", "mfu")}
+            shown = {key: row.get(key) for key in ("step", "loss", "tokens_per_second", "mfu", "tflops_per_device")}
             bar_text = describe(shown, total, left)
             self._progress.update(self._task, completed=row["step"], description=bar_text)
         if row.get("skipped_steps"):
@@ -144,7 +149,10 @@ def describe(row: dict[str, Any], total: int, eta: float | None) -> str:
         parts.append(f"lr {row['lr']:.2e}")
     if row.get("tokens_per_second") is not None:
         parts.append(f"tok/s {row['tokens_per_second']:,.0f}")
-    parts.append(f"mfu {row['mfu']:.1%}" if row.get("mfu") is not None else "mfu n/a")
+    if row.get("mfu") is not None:
+        parts.append(f"mfu {row['mfu']:.1%}")
+    elif row.get("tflops_per_device") is not None:  # of a device whose peak is not known
+        parts.append(f"{row['tflops_per_device']:.3g} TFLOP/s")
     parts.append(f"eta {clock(eta)}")
     return "  ".join(parts)
 

@@ -77,8 +77,9 @@ def _tiles(curves: Curves, status: dict[str, Any], manifest: dict[str, Any]) -> 
     if speeds := curves.column("tokens_per_second")[1]:
         tiles.append(("tokens per second", f"{median(speeds):,.0f}"))
     if mfu := curves.column("mfu")[1]:
-        against = "measured CPU peak" if last.get("mfu_peak_measured") else "data sheet peak"
-        tiles.append((f"MFU, {against}", f"{median(mfu):.1%}"))
+        tiles.append(("MFU, data sheet peak", f"{median(mfu):.1%}"))
+    elif flops := curves.column("tflops_per_device")[1]:
+        tiles.append(("TFLOP/s per device", f"{median(flops):.3g}"))
     if memory := curves.column("memory_gib")[1]:
         tiles.append(("peak memory", f"{max(memory):.2f} GiB"))
     cells = "".join(f"<div><dt>{escape(key)}</dt><dd>{escape(value)}</dd></div>" for key, value in tiles)

@@ -8,12 +8,17 @@ Whatever can be refused is refused before the run directory is touched.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
+from megatron_lite.background import Lost
 from megatron_lite.checkpoint.store import CheckpointStore
 from megatron_lite.config.compose import to_dict
 from megatron_lite.data.blend import Blend, open_blend
@@ -32,7 +37,7 @@ from megatron_lite.models.flops import flops_per_token, parameter_count
 from megatron_lite.optim.schedule import BatchSize, LearningRate, Schedule
 from megatron_lite.parallel.assemble import assemble, from_tensors, seeded
 from megatron_lite.parallel.mesh import Mesh, ParallelConfig, build_mesh
-from megatron_lite.runtime import Runtime, has_wandb_key
+from megatron_lite.runtime import Runtime
 from megatron_lite.tracking import RunInfo, build_tracker
 from megatron_lite.tracking.profile import Profiler
 from megatron_lite.training.config import RunConfig
@@ -42,6 +47,9 @@ from megatron_lite.training.status import Status
 from megatron_lite.training.trainer import Trainer
 from megatron_lite.training.watchdog import Watchdog
 from megatron_lite.weights import Weights
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def open_tokenizer(config: DataConfig) -> TokenizerIdentity:
@@ -59,8 +67,17 @@ def open_tokenizer(config: DataConfig) -> TokenizerIdentity:
         config.tokenizer,
         tokenizer.eos_token_id,
         vocabulary_size(tokenizer),
-        token_bytes(tokenizer),
+        _token_bytes(tokenizer),
     )
+
+
+def _token_bytes(tokenizer: PreTrainedTokenizerBase) -> npt.NDArray[np.int64] | None:
+    """None, and a warning, for a tokenizer that does not tell: bits per byte are worth no refusal."""
+    try:
+        return token_bytes(tokenizer)
+    except Exception as error:  # tokenizers of all kinds raise anything
+        warnings.warn(f"no bits per byte: {type(tokenizer).__name__}: {error}", stacklevel=2)
+        return None
 
 
 def prepare_data(config: DataConfig, *, vocab_size: int, report: Callable[[str], None] | None) -> None:
@@ -115,9 +132,9 @@ def build_engine(run: RunConfig, mesh: Mesh, *, source: Weights | None = None) -
 
 
 def build_trainer(
-    run: RunConfig, runtime: Runtime, *, store: CheckpointStore, watchdog: Watchdog, checkpoint: Path | None
+    run: RunConfig, runtime: Runtime, *, store: CheckpointStore, watchdog: Watchdog, checkpoint: Path | None, lost: Lost
 ) -> Trainer:
-    """A trainer at the position of `checkpoint`, or at the start.
+    """A trainer at the position of `checkpoint`, or at the start; `lost` hears of observers that fail.
 
     Raises ValueError for anything in the config, the data or the checkpoint that does not fit together.
     """
@@ -146,9 +163,9 @@ def build_trainer(
         schedule=schedule,
         loader=build_loader(run, blend, held_out(run.data, tokenizer), mesh),
         store=store,
-        tracker=build_tracker(run.tracking, main_process=runtime.is_main, has_key=has_wandb_key()),
+        tracker=build_tracker(run.tracking, main_process=runtime.is_main, on_loss=lost),
         metrics=build_metrics(run, runtime, consumed=consumed),
-        status=Status(Path(run.run.dir), main_process=runtime.is_main),
+        status=Status(Path(run.run.dir), main_process=runtime.is_main, lost=lost),
         watchdog=watchdog,
         profiler=Profiler(run.profile, Path(run.run.dir) / "profile", main_process=runtime.is_main),
         base_manifest={
@@ -196,7 +213,7 @@ def build_loader(run: RunConfig, blend: Blend, held_out: HeldOut, mesh: Mesh) ->
 
 
 def build_metrics(run: RunConfig, runtime: Runtime, *, consumed: int) -> Metrics:
-    """What turns steps into rows; measures the peak of the device where no data sheet has it."""
+    """What turns steps into rows."""
     work = Work(
         flops_per_token=flops_per_token(run.model, run.data.seq_len),
         seq_len=run.data.seq_len,
@@ -222,5 +239,5 @@ def run_info(run: RunConfig, trainer: Trainer) -> RunInfo:
         parameters=parameter_count(model),
         tokens_per_step=run.train.global_batch_size * run.data.seq_len,
         layout=f"{run.engine.name}, {run.precision.name}, {trainer.runtime.world_size} process(es)",
-        peak=str(trainer.metrics.work.peak),
+        peak=str(trainer.metrics.work.peak) if trainer.metrics.work.peak.flops else "",
     )

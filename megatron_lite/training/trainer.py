@@ -236,6 +236,7 @@ class Trainer:
     def declare_finished(self) -> None:
         """Write status.json for a run whose last checkpoint exists: a job may have been killed between the two."""
         write_status(self, "finished", "all steps done")
+        self.status.finish()
 
     def _give_up_after(self, skips: torch.Tensor) -> None:
         if skips.item() >= self.config.max_skipped_steps:

@@ -28,12 +28,14 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
 import torch
 
+from megatron_lite.background import within
 from megatron_lite.runtime import Runtime
 from megatron_lite.training.rank_notes import RankNotes
 from megatron_lite.training.status import Status
@@ -41,6 +43,7 @@ from megatron_lite.training.status import Status
 logger = logging.getLogger(__name__)
 EXIT_CODE = 3
 _START, _END = "start", "end"  # phases in which the run directory must not be written yet, or any more
+_DUMP_SECONDS, _SAY_SECONDS = 10.0, 2.0
 _COUNTED = ("data", "train_step", "agree")  # phases that belong to a step
 # A rank waits for others in torch's collectives, and in modules of ours that set `WAITS_FOR_OTHER_RANKS = True`.
 _WAITING = "torch/distributed/"
@@ -173,30 +176,34 @@ class Watchdog:
             )  # fmt: skip
 
     def _end_the_job(self, notes: RankNotes, seconds: float) -> None:
-        """Dump the stacks, compare notes, write the verdict, end this process. Never returns."""
-        rank = self.runtime.rank
-        step, phase, _ = self._where
-        frame = self._frame()
+        """Dump the stacks, compare notes, write the verdict, end this process. Never returns, whatever fails or hangs here."""
         try:
-            self._dump(rank)
-            notes.publish("hang", {"step": step, "phase": phase, "waits": waits_for_others(frame), "at": place(frame)})
+            rank, (step, phase, _) = self.runtime.rank, self._where
+
+            def complain(reason: str) -> None:
+                _say(f"rank {rank}: step {step}, {phase}: no progress for {seconds:.0f} s ({reason})")
+
+            within(_DUMP_SECONDS, partial(self._dump, rank), name="the dump of the stacks", on_loss=complain)
             patience = min(20.0, max(3.0, self.config.timeout_seconds / 4))
-            if notes.first_to_arrive(patience):
-                verdict = self._verdict(notes.read("hang"), notes.read("beat"), seconds)
-                print(f"watchdog: {verdict}", file=sys.stderr, flush=True)
-                if phase not in (_START, _END):  # before, another process may own the run; after, its status is final
-                    Status(self.run_dir, main_process=True).write(
-                        "failed", step, verdict, job=self.runtime.job, time=time.time()
-                    )
-                notes.report()
-        except Exception as error:  # whatever goes wrong here, the process must end
-            print(
-                f"watchdog: rank {rank}: step {step}, {phase}: no progress for {seconds:.0f} s ({error})",
-                file=sys.stderr,
-                flush=True,
-            )
+            telling = partial(self._tell, notes, seconds=seconds, patience=patience)
+            within(patience + 30.0, telling, name="the verdict", on_loss=complain)
         finally:
             os._exit(EXIT_CODE)
+
+    def _tell(self, notes: RankNotes, *, seconds: float, patience: float) -> None:
+        """Compare notes with the other ranks, for `patience` seconds; the first rank here says the verdict."""
+        step, phase, _ = self._where
+        frame = self._frame()
+        notes.publish("hang", {"step": step, "phase": phase, "waits": waits_for_others(frame), "at": place(frame)})
+        if not notes.first_to_arrive(patience):
+            return
+        verdict = self._verdict(notes.read("hang"), notes.read("beat"), seconds)
+        _say(verdict)
+        if phase not in (_START, _END):  # before, another process may own the run; after, its status is final
+            status = Status(self.run_dir, main_process=True)
+            status.write("failed", step, verdict, job=self.runtime.job, time=time.time())
+            status.finish()
+        notes.report()
 
     def _dump(self, rank: int) -> None:
         folder = self.run_dir / "hang"
@@ -227,6 +234,12 @@ class Watchdog:
             where = f"step {first['step']}, {first['phase']}, at {first['at']}"
             parts.append(f"{numbers(waiting)} {verb} for others in {where}")
         return "; ".join(parts) + f". Stacks: {self.run_dir}/hang"
+
+
+def _say(text: str) -> None:
+    """Print to standard error itself, which must not keep this process either."""
+    shown = partial(print, f"watchdog: {text}", file=sys.__stderr__ or sys.stderr, flush=True)
+    within(_SAY_SECONDS, shown, name="standard error", on_loss=lambda reason: None)
 
 
 def waits_for_others(frame: FrameType | None) -> bool:
