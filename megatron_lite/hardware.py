@@ -1,9 +1,8 @@
-"""What a device can do: peak FLOP/s from the data sheets, or measured where there is none (CPUs)."""
+"""What a device can do: peak FLOP/s from the data sheets."""
 
 from __future__ import annotations
 
 import re
-import time
 import warnings
 from dataclasses import dataclass
 
@@ -12,11 +11,10 @@ import torch
 
 @dataclass(frozen=True)
 class Peak:
-    """The dense FLOP/s of one device; None when nobody knows. `measured`: by a matmul, not from a data sheet."""
+    """The dense FLOP/s of one device by its data sheet; None when nobody knows."""
 
     flops: float | None
     source: str
-    measured: bool = False
 
     def __str__(self) -> str:
         if self.flops is None:
@@ -49,15 +47,15 @@ def device_peak_flops(device: torch.device | str, dtype: str = "bf16") -> Peak:
     """The peak for `dtype` (bf16, fp16, fp8 or fp32) on `device`.
 
     GPU: from the data sheets; fp32 means TF32 (half of bf16) where `torch.get_float32_matmul_precision()` allows
-    it. An unknown GPU, or a part of one (MIG), has no peak: one warning, and MFU stays null. CPU: the best fp32
-    matmul within 0.3 s, whatever `dtype`, since that is the fastest thing most CPUs do; on one process's threads.
+    it. An unknown GPU, or a part of one (MIG), has no peak: one warning, and MFU stays null. Nor has a CPU, of which
+    other processes take their share: a matmul timed twice within an hour was found to differ by a factor of two.
     Raises ValueError for an unknown dtype.
     """
     if dtype not in ("bf16", "fp16", "fp8", "fp32"):
         raise ValueError(f"dtype={dtype} has no peak in the table; use bf16, fp16, fp8 or fp32")
     device = torch.device(device)
     if device.type == "cpu":
-        return _measured_peak()
+        return Peak(None, "a CPU has no data sheet peak")
     if device.type != "cuda":
         return _unknown_peak(device.type)
     return _datasheet_peak(torch.cuda.get_device_name(device), dtype)
@@ -79,17 +77,3 @@ def _datasheet_peak(name: str, dtype: str) -> Peak:
 def _unknown_peak(name: str) -> Peak:
     warnings.warn(f"no peak FLOP/s known for {name}: mfu will be null in the metrics", stacklevel=3)
     return Peak(None, f"{name} is not in the table")
-
-
-def _measured_peak(*, sizes: tuple[int, ...] = (512, 1024), seconds: float = 0.25) -> Peak:
-    """The best rate of many: small matmuls slip between other processes' turns, large ones keep many cores busy."""
-    matrices = [torch.ones(size, size) for size in sizes]
-    torch.mm(matrices[0], matrices[0])  # starts the threads
-    best, deadline = 0.0, time.perf_counter() + seconds
-    while best == 0.0 or time.perf_counter() < deadline:
-        for x in matrices:
-            began = time.perf_counter()
-            torch.mm(x, x)
-            best = max(best, 2 * len(x) ** 3 / (time.perf_counter() - began))
-    threads = torch.get_num_threads()
-    return Peak(best, f"measured: best fp32 matmul on {threads} CPU thread{'s'[: threads > 1]}", measured=True)

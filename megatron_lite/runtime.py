@@ -184,11 +184,6 @@ def set_deterministic(enabled: bool) -> None:
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
-def has_wandb_key() -> bool:
-    """Whether a Weights & Biases key is at hand; without one its runs are written offline."""
-    return bool(os.environ.get("WANDB_API_KEY"))
-
-
 class Signals:
     """Notes SIGTERM, SIGINT and SIGUSR1 while it is open, and gives the old handlers back at the end.
 

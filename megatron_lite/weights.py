@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -106,6 +107,15 @@ def model_config(path: str | Path, ranks: Ranks) -> ModelConfig:
     if manifest is None:
         raise ValueError(not_found(path))
     return from_dict(ModelConfig, manifest["config"].get("model", {}))
+
+
+def trained_with(path: str | Path) -> dict[str, Any]:
+    """The config of the run at `path`, from its newest manifest that can be read. Empty where there is none: of a Hugging Face folder,
+    and of a path for which `open_weights` will say what is wrong with it."""
+    with suppress(ValueError, CheckpointError, OSError):
+        if not is_folder(_existing(path)) and (manifest := newest_manifest(path)) is not None:
+            return manifest["config"]
+    return {}
 
 
 def _existing(path: str | Path) -> Path:

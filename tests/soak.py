@@ -67,8 +67,6 @@ def job(data: Path, run_dir: Path, log: Path, slowness: float, overrides: list[s
     """In a process of its own: one start of the run, its output in `log`; each write of a checkpoint takes `slowness` seconds more."""
     from megatron_lite.checkpoint.store import CheckpointStore
     from megatron_lite.commands import train
-    from megatron_lite.hardware import Peak
-    from megatron_lite.training import build
 
     class SlowStore(CheckpointStore):
         def __init__(self, *args: Any, **options: Any) -> None:
@@ -78,7 +76,6 @@ def job(data: Path, run_dir: Path, log: Path, slowness: float, overrides: list[s
     os.dup2(output, 1)
     os.dup2(output, 2)
     train.CheckpointStore = SlowStore  # type: ignore[misc]
-    build.device_peak_flops = lambda *_: Peak(1e12, "said")  # its measurement would be most of a start
     sys.argv = ["train", *runs.arguments(data, run_dir, *OVERRIDES, *overrides)]
     train.main()
 

@@ -12,9 +12,17 @@ from megatron_lite.config.compose import compose_config, help_text
 from megatron_lite.errors import CheckpointError, WorkFailedError, error_text
 
 
-def run_command(name: str, schema: type, purpose: str, work: Callable[[Any], int]) -> None:
+def run_command(
+    name: str,
+    schema: type,
+    purpose: str,
+    work: Callable[[Any], int],
+    *,
+    compose: Callable[[list[str]], Any] | None = None,
+) -> None:
     """Compose the config of `mlite <name>` from the command line, call `work(config)` and exit with what it returns.
 
+    compose: from overrides to the config, where `compose_config` alone does not do.
     Exit codes: 2 for an error of the user's, told in one line; 1 for work that began and failed (the same command continues from
     what was finished) and for missing memory; 130 after Ctrl-C.
     """
@@ -26,7 +34,7 @@ def run_command(name: str, schema: type, purpose: str, work: Callable[[Any], int
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return
     try:
-        sys.exit(work(compose_config(name, schema, arguments)))
+        sys.exit(work(compose(arguments) if compose else compose_config(name, schema, arguments)))
     except WorkFailedError as error:
         print(f"failed: {error}", file=sys.stderr)
         sys.exit(1)

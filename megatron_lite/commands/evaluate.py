@@ -1,6 +1,10 @@
-"""`mlite evaluate`: loss and perplexity by source on held-out data.
+"""`mlite evaluate`: loss, perplexity and bits per byte by source on held-out data.
+
+A run's own data, sequence length, windows, precision, micro-batch size and threads hold unless the command line says otherwise: on the
+layout of the training its numbers are the training's to the last digit.
 
 python -m megatron_lite evaluate checkpoint=runs/smoke
+python -m megatron_lite evaluate checkpoint=runs/smoke data.validation.windows=1000
 python -m megatron_lite evaluate checkpoint=some/hugging_face_folder data=mine
 torchrun --nproc-per-node 4 -m megatron_lite evaluate checkpoint=runs/large parallel.tp=2
 """
@@ -8,7 +12,7 @@ torchrun --nproc-per-node 4 -m megatron_lite evaluate checkpoint=runs/large para
 from __future__ import annotations
 
 import json
-import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,24 +23,28 @@ from rich.table import Table
 
 from megatron_lite.commands.command import run_command
 from megatron_lite.commands.ranks import all_ranks
+from megatron_lite.config.compose import compose_config, from_dict, register_choice
+from megatron_lite.config.errors import key_of
 from megatron_lite.data.config import DataConfig
-from megatron_lite.data.loader import validation_batches
-from megatron_lite.data.source import Source, open_validation
+from megatron_lite.data.loader import HeldOut, validation_batches
+from megatron_lite.data.packing import Batch
+from megatron_lite.data.token_bytes import bits_per_byte
 from megatron_lite.engine.fsdp import computing
 from megatron_lite.objectives.next_token import NextToken
 from megatron_lite.parallel.assemble import assemble, from_tensors
-from megatron_lite.parallel.mesh import Mesh, ParallelConfig, sum_over
+from megatron_lite.parallel.mesh import ParallelConfig
 from megatron_lite.precision.dtypes import PrecisionConfig
 from megatron_lite.ranks import Ranks
-from megatron_lite.runtime import Runtime
-from megatron_lite.training.build import build_grid, check_vocabulary, open_tokenizer, prepare_data
+from megatron_lite.runtime import Runtime, set_threads
+from megatron_lite.tracking.console import number, perplexity
+from megatron_lite.training.build import build_grid, check_vocabulary, held_out, open_tokenizer, prepare_data
 from megatron_lite.training.support import refuse_unsupported
-from megatron_lite.weights import Weights, open_weights
+from megatron_lite.weights import Weights, open_weights, trained_with
 
 
 @dataclass
 class EvaluateConfig:
-    """`mlite evaluate`: the model comes from `checkpoint`, the data from here."""
+    """`mlite evaluate`: of what `checkpoint` was trained with, the keys that hold unless given (see `compose_evaluate`)."""
 
     checkpoint: str = "???"
     data: DataConfig = field(default_factory=DataConfig)
@@ -44,15 +52,18 @@ class EvaluateConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     engine: Any = None  # an `EngineConfig`, chosen by its group
     micro_batch_size: int = 8
+    threads: int | None = None  # CPU threads of a process; null leaves the choice to torch
     json: bool = False
 
     def validate(self, world_size: int = 1) -> None:
         """Raise ValueError naming the key if a value is invalid."""
-        if self.micro_batch_size < 1:
-            raise ValueError(f"micro_batch_size={self.micro_batch_size} must be at least 1")
+        for key in ("micro_batch_size", "threads"):
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                raise ValueError(f"{key}={value} must be at least 1")
         if self.engine.name != "fsdp":
             raise ValueError(f"engine={self.engine.name} only trains; evaluate with engine=fsdp")
-        for section in (self.data, self.precision, self.engine):
+        for section in (self.precision, self.engine):
             section.validate()
         self.parallel.validate(world_size)
         refuse_unsupported(
@@ -62,7 +73,28 @@ class EvaluateConfig:
 
 def main() -> None:
     """Parse, evaluate, exit."""
-    run_command("evaluate", EvaluateConfig, "Loss and perplexity of a model on held-out data, by source.", evaluate)
+    purpose = "Loss, perplexity and bits per byte of a model on held-out data, by source."
+    run_command("evaluate", EvaluateConfig, purpose, evaluate, compose=compose_evaluate)
+
+
+def compose_evaluate(overrides: list[str]) -> EvaluateConfig:
+    """The config of `mlite evaluate` with `overrides`, over what the run that `checkpoint` names was trained with.
+
+    The choice `checkpoint` of the groups data and precision, which is the default, is the run's own; another `data` is read in windows
+    like those of the training. Raises ConfigError as `compose_config` does.
+    """
+    named = [override for override in overrides if key_of(override) == "checkpoint"]
+    run = trained_with(compose_config("evaluate", EvaluateConfig, named).checkpoint)
+    data, train = run.get("data", {}), run.get("train", {})
+    register_choice("checkpoint", data, group="data")
+    register_choice("checkpoint", run.get("precision", {}), group="precision")
+    windows = {key: data[key] for key in ("seq_len", "reset_attention", "mask_eod_loss", "validation") if key in data}
+    defaults = EvaluateConfig(
+        data=from_dict(DataConfig, windows),
+        micro_batch_size=train.get("micro_batch_size", EvaluateConfig.micro_batch_size),
+        threads=train.get("threads"),
+    )
+    return compose_config("evaluate", defaults, overrides)
 
 
 def evaluate(config: EvaluateConfig) -> int:
@@ -71,17 +103,27 @@ def evaluate(config: EvaluateConfig) -> int:
     Raises ValueError (on several ranks CheckpointError) when model, tokenizer, data and layout do not belong together.
     """
     with all_ranks() as (runtime, ranks):
-        path, losses = measure(config, runtime, ranks)
+        measured = measure(config, runtime, ranks)
         if runtime.is_main:
-            _print(losses, str(path), as_json=config.json)
+            _print(measured, as_json=config.json)
     return 0
 
 
-def measure(config: EvaluateConfig, runtime: Runtime, ranks: Ranks) -> tuple[Path, dict[str, float]]:
-    """(what was read, loss of each held-out source in nats a counted token), the same on every rank. Collective."""
+@dataclass(frozen=True)
+class Measured:
+    """path: what was read. losses: of each held-out source, in nats a counted token. bits_per_byte: the same a byte of its text."""
+
+    path: Path
+    losses: dict[str, float]
+    bits_per_byte: dict[str, float]
+
+
+def measure(config: EvaluateConfig, runtime: Runtime, ranks: Ranks) -> Measured:
+    """The losses of `config.checkpoint` on the held-out files, the same on every rank. Collective."""
     ranks.attempt("check the config", lambda: config.validate(runtime.world_size))
+    set_threads(config.threads)
     weights = open_weights(config.checkpoint, ranks)
-    held_out = ranks.attempt("open the data", lambda: _held_out(config, weights, runtime))
+    read = ranks.attempt("open the data", lambda: _held_out(config, weights, runtime))
     mesh = build_grid(config.parallel, config.engine, world_size=runtime.world_size, device=runtime.device)
     dtype = config.precision.dtype
     objective, _ = ranks.attempt(
@@ -96,11 +138,26 @@ def measure(config: EvaluateConfig, runtime: Runtime, ranks: Ranks) -> tuple[Pat
         ),
     )
     objective.eval()
-    return weights.path, {name: _loss(objective, source, config, mesh) for name, source in held_out.items()}
+    losses = {}
+    for name, source in read.sources.items():
+        batches = validation_batches(
+            source,
+            windows=read.windows,
+            micro_batch_size=config.micro_batch_size,
+            rank=mesh.data_parallel_rank,
+            ranks=mesh.data_parallel_size,
+        )
+        losses[name] = _loss(objective, batches, dtype, runtime=runtime)
+    return Measured(weights.path, losses, bits_per_byte(losses, read.bytes_per_token))
 
 
-def _held_out(config: EvaluateConfig, weights: Weights, runtime: Runtime) -> dict[str, Source]:
+def _held_out(config: EvaluateConfig, weights: Weights, runtime: Runtime) -> HeldOut:
     """The held-out sources. Raises ValueError when there are none, or they do not belong to the model."""
+    if not config.data.groups:
+        raise ValueError(
+            f"checkpoint={config.checkpoint} does not say what data it was trained on; give data=<a group>"
+        )
+    config.data.validate()
     if config.data.sample_corpus and not Path(config.data.tokenizer).exists():
         if weights.manifest is None:
             raise ValueError(
@@ -116,39 +173,36 @@ def _held_out(config: EvaluateConfig, weights: Weights, runtime: Runtime) -> dic
             f"{config.checkpoint} was trained with tokenizer {trained_with}, but data.tokenizer={config.data.tokenizer} is "
             f"{tokenizer.fingerprint}: losses would mean nothing; tokenize the data with the model's tokenizer"
         )
-    held_out = open_validation(config.data, tokenizer)
-    if not held_out:
+    read = held_out(config.data, tokenizer)
+    if not read.sources:
         raise ValueError("data: no source has a `validation` file; name one for at least one source")
-    return held_out
+    return read
 
 
 @torch.no_grad()
-def _loss(objective: NextToken, source: Source, config: EvaluateConfig, mesh: Mesh) -> float:
-    """Mean loss in nats over the counted tokens of the held-out windows, which the data-parallel ranks share."""
-    windows = min(config.data.validation.windows, source.num_windows)
-    batches = validation_batches(
-        source,
-        windows=windows,
-        micro_batch_size=min(config.micro_batch_size, windows),  # the last batch is filled up with blank windows
-        rank=mesh.data_parallel_rank,
-        ranks=mesh.data_parallel_size,
-    )
-    sums = torch.zeros(2, dtype=torch.float64, device=mesh.device)
+def _loss(objective: NextToken, batches: Iterable[Batch], dtype: torch.dtype, *, runtime: Runtime) -> float:
+    """Mean loss in nats over the counted tokens of one source, summed up in the order of `Trainer.validate`."""
+    sums = torch.zeros(2, dtype=torch.float64, device=runtime.device)
     for batch in batches:
-        with computing(config.precision.dtype, objective):
-            loss = objective({key: value.to(mesh.device) for key, value in batch.items()})
+        with computing(dtype, objective):
+            loss = objective({key: value.to(runtime.device) for key, value in batch.items()})
         sums += torch.stack([loss.total.double(), loss.tokens.double()])
-    total, tokens = sum_over(mesh.loss_groups, sums).tolist()
+    total, tokens = runtime.sum(sums).tolist()
     return total / max(tokens, 1.0)
 
 
-def _print(losses: dict[str, float], model: str, *, as_json: bool) -> None:
+def _print(measured: Measured, *, as_json: bool) -> None:
+    losses, bits = measured.losses, measured.bits_per_byte
     if as_json:
-        print(json.dumps({"checkpoint": model, "val_loss": losses}))
+        print(json.dumps({"checkpoint": str(measured.path), "val_loss": losses, "bits_per_byte": bits}))
         return
-    table = Table(title=model)
-    for column in ("source", "loss", "perplexity"):
+    table = Table(title=str(measured.path))
+    for column in ("source", "loss", "perplexity", "bits per byte"):
         table.add_column(column, justify="left" if column == "source" else "right")
     for source, loss in losses.items():
-        table.add_row(source, f"{loss:.4f}", f"{math.exp(min(loss, 700.0)):.2f}")
+        table.add_row(source, f"{loss:.4f}", perplexity(loss), number(bits.get(source)))
     Console().print(table)
+
+
+register_choice("checkpoint", {}, group="data")  # what --help shows: no checkpoint is named there
+register_choice("checkpoint", {}, group="precision")

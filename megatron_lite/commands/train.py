@@ -8,20 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
+from megatron_lite.background import Lost, within
 from megatron_lite.checkpoint.store import CheckpointStore
 from megatron_lite.commands.command import run_command
-from megatron_lite.errors import error_text
 from megatron_lite.file_lock import FileLock
+from megatron_lite.output import unhurried_output
 from megatron_lite.runtime import launched_ranks, set_deterministic, set_threads, start, stop
 from megatron_lite.tracking import write_loss_plot, write_report
 from megatron_lite.training.build import build_schedule, build_trainer, check_batch_sizes, prepare_data, run_info
 from megatron_lite.training.config import RunConfig, validate, validate_model
+from megatron_lite.training.hints import how_to_lengthen
 from megatron_lite.training.resume import choose_checkpoint, choose_model
 from megatron_lite.training.run_directory import keep_tokenizer, write_config
 from megatron_lite.training.trainer import Trainer
 from megatron_lite.training.watchdog import Watchdog
+
+_DRAWING_SECONDS = 120.0
 
 
 def main() -> None:
@@ -37,7 +42,9 @@ def train(run: RunConfig) -> int:
         return validate_only(run, world_size=launched_ranks())
     set_deterministic(run.train.deterministic)
     runtime = start(timeout_seconds=run.watchdog.group_seconds)
+    lost = Lost()
     with ExitStack() as stack:
+        stack.enter_context(unhurried_output(lost))
         watchdog = stack.enter_context(Watchdog(run.watchdog, runtime=runtime, run_dir=Path(run.run.dir)))
         stack.callback(stop)
         stack.callback(watchdog.end)
@@ -63,10 +70,11 @@ def train(run: RunConfig) -> int:
         watchdog.enter("prepare data", 0)
         prepare_data(run.data, vocab_size=run.model.vocab_size, report=print if runtime.is_main else None)
         watchdog.enter("build", 0)
-        trainer = build_trainer(run, runtime, store=store, watchdog=watchdog, point=point)
+        trainer = build_trainer(run, runtime, store=store, watchdog=watchdog, point=point, lost=lost)
         if trainer.is_finished:
             _close_finished(run, trainer, checkpoint)
             return 0
+        _check_stop(run, trainer)
         if checkpoint and runtime.is_main:
             position = trainer.position
             print(f"resuming from {checkpoint}: step {position.step}, {position.consumed_samples} samples consumed")
@@ -122,6 +130,16 @@ def _close_finished(run: RunConfig, trainer: Trainer, checkpoint: Path | None) -
         _report(run, trainer, "finished")
 
 
+def _check_stop(run: RunConfig, trainer: Trainer) -> None:
+    """Raises ValueError when `train.stop_at` names a step before the one that the run stands at."""
+    step, stop = trainer.position.step, run.train.stop_at
+    if stop is not None and stop < step:
+        raise ValueError(
+            f"train.stop_at={stop} is behind run.dir={run.run.dir}, which stands at step {step}; raise it, drop it, or go back with "
+            "resume=<a checkpoint of an earlier step>"
+        )
+
+
 def _describe(run: RunConfig) -> None:
     write_config(run)
     keep_tokenizer(run)
@@ -129,18 +147,21 @@ def _describe(run: RunConfig) -> None:
 
 def _report(run: RunConfig, trainer: Trainer, outcome: str) -> None:
     directory = Path(run.run.dir)
-    try:
-        drawn = f"Losses: {write_loss_plot(directory)}. Report: {write_report(directory)}."
-    except OSError as error:  # the training is done and saved: a full disk must not turn it into a failure
-        drawn = f"Losses and report could not be drawn: {error_text(error)}."
-    print(f"{outcome} at step {trainer.position.step}. {drawn}")
-    if outcome != "finished":
+    drawn = [
+        f" {what}: {directory / name}."
+        for what, name, draw in (("Losses", "loss.png", write_loss_plot), ("Report", "report.html", write_report))
+        if within(_DRAWING_SECONDS, partial(draw, directory), name=name, on_loss=trainer.status.lost)
+    ]
+    print(f"{outcome} at step {trainer.position.step}.{''.join(drawn)}")
+    if outcome == "stopped":
+        print(f"Continue with the same command and a larger train.stop_at, or without it (run.dir={directory}).")
+    elif outcome != "finished":
         print(f"Continue with the same command (run.dir={directory}).")
-        return
-    print(
-        "Try next:\n"
-        f"  mlite evaluate checkpoint={directory}\n"
-        f"  mlite generate checkpoint={directory} prompt='def main('\n"
-        f"  mlite convert source={directory} target={directory}/hf to=hf\n"
-        f"  the same command with train.max_steps={2 * trainer.schedule.total_steps}: continues to twice the length"
-    )
+    else:
+        print(
+            "Try next:\n"
+            f"  mlite evaluate checkpoint={directory}\n"
+            f"  mlite generate checkpoint={directory} prompt='def main('\n"
+            f"  mlite convert source={directory} target={directory}/hf to=hf\n"
+            f"  {how_to_lengthen(trainer, directory)}"
+        )

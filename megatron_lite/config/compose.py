@@ -8,6 +8,7 @@ Notable features:
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +30,18 @@ def config_dir() -> Path:
     return inside if inside.is_dir() else package.parent / "configs"
 
 
-def register_schema(name: str, schema: type, *, group: str | None = None) -> None:
+def register_schema(name: str, schema: Any, *, group: str | None = None) -> None:
     """Let the YAML files of `group` name `schema` in their defaults, as `<name>_schema`."""
     ConfigStore.instance().store(f"{name}_schema", schema, group=group)
 
 
-def compose_config(name: str, schema: type, overrides: list[str]) -> Any:
-    """`configs/<name>.yaml` with `overrides`, as an object of `schema`.
+def register_choice(name: str, values: dict[str, Any], *, group: str) -> None:
+    """Let `group=name` choose `values`, which come from elsewhere than a YAML file."""
+    ConfigStore.instance().store(name, values, group=group)
+
+
+def compose_config(name: str, schema: Any, overrides: list[str]) -> Any:
+    """`configs/<name>.yaml` with `overrides`, as an object of `schema`: a dataclass, or an object of one that has other defaults.
 
     Raises ConfigError for an unknown key or group, a wrong type, or a missing value.
     """
@@ -47,7 +53,8 @@ def compose_config(name: str, schema: type, overrides: list[str]) -> Any:
         try:
             config = OmegaConf.to_object(compose(name, overrides=overrides))
         except (HydraException, OmegaConfBaseException, ValueError) as error:
-            raise ConfigError(errors.explain(error, overrides, lambda: _keys_of(name, schema, overrides))) from None
+            keys = partial(_keys_of, name, schema, overrides)
+            raise ConfigError(errors.explain(error, overrides, keys, own_folder=folder)) from None
     wrong = errors.check_values(config)
     if wrong:
         raise ConfigError(wrong)
@@ -88,15 +95,18 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 def help_text(name: str, schema: type, purpose: str) -> str:
     """What `mlite <name> --help` prints: the purpose, the groups with their choices, every key with its default."""
-    defaults = OmegaConf.load(config_dir() / f"{name}.yaml").defaults
-    groups = sorted(config_dir() / group for entry in defaults if not isinstance(entry, str) for group in entry)
+    defaults: Any = OmegaConf.to_container(OmegaConf.load(config_dir() / f"{name}.yaml").defaults)
+    groups = {group: choice for entry in defaults if not isinstance(entry, str) for group, choice in entry.items()}
     choices = "[group=choice ...] " if groups else ""
     lines = [
         f"{purpose.strip()}\n",
         f"usage: mlite {name} [--config-dir DIR] {choices}[key=value ...]\n",
         *["groups:"] * bool(groups),
     ]
-    lines += [f"  {g.name}={'|'.join(sorted(f.stem for f in g.glob('*.yaml')))}" for g in groups]
+    for group in sorted(groups):
+        files = {path.stem for path in (config_dir() / group).glob("*.yaml")}
+        chosen = {groups[group]} - {None, "???"}  # it may be a choice that no file has: see `register_choice`
+        lines.append(f"  {group}={'|'.join(sorted(files | chosen))}")
     lines += [*[""] * bool(groups), "keys and their values (as composed without overrides):", ""]
     register_schema(name, schema)
     with initialize_config_dir(str(config_dir().resolve()), version_base="1.3"):
@@ -104,7 +114,7 @@ def help_text(name: str, schema: type, purpose: str) -> str:
     return "\n".join(lines)
 
 
-def _tree(name: str, schema: type, overrides: list[str]) -> Any:
+def _tree(name: str, schema: Any, overrides: list[str]) -> Any:
     """`configs/<name>.yaml` as Hydra composes it; the defaults of `schema` where a group has to be chosen first."""
     try:
         return compose(name, overrides=overrides)
@@ -112,7 +122,7 @@ def _tree(name: str, schema: type, overrides: list[str]) -> Any:
         return OmegaConf.structured(schema) if not overrides else _tree(name, schema, [])
 
 
-def _keys_of(name: str, schema: type, overrides: list[str]) -> Iterator[str]:
+def _keys_of(name: str, schema: Any, overrides: list[str]) -> Iterator[str]:
     """Every dotted key of a config with its groups chosen, e.g. `train.max_steps`; Hydra must be initialized."""
     choices = [o for o in overrides if "." not in errors.key_of(o) or o.startswith("hydra.")]
     tree = _tree(name, schema, choices)

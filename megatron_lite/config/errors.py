@@ -13,6 +13,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -28,12 +29,21 @@ class ConfigError(ValueError):
     """An invalid configuration: the message names the key, the value and the way out."""
 
 
-def explain(error: BaseException, overrides: list[str], known_keys: Callable[[], Iterable[str]]) -> str:
-    """One line about Hydra's or OmegaConf's `error`. known_keys: every dotted key that exists, asked for when needed."""
+def explain(
+    error: BaseException,
+    overrides: list[str],
+    known_keys: Callable[[], Iterable[str]],
+    *,
+    own_folder: Path | None = None,
+) -> str:
+    """One line about Hydra's or OmegaConf's `error`. known_keys: every dotted key that exists, asked for when needed.
+
+    own_folder: that of `--config-dir`.
+    """
     chain = list(_chain(error))
     for part in chain:
         if isinstance(part, MissingConfigException) and part.options:
-            return _unknown_choice(part)
+            return _unknown_choice(part, own_folder)
     unreadable = _unreadable(overrides)
     if unreadable:
         return unreadable
@@ -126,10 +136,20 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
         part = part.__cause__
 
 
-def _unknown_choice(error: MissingConfigException) -> str:
+def _unknown_choice(error: MissingConfigException, own_folder: Path | None) -> str:
     group, _, choice = (error.missing_cfg_file or "").rpartition("/")
     choices = [option for option in error.options or [] if not option.endswith(_SCHEMA)]
-    return f"{group}={choice} is unknown; choose one of {', '.join(choices)}"
+    return f"{group}={choice} is unknown; choose one of {', '.join(choices)}{_in_own_folder(own_folder, group, choice)}"
+
+
+def _in_own_folder(folder: Path | None, group: str, choice: str) -> str:
+    """What is wrong with the folder of `--config-dir`, if something is: choices lie in a folder of their group's name."""
+    if folder is None or (folder / group).is_dir():
+        return ""
+    if not (folder / f"{choice}.yaml").is_file():
+        return f"; --config-dir {folder} has no folder {group} to add choices to"
+    way_out = f"give --config-dir {folder.parent}" if folder.name == group else f"move it to {folder / group}"
+    return f"; {folder / choice}.yaml is not in a folder of its group's name: {way_out}"
 
 
 def _renamed(text: str, overrides: list[str]) -> str | None:

@@ -29,6 +29,7 @@ def spelled_out(overrides: list[str]) -> list[str]:
     result: list[str] = []
     waiting = iter(overrides)
     for override in waiting:
+        _check_text(override)
         if override == "--config-dir" or override.startswith("--config-dir="):
             folder = override.partition("=")[2] or next(waiting, "")
             if not folder or not Path(folder).is_dir():
@@ -48,6 +49,14 @@ def spelled_out(overrides: list[str]) -> list[str]:
     if names_model and any(o.startswith("init_from.path=") for o in result):
         result.insert(0, "init_from.model=config")
     return result
+
+
+def _check_text(override: str) -> None:
+    """Raises ConfigError for bytes of the command line that are not text: no file could hold them as UTF-8."""
+    try:
+        override.encode()
+    except UnicodeEncodeError:
+        raise ConfigError(f"{override!r} is not UTF-8 text; give the name, or rename the file, in UTF-8") from None
 
 
 def _as_text(override: str) -> str:

@@ -13,13 +13,16 @@ import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from megatron_lite.data.blend import Blend
 from megatron_lite.data.packing import Batch, Example, collate
 from megatron_lite.data.source import Source
+from megatron_lite.data.token_bytes import bytes_per_token
 
 Step = tuple[int, list[Batch]]  # global batch size, this rank's micro-batches
 _POLL_SECONDS = 0.1  # how often a waiting thread looks whether the other side is still there
@@ -47,10 +50,24 @@ def rank_samples(consumed: int, *, batch: int, micro_batch: int, rank: int, rank
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What a run validates on: the first `windows` windows of each source."""
+    """What a run validates on: the first `windows` windows of each source.
+
+    token_bytes: bytes of text by token id, where bits per byte are asked for.
+    """
 
     sources: dict[str, Source]
     windows: int
+    token_bytes: npt.NDArray[np.int64] | None = None
+
+    @cached_property
+    def bytes_per_token(self) -> dict[str, float]:
+        """source -> mean bytes of its counted targets; reads them all once. Empty without `token_bytes`."""
+        if self.token_bytes is None:
+            return {}
+        return {
+            name: bytes_per_token(map(source.example, range(min(self.windows, source.num_windows))), self.token_bytes)
+            for name, source in self.sources.items()
+        }
 
 
 class DataLoader:

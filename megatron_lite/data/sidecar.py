@@ -11,17 +11,25 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from megatron_lite.atomic import whole_file
 
 
 @dataclass(frozen=True)
 class TokenizerIdentity:
-    """What the data and the run's tokenizer must agree on. fingerprint: a hash; vocab_size: the largest id + 1."""
+    """What the data and the run's tokenizer must agree on. fingerprint: a hash; vocab_size: the largest id + 1.
+
+    token_bytes: (vocab_size,) bytes of text that each id stands for (`token_bytes.token_bytes`), None where nobody asks for bits
+    per byte.
+    """
 
     fingerprint: str
     name: str
     eod: int
     vocab_size: int
+    token_bytes: npt.NDArray[np.int64] | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)

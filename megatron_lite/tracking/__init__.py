@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from megatron_lite.tracking.base import Row, RunInfo, Tracker, Trackers, TrackingConfig, WandbConfig
 from megatron_lite.tracking.console import ConsoleTracker
 from megatron_lite.tracking.jsonl import JsonlTracker, read_rows
@@ -28,11 +30,13 @@ __all__ = [
 ]
 
 
-def build_tracker(config: TrackingConfig, *, main_process: bool = True, has_key: bool = False) -> Trackers:
+def build_tracker(
+    config: TrackingConfig, *, main_process: bool = True, on_loss: Callable[[str], None] | None = None
+) -> Trackers:
     """The record and the observers of `config`.
 
     main_process: False on all ranks but one; they get a tracker that does nothing.
-    has_key: whether a W&B API key is set (the environment is read by the caller).
+    on_loss: hears of an observer that is left out; by default it is warned of.
     Raises ValueError if a value is invalid or a package is missing.
     """
     config.validate()
@@ -40,9 +44,9 @@ def build_tracker(config: TrackingConfig, *, main_process: bool = True, has_key:
         return Trackers()
     observers: list[Tracker] = []
     if config.wandb.enabled:
-        observers.append(WandbTracker(config.wandb, has_key=has_key))
+        observers.append(WandbTracker(config.wandb))
     if config.tensorboard:
         observers.append(TensorBoardTracker())
     if config.console:  # last: its closing table comes below what the others print
         observers.append(ConsoleTracker())
-    return Trackers(JsonlTracker(), observers)
+    return Trackers(JsonlTracker(), observers, on_loss=on_loss)

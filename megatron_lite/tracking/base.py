@@ -8,15 +8,19 @@ A tracker takes rows (plain dictionaries, see `megatron_lite.training.metrics`) 
 
 from __future__ import annotations
 
-import warnings
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
+from megatron_lite.background import Background, Lost
+
 Row = dict[str, Any]
 
+PATIENCE_SECONDS = 60.0  # for the observers' last rows at the end of a job; W&B may have to upload them
 WANDB_MODES = ("online", "offline", "disabled")
 
 
@@ -28,7 +32,7 @@ class WandbConfig:
     project: str = "megatron_lite"
     entity: str | None = None  # user or team; None: the account's default
     name: str | None = None  # display name; None: the run directory's name
-    mode: str | None = None  # online | offline | disabled; None: online with an API key, offline without
+    mode: str | None = None  # online | offline | disabled; None: as W&B is set (WANDB_MODE), offline without a login
     tags: list[str] = field(default_factory=list)
 
     def validate(self) -> None:
@@ -36,7 +40,7 @@ class WandbConfig:
         if self.mode is not None and self.mode not in WANDB_MODES:
             raise ValueError(
                 f"tracking.wandb.mode={self.mode} is unknown; choose one of {', '.join(WANDB_MODES)}, "
-                "or null to let the presence of an API key decide"
+                "or null for what W&B itself is set to"
             )
 
 
@@ -90,13 +94,22 @@ class Tracker(Protocol):
 class Trackers:
     """The record and the observers as one tracker. Without any it does nothing.
 
-    A run must not continue without its record, so the record's errors are raised. An observer never ends a training: one
-    that raises is warned of once and left out from then on.
+    A run must not continue without its record, so the record is written at once and its errors are raised. An observer neither
+    ends nor delays a training: each works on a thread of its own, and one that raises or hangs is left out, which `on_loss` hears.
+    `close` waits `PATIENCE_SECONDS` for them.
     """
 
-    def __init__(self, record: Tracker | None = None, observers: Iterable[Tracker] = ()) -> None:
+    def __init__(
+        self,
+        record: Tracker | None = None,
+        observers: Iterable[Tracker] = (),
+        *,
+        on_loss: Callable[[str], None] | None = None,
+    ) -> None:
         self.record = record
         self.observers = list(observers)
+        on_loss = on_loss or Lost()
+        self._threads = [Background(type(observer).__name__, on_loss=on_loss) for observer in self.observers]
 
     def start(self, run: RunInfo) -> None:
         if self.record:
@@ -110,20 +123,17 @@ class Trackers:
 
     def close(self, status: str) -> None:
         self._observe(lambda observer: observer.close(status))
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        for thread in self._threads:
+            thread.end()
+        for thread in self._threads:
+            thread.finish(deadline)
         if self.record:
             self.record.close(status)
 
     def _observe(self, action: Callable[[Tracker], None]) -> None:
-        for observer in list(self.observers):
-            try:
-                action(observer)
-            except (Exception, SystemExit) as error:  # SystemExit: rich, when the pipe that it prints to is closed
-                self.observers.remove(observer)
-                warnings.warn(
-                    f"{type(observer).__name__} is left out from now on: {type(error).__name__}: {error}. "
-                    "Training continues; metrics.jsonl has every row.",
-                    stacklevel=3,
-                )
+        for observer, thread in zip(self.observers, self._threads):
+            thread.call(partial(action, observer))
 
 
 def flatten(row: Row) -> Row:

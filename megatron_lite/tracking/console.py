@@ -34,11 +34,14 @@ class ConsoleTracker:
         self._task = TaskID(0)
         self._first: dict[str, float] = {}
         self._last: dict[str, float] = {}
+        self._bits: dict[str, float] = {}
 
     def start(self, run: RunInfo) -> None:
         self._run = run
+        past = run.start_step - run.validation_due  # this job's own rows may be in the file already
         for row in read_rows(run.run_dir / METRICS_FILE):
-            self._remember(row)
+            if row["step"] <= past and run.start_step:
+                self._remember(row)
         self._header(run)
         if self.console.is_terminal:
             self._progress = Progress(
@@ -46,6 +49,9 @@ class ConsoleTracker:
                 TextColumn("{task.description}"),
                 console=self.console,
                 refresh_per_second=4,
+                # or all that a training prints, torch's warnings too, would fail where the console fails
+                redirect_stdout=False,
+                redirect_stderr=False,
             )
             text = f"step {run.start_step}/{run.total_steps}"
             self._task = self._progress.add_task(text, total=run.total_steps, completed=run.start_step)
@@ -94,7 +100,7 @@ class ConsoleTracker:
         if self._progress is None:
             self._print(line)
         else:
-            shown = {key: row.get(key) for key in ("step", "loss", "tokens_per_second", "mfu")}
+            shown = {key: row.get(key) for key in ("step", "loss", "tokens_per_second", "mfu", "tflops_per_device")}
             bar_text = describe(shown, total, left)
             self._progress.update(self._task, completed=row["step"], description=bar_text)
         if row.get("skipped_steps"):
@@ -103,17 +109,23 @@ class ConsoleTracker:
     def _validation(self, row: Row) -> None:
         before = dict(self._last)
         self._remember(row)
-        table = _table(f"validation after step {row['step']:,}", ("source", "loss", "perplexity", "change"))
+        table = _table(
+            f"validation after step {row['step']:,}", ("source", "loss", "perplexity", "bits per byte", "change")
+        )
+        bits = row.get("bits_per_byte") or {}
         for source, loss in row["val_loss"].items():
             change = f"{loss - before[source]:+.4f}" if source in before else ""
-            table.add_row(Text(source), f"{loss:.4f}", perplexity(loss), change)
+            table.add_row(Text(source), f"{loss:.4f}", perplexity(loss), number(bits.get(source)), change)
         self.console.print(table)
 
     def _summary(self) -> Table:
-        table = _table("validation loss by source", ("source", "first", "last", "change", "perplexity"))
+        table = _table(
+            "validation loss by source", ("source", "first", "last", "change", "perplexity", "bits per byte")
+        )
         for source, last in self._last.items():
             first = self._first[source]
-            cells = (f"{first:.4f}", f"{last:.4f}", f"{last - first:+.4f}", perplexity(last))
+            bits = number(self._bits.get(source))
+            cells = (f"{first:.4f}", f"{last:.4f}", f"{last - first:+.4f}", perplexity(last), bits)
             table.add_row(Text(source), *cells)
         return table
 
@@ -121,6 +133,7 @@ class ConsoleTracker:
         for source, loss in (row.get("val_loss") or {}).items():
             self._first.setdefault(source, loss)
             self._last[source] = loss
+        self._bits.update(row.get("bits_per_byte") or {})
 
     def _print(self, text: str) -> None:
         """Print text as it is: no markup, and no line of a log file is wrapped."""
@@ -136,7 +149,10 @@ def describe(row: dict[str, Any], total: int, eta: float | None) -> str:
         parts.append(f"lr {row['lr']:.2e}")
     if row.get("tokens_per_second") is not None:
         parts.append(f"tok/s {row['tokens_per_second']:,.0f}")
-    parts.append(f"mfu {row['mfu']:.1%}" if row.get("mfu") is not None else "mfu n/a")
+    if row.get("mfu") is not None:
+        parts.append(f"mfu {row['mfu']:.1%}")
+    elif row.get("tflops_per_device") is not None:  # of a device whose peak is not known
+        parts.append(f"{row['tflops_per_device']:.3g} TFLOP/s")
     parts.append(f"eta {clock(eta)}")
     return "  ".join(parts)
 
@@ -165,6 +181,11 @@ def perplexity(loss: float) -> str:
     """e^loss, rounded for reading."""
     value = math.exp(loss) if loss < 700 else math.inf  # e^710 overflows
     return f"{value:,.4g}" if value < 1e3 else f"{value:,.0f}" if value < 1e7 else f"{value:.3g}"
+
+
+def number(value: float | None) -> str:
+    """Four decimals; nothing where there is no value."""
+    return "" if value is None else f"{value:.4f}"
 
 
 def _table(title: str, columns: tuple[str, ...]) -> Table:

@@ -31,6 +31,10 @@ class Curves:
         """Steps and finite validation losses of a source."""
         return _points((row["step"], row["val_loss"].get(name)) for row in self.validation)
 
+    def bits(self, name: str) -> float | None:
+        """The newest bits per byte of a source; None where no row has them."""
+        return next((b for row in reversed(self.validation) if (b := row.get("bits_per_byte", {}).get(name))), None)
+
 
 def read_curves(rows: Iterable[Row]) -> Curves:
     """Split rows into training and validation; rows of neither kind are skipped."""

@@ -17,7 +17,7 @@ from statistics import median
 from typing import Any
 
 from megatron_lite.atomic import whole_file
-from megatron_lite.tracking.console import clock, human, perplexity
+from megatron_lite.tracking.console import clock, human, number, perplexity
 from megatron_lite.tracking.curves import Curves, read_curves, smooth
 from megatron_lite.tracking.jsonl import METRICS_FILE, read_rows
 from megatron_lite.tracking.page import chart, key, page, table
@@ -77,8 +77,9 @@ def _tiles(curves: Curves, status: dict[str, Any], manifest: dict[str, Any]) -> 
     if speeds := curves.column("tokens_per_second")[1]:
         tiles.append(("tokens per second", f"{median(speeds):,.0f}"))
     if mfu := curves.column("mfu")[1]:
-        against = "measured CPU peak" if last.get("mfu_peak_measured") else "data sheet peak"
-        tiles.append((f"MFU, {against}", f"{median(mfu):.1%}"))
+        tiles.append(("MFU, data sheet peak", f"{median(mfu):.1%}"))
+    elif flops := curves.column("tflops_per_device")[1]:
+        tiles.append(("TFLOP/s per device", f"{median(flops):.3g}"))
     if memory := curves.column("memory_gib")[1]:
         tiles.append(("peak memory", f"{max(memory):.2f} GiB"))
     cells = "".join(f"<div><dt>{escape(key)}</dt><dd>{escape(value)}</dd></div>" for key, value in tiles)
@@ -97,10 +98,10 @@ def _training_seconds(curves: Curves) -> float:
 def _losses(curves: Curves) -> str:
     if not curves.training and not curves.validation:
         return '<section><h2>Loss by source</h2><p class="quiet">Nothing logged yet.</p></section>'
-    rows = [[key(None) + "training", *_first_last(curves.column("loss")[1])]]
+    rows = [[key(None) + "training", *_first_last(curves.column("loss")[1]), ""]]
     for i, source in enumerate(curves.sources()):
-        rows.append([key(i) + escape(source), *_first_last(curves.source(source)[1])])
-    losses = table(("source", "first", "last", "change", "perplexity"), rows)
+        rows.append([key(i) + escape(source), *_first_last(curves.source(source)[1]), number(curves.bits(source))])
+    losses = table(("source", "first", "last", "change", "perplexity", "bits per byte"), rows)
     return f"<section><h2>Loss by source</h2>{chart(loss_svg(curves))}{losses}</section>"
 
 

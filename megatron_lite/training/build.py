@@ -8,13 +8,17 @@ Whatever can be refused is refused before the run directory is touched.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
+from megatron_lite.background import Lost
 from megatron_lite.checkpoint.store import CheckpointStore
 from megatron_lite.config.compose import from_dict, to_dict
 from megatron_lite.data.blend import Blend, open_blend
@@ -23,7 +27,8 @@ from megatron_lite.data.loader import DataLoader, HeldOut, rank_samples
 from megatron_lite.data.resume import resume_blend
 from megatron_lite.data.sample.corpus import prepare
 from megatron_lite.data.sidecar import TokenizerIdentity
-from megatron_lite.data.source import Source, open_validation
+from megatron_lite.data.source import open_validation
+from megatron_lite.data.token_bytes import token_bytes
 from megatron_lite.data.tokenizer import fingerprint, load_tokenizer, vocabulary_size
 from megatron_lite.engine.base import Engine, EngineConfig
 from megatron_lite.hardware import device_peak_flops
@@ -33,7 +38,7 @@ from megatron_lite.models.flops import flops_per_token, parameter_count
 from megatron_lite.optim.schedule import BatchSize, LearningRate, Progress, Projection, Schedule, ScheduleConfig
 from megatron_lite.parallel.assemble import assemble, from_tensors, seeded
 from megatron_lite.parallel.mesh import Mesh, ParallelConfig, build_mesh
-from megatron_lite.runtime import Runtime, has_wandb_key
+from megatron_lite.runtime import Runtime
 from megatron_lite.tracking import RunInfo, build_tracker
 from megatron_lite.tracking.profile import Profiler
 from megatron_lite.training.config import RunConfig
@@ -52,6 +57,9 @@ from megatron_lite.training.trainer import TrainConfig, Trainer
 from megatron_lite.training.watchdog import Watchdog
 from megatron_lite.weights import Weights
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 
 def open_tokenizer(config: DataConfig) -> TokenizerIdentity:
     """What data and model must agree on with the tokenizer of `data.tokenizer`.
@@ -64,8 +72,21 @@ def open_tokenizer(config: DataConfig) -> TokenizerIdentity:
         )
     tokenizer = load_tokenizer(config.tokenizer)
     return TokenizerIdentity(
-        fingerprint(tokenizer), config.tokenizer, tokenizer.eos_token_id, vocabulary_size(tokenizer)
+        fingerprint(tokenizer),
+        config.tokenizer,
+        tokenizer.eos_token_id,
+        vocabulary_size(tokenizer),
+        _token_bytes(tokenizer),
     )
+
+
+def _token_bytes(tokenizer: PreTrainedTokenizerBase) -> npt.NDArray[np.int64] | None:
+    """None, and a warning, for a tokenizer that does not tell: bits per byte are worth no refusal."""
+    try:
+        return token_bytes(tokenizer)
+    except Exception as error:  # tokenizers of all kinds raise anything
+        warnings.warn(f"no bits per byte: {type(tokenizer).__name__}: {error}", stacklevel=2)
+        return None
 
 
 def prepare_data(config: DataConfig, *, vocab_size: int, report: Callable[[str], None] | None) -> None:
@@ -123,9 +144,15 @@ def build_engine(run: RunConfig, mesh: Mesh, *, source: Weights | None = None) -
 
 
 def build_trainer(
-    run: RunConfig, runtime: Runtime, *, store: CheckpointStore, watchdog: Watchdog, point: ResumePoint | None
+    run: RunConfig,
+    runtime: Runtime,
+    *,
+    store: CheckpointStore,
+    watchdog: Watchdog,
+    point: ResumePoint | None,
+    lost: Lost,
 ) -> Trainer:
-    """A trainer at the position of `point`, or at the start.
+    """A trainer at the position of `point`, or at the start; `lost` hears of observers that fail.
 
     Raises ValueError for anything in the config, the data or the checkpoint that does not fit together.
     """
@@ -158,11 +185,11 @@ def build_trainer(
         runtime=runtime,
         engine=engine,
         schedule=schedule,
-        loader=build_loader(run, blend, open_validation(run.data, tokenizer), mesh),
+        loader=build_loader(run, blend, held_out(run.data, tokenizer), mesh),
         store=store,
-        tracker=build_tracker(run.tracking, main_process=runtime.is_main, has_key=has_wandb_key()),
+        tracker=build_tracker(run.tracking, main_process=runtime.is_main, on_loss=lost),
         metrics=build_metrics(run, runtime, consumed=start.consumed_samples),
-        status=Status(Path(run.run.dir), main_process=runtime.is_main),
+        status=Status(Path(run.run.dir), main_process=runtime.is_main, lost=lost),
         watchdog=watchdog,
         profiler=Profiler(run.profile, Path(run.run.dir) / "profile", main_process=runtime.is_main),
         base_manifest={
@@ -211,11 +238,16 @@ def check_batch_sizes(run: RunConfig, schedule: Schedule, *, world_size: int) ->
         rank_samples(0, batch=batch.at(sample), micro_batch=run.train.micro_batch_size, rank=0, ranks=ranks)
 
 
-def build_loader(run: RunConfig, blend: Blend, held_out: dict[str, Source], mesh: Mesh) -> DataLoader:
+def held_out(config: DataConfig, tokenizer: TokenizerIdentity) -> HeldOut:
+    """What `config` holds out for validation; without sources where no source has a `validation` file."""
+    return HeldOut(open_validation(config, tokenizer), config.validation.windows, tokenizer.token_bytes)
+
+
+def build_loader(run: RunConfig, blend: Blend, held_out: HeldOut, mesh: Mesh) -> DataLoader:
     """This data-parallel rank's batches, on its device."""
     return DataLoader(
         blend,
-        HeldOut(held_out, run.data.validation.windows),
+        held_out,
         micro_batch_size=run.train.micro_batch_size,
         rank=mesh.data_parallel_rank,
         ranks=mesh.data_parallel_size,
@@ -224,7 +256,7 @@ def build_loader(run: RunConfig, blend: Blend, held_out: dict[str, Source], mesh
 
 
 def build_metrics(run: RunConfig, runtime: Runtime, *, consumed: int) -> Metrics:
-    """What turns steps into rows; measures the peak of the device where no data sheet has it."""
+    """What turns steps into rows."""
     work = Work(
         flops_per_token=flops_per_token(run.model, run.data.seq_len),
         seq_len=run.data.seq_len,
@@ -252,5 +284,5 @@ def run_info(run: RunConfig, trainer: Trainer) -> RunInfo:
         parameters=parameter_count(model),
         tokens_per_step=run.train.global_batch_size * run.data.seq_len,
         layout=f"{run.engine.name}, {run.precision.name}, {trainer.runtime.world_size} process(es), attention: {kernel.name}",
-        peak=str(trainer.metrics.work.peak),
+        peak=str(trainer.metrics.work.peak) if trainer.metrics.work.peak.flops else "",
     )

@@ -131,7 +131,6 @@ class Metrics:
             "tokens_per_second": tokens / seconds,
             "tflops_per_device": flops / 1e12,
             "mfu": flops / work.peak.flops if work.peak.flops else None,
-            "mfu_peak_measured": work.peak.measured,
         }
 
 

@@ -47,14 +47,15 @@ def reported(trainer: Reported) -> Iterator[None]:
             text = f"rank {trainer.runtime.rank} lost another rank in {trainer.watchdog.phase}, {first}: {text}"
         trainer.watchdog.fail(text)
         if not trainer.watchdog.has_reported():
-            with suppress(OSError):  # on a full disk: the error to show is the first one, not this
-                write_status(trainer, "failed", text)
-        with suppress(OSError):
+            write_status(trainer, "failed", text)
+        with suppress(OSError):  # on a full disk: the error to show is the first one, not this
             trainer.tracker.close("failed")
+        trainer.status.finish()
         if lost or isinstance(error, OSError | CheckpointError | ValueError):
             raise TrainingFailedError(_failure(trainer, text)) from error
         raise
     trainer.tracker.close(trainer.status.state)
+    trainer.status.finish()
 
 
 def write_end(trainer: Reported, outcome: str, *, saved: bool, save_seconds: float) -> str:

@@ -24,6 +24,7 @@ import torch
 from megatron_lite.checkpoint.store import CheckpointStore
 from megatron_lite.data.loader import DataLoader
 from megatron_lite.data.packing import Batch
+from megatron_lite.data.token_bytes import bits_per_byte
 from megatron_lite.engine.base import Engine, StepResult
 from megatron_lite.errors import TrainingDivergedError
 from megatron_lite.optim.schedule import BatchSize, Progress, RampStage, Schedule
@@ -55,6 +56,7 @@ class TrainConfig:
     batch_ramp: list[RampStage] = field(default_factory=list)
     log_every: int = 1
     eval_every: int = 0  # 0: at the end only
+    eval_at_start: bool = False  # also before the first step
     max_skipped_steps: int = 5  # non-finite steps in a row before the run fails
     threads: int | None = None  # CPU threads of a process; null leaves the choice to torch
     deterministic: bool = False
@@ -111,7 +113,7 @@ class Trainer:
         with reported(self), Signals() as signals, closing(self._batches()) as batches:
             self.preemption = Preemption(self.runtime, signals)
             outcome = self._outcome()
-            if self.position.validation_due:
+            if self.position.validation_due or (self.config.eval_at_start and self.position.step == 0):
                 outcome = self.validate(outcome)
             saved, save_began = True, time.monotonic()
             self.metrics.start()
@@ -192,7 +194,8 @@ class Trainer:
                     self.preemption.requested_after("validation batch")
                 total, tokens = self.runtime.sum(sums).tolist()
                 losses[source] = total / max(tokens, 1.0)
-        self.tracker.log({"step": self.position.step, "val_loss": losses})
+        bits = bits_per_byte(losses, self.loader.held_out.bytes_per_token)
+        self.tracker.log({"step": self.position.step, "val_loss": losses, "bits_per_byte": bits})
         self.position.validation_due = False
         return "preempted" if self.preemption.signal and outcome == "running" else outcome
 
@@ -233,6 +236,7 @@ class Trainer:
     def declare_finished(self) -> None:
         """Write status.json for a run whose last checkpoint exists: a job may have been killed between the two."""
         write_status(self, "finished", "all steps done")
+        self.status.finish()
 
     def _give_up_after(self, skips: torch.Tensor) -> None:
         if skips.item() >= self.config.max_skipped_steps:

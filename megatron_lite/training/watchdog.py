@@ -29,11 +29,13 @@ import sys
 import threading
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType, TracebackType
 
 import torch
 
+from megatron_lite.background import within
 from megatron_lite.errors import error_text
 from megatron_lite.runtime import Runtime
 from megatron_lite.training.hang import has_unfinished_collective, place, verdict, waits_for_others
@@ -43,6 +45,7 @@ from megatron_lite.training.status import Status
 logger = logging.getLogger(__name__)
 EXIT_CODE = 3
 _START, _END = "start", "end"  # phases in which the run directory must not be written yet, or any more
+_DUMP_SECONDS, _TELL_SECONDS, _SAY_SECONDS = 10.0, 20.0, 2.0
 _COUNTED = ("data", "train_step", "agree")  # phases that belong to a step
 _SECONDS_TO_FOLLOW = 10.0  # for a rank to end by itself once another one has failed
 _SECONDS_TO_LEAVE = 60.0  # for one that is on its way out: trackers are closed, the run directory is described
@@ -204,62 +207,73 @@ class Watchdog:
             )  # fmt: skip
 
     def _end_the_job(self, notes: RankNotes, seconds: float) -> None:
-        """Dump the stacks, compare notes, write the verdict, end this process. Never returns."""
-        rank = self.runtime.rank
-        step, phase, _ = self._where
-        frame, on_gpu = self._frame(), self.runtime.device.type == "cuda"
+        """Dump the stacks, compare notes, write the verdict, end this process. Never returns, whatever fails or hangs here."""
+        rank, (step, phase, _) = self.runtime.rank, self._where
+
+        def complain(reason: str) -> None:
+            _say(f"rank {rank}: step {step}, {phase}: no progress for {seconds:.0f} s ({reason})")
+
         try:
-            record = self._dump(rank)
-            waits = has_unfinished_collective(record) if on_gpu and record else waits_for_others(frame)
-            note = {"step": step, "phase": phase, "entered": self._entered, "waits": waits, "at": place(frame)}
-            notes.publish("hang", note)
+            record: list[bytes] = []
+            dump = lambda: record.extend(self._dump(rank))  # noqa: E731
+            within(_DUMP_SECONDS, dump, name="the dump of the stacks", on_loss=complain)
             patience = min(20.0, max(3.0, self.config.timeout_seconds / 4))
-            if notes.first_to_arrive(patience):
-                found = [f"no progress for {seconds:.0f} s (watchdog.timeout_seconds={self.config.timeout_seconds:g})"]
-                world = self.runtime.world_size
-                found += verdict(notes.read("hang"), last_seen=notes.read("beat"), world_size=world, on_gpu=on_gpu)
-                self._write("; ".join(found) + f". Stacks: {self.run_dir}/hang")
-                notes.report()
-        except Exception as error:  # whatever goes wrong here, the process must end
-            print(
-                f"watchdog: rank {rank}: step {step}, {phase}: no progress for {seconds:.0f} s ({error})",
-                file=sys.stderr,
-                flush=True,
-            )
+            telling = partial(self._tell, notes, record=record, seconds=seconds, patience=patience)
+            within(patience + 30.0, telling, name="the verdict", on_loss=complain)
         finally:
             os._exit(EXIT_CODE)
 
+    def _tell(self, notes: RankNotes, *, record: list[bytes], seconds: float, patience: float) -> None:
+        """Compare notes with the other ranks, for `patience` seconds; the first rank here says the verdict."""
+        step, phase, _ = self._where
+        frame, on_gpu = self._frame(), self.runtime.device.type == "cuda"
+        waits = has_unfinished_collective(record[0]) if on_gpu and record else waits_for_others(frame)
+        note = {"step": step, "phase": phase, "entered": self._entered, "waits": waits, "at": place(frame)}
+        notes.publish("hang", note)
+        if not notes.first_to_arrive(patience):
+            return
+        found = [f"no progress for {seconds:.0f} s (watchdog.timeout_seconds={self.config.timeout_seconds:g})"]
+        world = self.runtime.world_size
+        found += verdict(notes.read("hang"), last_seen=notes.read("beat"), world_size=world, on_gpu=on_gpu)
+        self._write("; ".join(found) + f". Stacks: {self.run_dir}/hang")
+        notes.report()
+
     def _follow(self, notes: RankNotes) -> None:
         """Another rank has failed and this one has not ended by itself: end it. Never returns."""
-        try:
+
+        def tell() -> None:
             if notes.is_first_to_report():
                 self._write(self.failed_first() or "another rank failed")
                 notes.report()
+
+        try:
+            within(_TELL_SECONDS, tell, name="the failure of another rank", on_loss=_say)
         finally:
             os._exit(EXIT_CODE)
 
     def _end_without_a_store(self, seconds: float) -> None:
         """Nobody can be told or asked any more: the store's host, where rank 0 runs, is lost. Never returns."""
+        step, phase, _ = self._where
+        text = f"rank {self.runtime.rank} in step {step}, {phase}: no answer for {seconds:.0f} s from the process group's store, "
+        text += "which the node of rank 0 holds"
+        last = self.runtime.rank == self.runtime.world_size - 1  # one of those that may be left
+        tell = partial(self._write if last else _say, text)
         try:
-            step, phase, _ = self._where
-            text = f"rank {self.runtime.rank} in step {step}, {phase}: no answer for {seconds:.0f} s from the process group's store, "
-            text += "which the node of rank 0 holds"
-            if self.runtime.rank == self.runtime.world_size - 1:  # one of those that may be left
-                self._write(text)
-            else:
-                print(f"watchdog: {text}", file=sys.stderr, flush=True)
+            within(_TELL_SECONDS, tell, name="the loss of the store", on_loss=_say)
         finally:
             os._exit(EXIT_CODE)
 
     def _write(self, text: str) -> None:
         """Say it on stderr and in status.json, if the run is this job's: before, another may own it; after, its status is final."""
         step, phase, _ = self._where
-        print(f"watchdog: {text}", file=sys.stderr, flush=True)
+        _say(text)
         if phase not in (_START, _END):
-            Status(self.run_dir, main_process=True).write("failed", step, text, job=self.runtime.job, time=time.time())
+            status = Status(self.run_dir, main_process=True)
+            status.write("failed", step, text, job=self.runtime.job, time=time.time())
+            status.finish()
 
-    def _dump(self, rank: int) -> bytes | None:
-        """Write this rank's stacks and its flight recorder, and return what that has recorded."""
+    def _dump(self, rank: int) -> list[bytes]:
+        """Write this rank's stacks and its flight recorder, and return what that has recorded, if there is one."""
         folder = self.run_dir / "hang"
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / f"rank_{rank:05}.txt").open("w") as file:
@@ -267,9 +281,16 @@ class Watchdog:
         recorder = "nccl" if self.runtime.device.type == "cuda" else "fr"  # NCCL keeps a recorder of its own
         record = getattr(torch._C._distributed_c10d, f"_dump_{recorder}_trace_json", None)
         recorded = record() if record is not None else None
-        if recorded is not None:
-            (folder / f"rank_{rank:05}.flight.json").write_bytes(recorded)
-        return recorded
+        if recorded is None:
+            return []
+        (folder / f"rank_{rank:05}.flight.json").write_bytes(recorded)
+        return [recorded]
+
+
+def _say(text: str) -> None:
+    """Print to standard error itself, which must not keep this process either."""
+    shown = partial(print, f"watchdog: {text}", file=sys.__stderr__ or sys.stderr, flush=True)
+    within(_SAY_SECONDS, shown, name="standard error", on_loss=lambda reason: None)
 
 
 def slow_ranks(times: dict[int, float], factor: float) -> list[int]:

@@ -40,6 +40,7 @@ GENERATE = [
 ]
 EVALUATE = [
     ("", r"checkpoint is not given"),
+    ("checkpoint=$RUN threads=0", r"threads=0 must be at least 1"),
     ("checkpoint=$RUN data=nothere", r"data=nothere is unknown; choose one of"),
     ("checkpoint=$RUN --config-dir $DATA data=tiny micro_batch_size=0", r"micro_batch_size=0 must be at least 1"),
     (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from megatron_lite.data.indexed import IndexedDataset
+from megatron_lite.data.tokenizer import load_tokenizer
 from megatron_lite.errors import CheckpointError
 from tests import runs
 from tests.hf_folders import command, make_folder, metaspace_tokenizer
@@ -60,15 +62,65 @@ def test_the_loss_of_separated_documents_is_that_of_each_alone(tiny_data, tmp_pa
         assert ours[f"{group}/{name}"] == pytest.approx(total / count, rel=1e-5)
 
 
-def test_it_repeats_the_loss_that_training_logged(tiny_data, straight, capsys):
-    lines = map(json.loads, (straight / "metrics.jsonl").read_text().splitlines())
-    logged = next(row["val_loss"] for row in lines if "val_loss" in row)
-    assert losses(capsys, tiny_data, straight, "micro_batch_size=4") == pytest.approx(logged, rel=1e-6)  # sums in fp64
+def logged(run_dir) -> dict:
+    """The last validation row of a run."""
+    lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    return [row for row in lines if "val_loss" in row][-1]
+
+
+def printed(capsys, *overrides) -> dict:
+    assert command("evaluate", "json=true", *overrides) == 0
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        [],
+        # a micro-batch with blank windows, another length, precision and mask than the defaults
+        ["data.validation.windows=5", "data.seq_len=24", "precision=bf16", "data.mask_eod_loss=true"],
+    ],
+)
+def test_a_run_is_evaluated_as_it_was_trained_to_the_last_digit(keys, tiny_data, straight, tmp_path, capsys):
+    run_dir = straight
+    if keys:
+        run_dir = tmp_path / "r"
+        assert runs.run(tiny_data, run_dir, "train.max_steps=2", "schedule.warmup_steps=0", *keys) == 0
+    shown = printed(capsys, f"checkpoint={run_dir}")
+    assert {key: logged(run_dir)[key] for key in ("val_loss", "bits_per_byte")} == {
+        key: shown[key] for key in ("val_loss", "bits_per_byte")
+    }
+
+
+def test_what_is_given_holds_over_what_the_run_was_trained_with(tiny_data, straight, capsys):
+    own = logged(straight)["val_loss"]
+    own_group = ["--config-dir", str(tiny_data), "data=tiny"]  # says nothing of the length of a window
+    assert printed(capsys, f"checkpoint={straight}", *own_group)["val_loss"] == own
+    for key in ("data.seq_len=16", "data.validation.windows=3", "precision=bf16", "data.reset_attention=false"):
+        given = printed(capsys, f"checkpoint={straight}", key)["val_loss"]
+        assert given.keys() == own.keys()
+        assert all(given[source] != own[source] for source in own), key
+
+
+def test_a_folder_that_names_no_data_needs_some(tmp_path):
+    folder = make_folder(tmp_path / "hf", "llama")
+    with pytest.raises(ValueError, match=r"checkpoint=.*hf .*data=<"):
+        command("evaluate", f"checkpoint={folder}")
+
+
+def test_bits_per_byte_are_those_of_the_decoded_text(tiny_data, straight, capsys):
+    shown = printed(capsys, f"checkpoint={straight}", "data.reset_attention=false", "data.mask_eod_loss=false")
+    windows = held_out(tiny_data, "prose", windows=4, seq_len=32)  # ASCII: no window begins inside a character
+    text = load_tokenizer(tiny_data / "tokenizer").decode(windows[:, 1:].flatten().tolist(), skip_special_tokens=True)
+    nats = shown["val_loss"]["english/prose"] * 4 * 32
+    expected = nats / math.log(2) / len(text.encode())
+    assert shown["bits_per_byte"]["english/prose"] == pytest.approx(expected, rel=1e-12)  # fp64 throughout
 
 
 def test_the_table_names_every_source(tiny_data, straight, capsys):
     command("evaluate", *evaluate(tiny_data, straight))
     table = capsys.readouterr().out
+    assert "bits per byte" in table
     assert all(f"{group}/{name}" in table for group, (name, _) in runs.GROUPS.items())
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_lite.commands.evaluate import EvaluateConfig, measure
+from megatron_lite.commands.evaluate import compose_evaluate, measure
 from megatron_lite.commands.generate import GenerateConfig, texts
 from megatron_lite.config.compose import compose_config
 from megatron_lite.errors import CheckpointError
@@ -26,7 +26,7 @@ def place(rank: int, world_size: int) -> tuple[Runtime, Ranks]:
 
 
 def losses(rank: int, world_size: int, *words: str) -> dict[str, float]:
-    return measure(compose_config("evaluate", EvaluateConfig, list(words)), *place(rank, world_size))[1]
+    return measure(compose_evaluate(list(words)), *place(rank, world_size)).losses
 
 
 def text(rank: int, world_size: int, *words: str) -> str:
@@ -86,7 +86,7 @@ def test_generate_refuses_what_it_cannot_divide(key, says):
 
 
 def test_deepspeed_is_refused_for_evaluation():
-    config = compose_config("evaluate", EvaluateConfig, ["checkpoint=x", "engine=deepspeed"])
+    config = compose_evaluate(["checkpoint=x", "engine=deepspeed"])
     with pytest.raises(ValueError, match=r"engine=deepspeed.*engine=fsdp"):
         config.validate()
 

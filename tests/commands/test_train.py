@@ -279,3 +279,12 @@ def test_killed_after_the_last_save_it_still_becomes_finished(tiny_data, straigh
     assert runs.run(tiny_data, run_dir) == 0
     assert runs.status(run_dir)["state"] == "finished"
     assert (run_dir / "report.html").exists()
+
+
+def test_a_validation_before_the_first_step_is_logged_once_and_changes_nothing(tiny_data, straight, tmp_path):
+    keys = ("train.eval_at_start=true", "train.eval_every=5")
+    assert runs.run(tiny_data, tmp_path / "r", *keys, "train.stop_at=7") == 0
+    assert runs.run(tiny_data, tmp_path / "r", *keys) == 0
+    lines = map(json.loads, (tmp_path / "r" / "metrics.jsonl").read_text().splitlines())
+    assert [row["step"] for row in lines if "val_loss" in row] == [0, 5, 10, 15, 20]
+    assert runs.curve(tmp_path / "r") == runs.curve(straight)

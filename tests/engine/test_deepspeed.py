@@ -31,7 +31,7 @@ def test_a_library_that_cannot_be_imported(monkeypatch: pytest.MonkeyPatch, tmp_
     (tmp_path / "deepspeed.py").write_text("raise OSError('CUDA_HOME does not exist')")
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "deepspeed", raising=False)
-    with pytest.raises(ValueError, match="engine=deepspeed.*OSError: CUDA_HOME.*engine=fsdp"):
+    with pytest.raises(ValueError, match=r"engine=deepspeed.*OSError: CUDA_HOME.*engine=fsdp"):
         DeepSpeedConfig().validate()
 
 

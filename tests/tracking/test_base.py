@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import threading
 import warnings
 from pathlib import Path
 
 import pytest
 
-from megatron_lite.tracking import RunInfo, Trackers, TrackingConfig, WandbConfig, build_tracker
+from megatron_lite.background import Lost
+from megatron_lite.tracking import RunInfo, Trackers, TrackingConfig, WandbConfig, base, build_tracker
 from megatron_lite.tracking.base import flatten
 from megatron_lite.training.config import compose_run
 
@@ -54,11 +56,26 @@ def test_an_observer_that_fails_is_left_out_with_one_warning(
     assert record.calls == other.calls == WHOLE
 
 
-def test_the_record_must_be_written_and_an_interrupt_gets_through(tmp_path: Path) -> None:
+def test_the_record_must_be_written(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="disk"):
         play(Trackers(Noting(1, OSError("disk"))), tmp_path)
-    with pytest.raises(KeyboardInterrupt):
-        play(Trackers(Noting(), [Noting(1, KeyboardInterrupt())]), tmp_path)
+
+
+@pytest.mark.parametrize("hangs", WHOLE)
+def test_an_observer_that_hangs_is_left_behind(hangs: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Hanging(Noting):
+        def _note(self, call: object) -> None:
+            super()._note(call)
+            if call == hangs:
+                threading.Event().wait()
+
+    monkeypatch.setattr(base, "PATIENCE_SECONDS", 0.1)
+    stuck, record, other, lost = Hanging(), Noting(), Noting(), Lost()
+    with pytest.warns(UserWarning, match="Hanging"):
+        play(Trackers(record, [stuck, other], on_loss=lost), tmp_path)
+    assert record.calls == other.calls == WHOLE
+    assert stuck.calls == WHOLE[: WHOLE.index(hangs) + 1]
+    assert [reason.split(" ")[0] for reason in lost.reasons] == ["Hanging"]
 
 
 @pytest.mark.parametrize(

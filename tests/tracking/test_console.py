@@ -44,11 +44,11 @@ def play(tmp_path: Path, rows: list[dict], *, terminal: bool = False, start: int
 
 
 def test_without_a_terminal_there_is_one_plain_line_per_row(tmp_path: Path) -> None:
-    text = play(tmp_path, [ROW, {**ROW, "step": 80, "mfu": None}])
+    text = play(tmp_path, [ROW, {**ROW, "step": 80, "mfu": None, "tflops_per_device": 0.05}])
     lines = [line for line in text.splitlines() if line.startswith("step ")]
     assert lines == [
         "step 40/200  loss 5.1230  grad_norm 0.500  lr 3.00e-04  tok/s 4,321  mfu 31.2%  eta 01:20",
-        "step 80/200  loss 5.1230  grad_norm 0.500  lr 3.00e-04  tok/s 4,321  mfu n/a  eta 01:00",
+        "step 80/200  loss 5.1230  grad_norm 0.500  lr 3.00e-04  tok/s 4,321  0.05 TFLOP/s  eta 01:00",
     ]
     assert "\x1b" not in text
     for expected in ("nemotron4 [tiny]", "1,234,567", "200K", "fsdp, dp 2 x tp 1", "measured: somehow", "finished"):
@@ -71,11 +71,20 @@ def test_validation_tables_by_source(tmp_path: Path) -> None:
     assert re.search(r"de +3\.0000 +3\.2500 +\+0\.2500 +25\.79", last)
 
 
+def test_bits_per_byte_stand_beside_perplexity(tmp_path: Path) -> None:
+    text = play(tmp_path, [{"step": 1, "val_loss": {"en": 2.0}, "bits_per_byte": {"en": 0.875}}])
+    assert re.search(r"en +2\.0000 +7\.389 +0\.8750", text)
+    assert re.search(r"en +2\.0000 +2\.0000 +\+0\.0000 +7\.389 +0\.8750", text)
+
+
 def test_the_last_table_spans_a_resumed_run(tmp_path: Path) -> None:
-    (tmp_path / METRICS_FILE).write_bytes(encode_row({"step": 0, "val_loss": {"en": 9.0}}))
+    """The record may be ahead: it has this job's first rows already."""
+    past = [{"step": 0, "val_loss": {"en": 9.0}}, {"step": 60, "val_loss": {"en": 4.0, "de": 3.0}}]
+    (tmp_path / METRICS_FILE).write_bytes(b"".join(map(encode_row, past)))
     text = play(tmp_path, [{"step": 60, "val_loss": {"en": 4.0}}], start=50)
     assert re.search(r"en +9\.0000 +4\.0000 +-5\.0000", text.split("validation loss by source")[1])
     assert re.search(r"resumed +after step 50", text)
+    assert not re.search(r"^ *de ", text, re.MULTILINE)
 
 
 @pytest.mark.parametrize("terminal", [False, True])
@@ -106,4 +115,4 @@ def test_clock(seconds: float | None, text: str) -> None:
 def test_numbers_for_people() -> None:
     assert [human(n) for n in (7, 1234, 15_628_775_424, 8e12)] == ["7", "1.23K", "15.6B", "8T"]
     assert [perplexity(x) for x in (0.0, 5.0, 9.0, 20.0, 1000.0)] == ["1", "148.4", "8,103", "4.85e+08", "inf"]
-    assert describe({"step": 1, "loss": 2.0}, 5, None) == "step 1/5  loss 2.0000  mfu n/a  eta --:--"
+    assert describe({"step": 1, "loss": 2.0}, 5, None) == "step 1/5  loss 2.0000  eta --:--"

@@ -72,11 +72,11 @@ def run_dir(tmp_path: Path) -> Path:
                 "step_seconds": 0.5,
                 "tokens_per_second": 4096.0,
                 "mfu": 0.25,
-                "mfu_peak_measured": True,
                 "memory_gib": 1.5,
             }
         )
-    rows += [{"step": i, "val_loss": {EVIL: 4 - i / 50, "python": 3.0}} for i in (50, 100)]
+    losses = [{"step": i, "val_loss": {EVIL: 4 - i / 50, "python": 3.0}} for i in (50, 100)]
+    rows += [row | {"bits_per_byte": {EVIL: row["val_loss"][EVIL] * 0.4375}} for row in losses]
     run_dir.mkdir()
     (run_dir / METRICS_FILE).write_bytes(b"".join(encode_row(row) for row in rows))
     status = {"state": "preempted", "step": 100, "reason": "SIGTERM <i>", "blend_seen": {}}
@@ -105,7 +105,7 @@ def test_the_page_says_what_the_run_directory_says(run_dir: Path) -> None:
     assert path == run_dir / "report.html"
     page = Page(path.read_text(encoding="utf-8"))
     assert page.row("training")[1:4] == ["4.9800", "3.0000", "-1.9800"]
-    assert page.row(EVIL) == [EVIL, "3.0000", "2.0000", "-1.0000", "7.389"]
+    assert page.row(EVIL) == [EVIL, "3.0000", "2.0000", "-1.0000", "7.389", "0.8750"]
     blend = [row for row in page.rows if row[0] == EVIL][1]
     assert blend[1:6] == ["1,500", "75.00%", "70.00%", "+5.00 pt", "1.25"]
     phases = [row for row in page.rows if row[0] == "python"][-1]
@@ -121,7 +121,7 @@ def test_the_page_says_what_the_run_directory_says(run_dir: Path) -> None:
         "12,345,678",
         "205K",
         "00:50",
-        "measured CPU peak",
+        "data sheet peak",
         "1.50 GiB",
     ):
         assert text in page.text

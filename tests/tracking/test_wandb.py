@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -9,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from megatron_lite.tracking import WandbConfig, WandbTracker
 from megatron_lite.tracking.base import flatten
 from megatron_lite.tracking.jsonl import METRICS_FILE, encode_row
 from megatron_lite.tracking.wandb import last_rows, stable_id
@@ -20,9 +20,9 @@ pytest.importorskip("wandb")
 RUN = """
 import sys, time
 from pathlib import Path
-from megatron_lite.tracking import RunInfo, WandbConfig, WandbTracker
+from megatron_lite.tracking import RunInfo, Trackers, WandbConfig, WandbTracker
 folder, start, end, hang = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "hang"
-tracker = WandbTracker(WandbConfig(project="p", tags=["t"]))
+tracker = Trackers(None, [WandbTracker(WandbConfig(project="p", tags=["t"]))])  # on a thread of its own, as in a run
 tracker.start(RunInfo(run_dir=folder, name="smoke", total_steps=12, start_step=start, config={"seed": 7}))
 for step in range(start + 1, end + 1):
     tracker.log({"step": step, "loss": 1 / step, "mfu": None})
@@ -118,12 +118,41 @@ def test_the_last_minute_of_training_before_a_step(tmp_path: Path) -> None:
     assert last_rows(tmp_path / "absent", upto=3) == []
 
 
-@pytest.mark.parametrize(
-    ("mode", "has_key", "expected"),
-    [(None, False, "offline"), (None, True, "online"), ("offline", True, "offline"), ("disabled", False, "disabled")],
-)
-def test_mode(mode: str | None, has_key: bool, expected: str) -> None:
-    assert WandbTracker(WandbConfig(mode=mode), has_key=has_key).mode == expected
+LOGINS = """
+import os, sys
+import wandb
+from megatron_lite.tracking.wandb import lacks_login
+def refused(**_):
+    raise wandb.errors.AuthenticationError("no network")
+home = {"HOME": sys.argv[1], "WANDB_BASE_URL": "http://127.0.0.1:9"}  # its ~/.netrc has a login for this host
+for name, environment, login in (
+    ("nothing", {}, wandb.login),
+    ("found", {"WANDB_API_KEY": "1" * 40}, refused),
+    ("netrc", home, None),
+    ("mode", {"WANDB_MODE": "disabled"}, None),
+):
+    if not os.fork():  # W&B reads its environment once a process
+        os.environ |= environment
+        wandb.login = login
+        sys.stderr = open(os.devnull, "w")
+        print(name, lacks_login(), flush=True)
+        os._exit(0)
+    os.wait()
+"""
+
+
+def test_wandb_is_logged_in_where_it_says_so_itself(tmp_path: Path) -> None:
+    (tmp_path / "user").mkdir()
+    netrc = tmp_path / "user" / ".netrc"
+    netrc.write_text(f"machine 127.0.0.1\n  login user\n  password {'1' * 40}\n")
+    netrc.chmod(0o600)
+    own = {key: value for key, value in os.environ.items() if not key.startswith(("WANDB_", "NETRC"))}
+    command = [sys.executable, "-c", LOGINS, str(netrc.parent)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=own | {"HOME": str(tmp_path)}, timeout=PATIENCE_SECONDS
+    )
+    found = dict(line.split() for line in done.stdout.splitlines())
+    assert found == {"nothing": "True", "found": "False", "netrc": "False", "mode": "False"}, done.stderr
 
 
 def test_ids_stay_with_their_directory(tmp_path: Path) -> None:

@@ -71,11 +71,21 @@ def test_help_may_be_cut_off_by_the_reader():
         ("model=nemotron9", "choose one of llama_tiny"),
         ("--verbose", "--verbose is unknown"),
         ("--config-dir=/nowhere", "/nowhere is not a folder"),
+        ("run.dir=caf\udce9", r"run\.dir=caf\\udce9.*not UTF-8"),
     ],
 )
 def test_what_cannot_be_understood(override, message):
     with pytest.raises(ConfigError, match=message):
         compose_run([override])
+
+
+def test_a_config_dir_without_the_folder_of_a_group(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "mine.yaml").write_text("seq_len: 8\n")
+    with pytest.raises(ConfigError, match=r"data=mine is unknown; .*mine\.yaml.*give --config-dir \S*0$"):
+        compose_run([f"--config-dir={tmp_path / 'data'}", "data=mine"])
+    with pytest.raises(ConfigError, match=r"model=mine is unknown; .*has no folder model"):
+        compose_run([f"--config-dir={tmp_path}", "model=mine"])
 
 
 @pytest.mark.parametrize(

@@ -87,9 +87,9 @@ def started(rank: int, world_size: int, command: str, words: list[str]) -> int:
         patch.setattr(torch.nn.Module, "compile", lambda self: compile_layer(self, backend="aot_eager"))
         if command == "train":
             return train.train(compose_run(words))
-        schema = {"evaluate": evaluate.EvaluateConfig, "generate": generate.GenerateConfig}[command]
-        module = {"evaluate": evaluate, "generate": generate}[command]
-        return getattr(module, command)(compose_config(command, schema, words))
+        if command == "evaluate":
+            return evaluate.evaluate(evaluate.compose_evaluate(words))
+        return generate.generate(compose_config(command, generate.GenerateConfig, words))
 
 
 @pytest.fixture(scope="module")
