@@ -23,7 +23,6 @@ from __future__ import annotations
 import atexit
 import faulthandler
 import functools
-import gc
 import importlib.util
 import multiprocessing
 import os
@@ -186,6 +185,7 @@ def _serve(rank: int, world_size: int, folder: str, pipe: Connection) -> None:
         torch.set_num_threads(1)
         if device_type() == "cuda":
             torch.cuda.set_device(rank)
+        _share_one_device()
         dist.init_process_group(
             "cuda:nccl,cpu:gloo" if device_type() == "cuda" else "gloo",
             init_method=f"file://{folder}/rendezvous",
@@ -199,7 +199,6 @@ def _serve(rank: int, world_size: int, folder: str, pipe: Connection) -> None:
                 filename, name, args = pickle.loads(pipe.recv_bytes())
             except (EOFError, ConnectionResetError):
                 return
-            _destroy_groups()
             try:
                 function = getattr(_load(filename), name)
                 answer = pickle.dumps((True, function(rank, world_size, *args)))
@@ -208,21 +207,22 @@ def _serve(rank: int, world_size: int, folder: str, pipe: Connection) -> None:
             pipe.send_bytes(answer)
 
 
-def _destroy_groups() -> None:
-    """Destroy the process groups that the job before made: all ranks have answered, so nobody waits in one.
+def _share_one_device() -> None:
+    """Let all gloo groups of this process speak through one device.
 
-    A gloo group has three threads, one of which wakes a hundred times a second; a thousand tests leave hundreds of groups.
-    DeepSpeed's copy of the world stays, because DeepSpeed keeps it for its next engine.
+    Each would get its own, whose thread wakes a hundred times a second, and a thousand jobs leave hundreds of groups.
     """
-    import torch.distributed as dist
-    from torch.distributed.distributed_c10d import _world
+    from torch.distributed import distributed_c10d
 
-    deepspeed = sys.modules.get("deepspeed.utils.groups")
-    kept = [dist.group.WORLD, *(vars(deepspeed).values() if deepspeed else ())]
-    for group in list(_world.pg_map):
-        if not any(group is one for one in kept):
-            dist.destroy_process_group(group)
-    gc.collect()
+    class OnOneDevice(distributed_c10d.ProcessGroupGloo):
+        device = distributed_c10d.ProcessGroupGloo.create_default_device()
+
+        def __init__(self, store: Any, rank: int, size: int, timeout: timedelta) -> None:
+            options = self._Options()
+            options._devices, options._timeout = [self.device], timeout
+            super().__init__(store, rank, size, options)
+
+    distributed_c10d.ProcessGroupGloo = OnOneDevice
 
 
 @functools.cache
