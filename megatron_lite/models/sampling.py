@@ -1,4 +1,4 @@
-"""Choosing the next token, and generating with a key-value cache.
+"""Choosing the next token, and generating with a cache.
 
 Order of the filters, as in transformers: temperature, then top-k, then top-p on what top-k left. Temperature
 0 is greedy. The logits have no columns for vocabulary padding, so padding is never chosen.
@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_lite.models.cache import KeyValueCache
 from megatron_lite.models.decoder import Decoder
 
 
@@ -91,7 +90,7 @@ def generate_tokens(
     _check_prompt(decoder, tokens, max_new_tokens)
     device = decoder.head_weight.device
     generator = torch.Generator(device).manual_seed(sampling.seed)
-    cache = KeyValueCache(len(tokens) + max_new_tokens)
+    cache = decoder.new_cache(len(tokens) + max_new_tokens)
     new_BT = torch.tensor([list(tokens)], device=device)
     for _ in range(max_new_tokens):
         # Only the last state goes through the head: a long prompt's logits would be T x V numbers for

@@ -200,7 +200,12 @@ def build_metrics(run: RunConfig, runtime: Runtime, *, consumed: int) -> Metrics
 def run_info(run: RunConfig, trainer: Trainer) -> RunInfo:
     """What trackers show of a run."""
     model = run.model
-    size = f"{len(model.symbols)} layers, hidden {model.hidden_size}, vocabulary {model.vocab_size}"
+    ignored = (
+        " (the cuts | of model.pattern have no effect without pipeline parallelism)"
+        if "|" in (model.pattern or "")
+        else ""
+    )
+    size = f"{len(model.symbols)} layers{ignored}, hidden {model.hidden_size}, vocabulary {model.vocab_size}"
     return RunInfo(
         run_dir=Path(run.run.dir),
         name=run.run.name,

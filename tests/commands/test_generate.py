@@ -21,7 +21,7 @@ from megatron_lite.weights import load
 from tests.hf_folders import TEXTS, command, make_folder, metaspace_tokenizer
 
 
-@pytest.fixture(scope="module", params=["nemotron", "llama", "mistral"])
+@pytest.fixture(scope="module", params=["nemotron", "llama", "mistral", "nemotron_h"])
 def folder(request, tiny_data, tmp_path_factory):
     path = tmp_path_factory.mktemp("hf") / request.param
     return make_folder(path, request.param, tokenizer=tiny_data / "tokenizer")
