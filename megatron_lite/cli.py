@@ -12,6 +12,7 @@ COMMANDS = {
     "evaluate": ("megatron_lite.commands.evaluate", "loss and perplexity by source on held-out data"),
     "generate": ("megatron_lite.commands.generate", "continue a prompt"),
     "convert": ("megatron_lite.commands.convert", "to and from Hugging Face folders"),
+    "plan": ("megatron_lite.commands.plan", "how large a model is, and what a rank holds of it"),
     "launch": ("megatron_lite.commands.launch", "start a run here, on Slurm, on a list of hosts or on Kubernetes"),
     "prepare": ("data_tools.prepare", "from raw text to a tokenized corpus"),
     "inspect": ("data_tools.inspect", "what a run will read: shares, epochs, decoded samples"),

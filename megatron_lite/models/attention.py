@@ -77,9 +77,13 @@ def attention_mask(context: LayerContext, *, keys: int) -> Tensor | None:
         mask_BTS = documents_BT[:, :, None] == documents_BT[:, None, :]
         mask_BTS &= positions_BT[:, :, None] >= positions_BT[:, None, :]
         return mask_BTS[:, None]
+    keys_BS = torch.arange(keys, device=positions_BT.device)[None]
+    if context.starts_B is not None:
+        keys_BS = keys_BS - context.starts_B[:, None]
+        return (keys_BS[:, None, None] >= 0) & (keys_BS[:, None, None] <= positions_BT[:, None, :, None])
     if positions_BT.shape[1] in (1, keys):
         return None
-    return positions_BT[:, None, :, None] >= torch.arange(keys, device=positions_BT.device)
+    return positions_BT[:, None, :, None] >= keys_BS[:, None, None]
 
 
 def score_flops(config: ModelConfig, seq_len: int) -> float:

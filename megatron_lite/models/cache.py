@@ -10,11 +10,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 
 class LayerCache:
     """What one layer remembers. Each type of layer has its own kind."""
+
+    def nbytes(self) -> int:
+        """Bytes of memory that it takes."""
+        raise NotImplementedError
+
+    @classmethod
+    def batch(cls, caches: Sequence[LayerCache], lengths: Sequence[int], capacity: int) -> LayerCache:
+        """The caches of sequences of different `lengths` as one of a batch: every sequence's last token in the same place."""
+        raise NotImplementedError
 
 
 class KeyValueCache(LayerCache):
@@ -42,13 +52,42 @@ class KeyValueCache(LayerCache):
         self.length = end
         return self._key[:, :, :end], self._value[:, :, :end]
 
+    def nbytes(self) -> int:
+        """See `LayerCache`: of the whole capacity."""
+        return sum(tensor.nbytes for tensor in (self._key, self._value) if tensor is not None)
+
+    @classmethod
+    def batch(cls, caches: Sequence[LayerCache], lengths: Sequence[int], capacity: int) -> KeyValueCache:
+        """See `LayerCache`. What is before a shorter sequence is zero and masked out."""
+        made = cls(capacity)
+        made.length = max(lengths)
+        keys, values = ([getattr(cache, name) for cache in caches] for name in ("_key", "_value"))
+        made._key, made._value = (_right_aligned(rows, lengths, capacity) for rows in (keys, values))
+        return made
+
+
+def _right_aligned(rows: Sequence[Tensor], lengths: Sequence[int], capacity: int) -> Tensor:
+    _, groups, _, width = rows[0].shape
+    made = rows[0].new_zeros(len(rows), groups, capacity, width)
+    for row, (of_row, length) in enumerate(zip(rows, lengths)):
+        made[row, :, max(lengths) - length : max(lengths)] = of_row[0, :, :length]
+    return made
+
 
 class Cache:
-    """What all layers of a decoder remember of the first `length` tokens. layers: one entry for each, None: nothing."""
+    """What all layers of a decoder remember of the tokens so far. layers: one entry for each, None: nothing.
+
+    length: how many tokens were seen; of the longest sequence of a batch. starts_B: where each sequence of a batch begins; None: all at 0.
+    """
 
     def __init__(self, capacity: int, layers: Sequence[LayerCache | None]) -> None:
         self.capacity, self.layers = capacity, layers
         self.length = 0
+        self.starts_B: Tensor | None = None
+
+    def nbytes(self) -> int:
+        """Bytes of memory that all layers take."""
+        return sum(layer.nbytes() for layer in self.layers if layer is not None)
 
     def check_room(self, new: int) -> None:
         """Raises ValueError when `new` more tokens exceed the capacity."""
@@ -56,3 +95,16 @@ class Cache:
             raise ValueError(
                 f"the cache holds {self.capacity} tokens and {self.length + new} were asked for; ask for fewer new tokens"
             )
+
+
+def batch(caches: Sequence[Cache], *, capacity: int, device: torch.device) -> Cache:
+    """The caches of single sequences as that of a batch, whose last tokens are in the same place: no padding token is ever computed."""
+    lengths = [cache.length for cache in caches]
+    layers = [
+        None if of_layer[0] is None else type(of_layer[0]).batch(of_layer, lengths, capacity)  # type: ignore[arg-type]
+        for of_layer in zip(*(cache.layers for cache in caches))
+    ]
+    made = Cache(capacity, layers)
+    made.length = max(lengths)
+    made.starts_B = torch.tensor([made.length - length for length in lengths], device=device)
+    return made

@@ -104,7 +104,10 @@ class Decoder(nn.Module):
             past = 0 if cache is None else cache.length
             if cache is not None:
                 cache.check_room(tokens_BT.shape[1])
-            return LayerContext(torch.arange(past, past + tokens_BT.shape[1], device=tokens_BT.device)[None])
+            positions_BT = torch.arange(past, past + tokens_BT.shape[1], device=tokens_BT.device)[None]
+            if cache is not None and cache.starts_B is not None:
+                return LayerContext(positions_BT - cache.starts_B[:, None], starts_B=cache.starts_B)
+            return LayerContext(positions_BT)
         if cache is not None:
             raise ValueError("a cache holds one document; call without documents, or without a cache")
         return LayerContext(restarting_positions(documents_BT), documents_BT)

@@ -21,6 +21,7 @@ channels of the convolution.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -51,7 +52,7 @@ class Mamba2(nn.Module):
         self.in_proj = Linear(config.hidden_size, rows, init_std=config.init_std, bias=config.linear_bias)
         self.conv = CausalConv(channels, mamba.conv)
         self.ssm = StateSpace(mamba.heads, mamba.dt_limits)
-        self.norm = GatedGroupNorm(mamba.groups * inner, inner, config.norm_eps)
+        self.norm = GatedGroupNorm(mamba.groups * inner, config.norm_eps)
         self.out_proj = Linear(
             mamba.groups * inner, config.hidden_size, init_std=config.output_init_std, bias=config.linear_bias
         )
@@ -68,7 +69,7 @@ class Mamba2(nn.Module):
         y_BTHP, cache.ssm = self.ssm(
             x_BTHP, dt.flatten(2), B_BTGN, C_BTGN, state_BHPN=cache.ssm, documents_BT=context.documents_BT
         )
-        return self.out_proj(self.norm(y_BTHP.flatten(2), gate.flatten(2)))
+        return self.out_proj(self.norm(y_BTHP.flatten(2).view_as(gate), gate))
 
 
 @dataclass
@@ -77,6 +78,16 @@ class StateCache(LayerCache):
 
     conv: Tensor | None = None
     ssm: Tensor | None = None
+
+    def nbytes(self) -> int:
+        """See `LayerCache`."""
+        return sum(tensor.nbytes for tensor in (self.conv, self.ssm) if tensor is not None)
+
+    @classmethod
+    def batch(cls, caches: Sequence[LayerCache], lengths: Sequence[int], capacity: int) -> StateCache:
+        """See `LayerCache`."""
+        conv, ssm = (torch.cat([getattr(cache, name) for cache in caches]) for name in ("conv", "ssm"))
+        return cls(conv, ssm)
 
 
 class CausalConv(nn.Module):
@@ -147,17 +158,17 @@ class StateSpace(nn.Module):
 
 
 class GatedGroupNorm(nn.Module):
-    """RMSNorm(y silu(z)) over each group of `group_width` channels, with gain `weight` (G R P,)."""
+    """RMSNorm(y silu(z)) of each group alone, with gain `weight` (G R P,)."""
 
-    def __init__(self, width: int, group_width: int, eps: float) -> None:
+    def __init__(self, width: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(width))
-        self.group_width, self.eps = group_width, eps
+        self.eps = eps
 
     def forward(self, y: Tensor, gate: Tensor) -> Tensor:
-        """(..., G R P) twice -> (..., G R P) in y's dtype, computed in float32 at least."""
+        """(..., G, R P) twice -> (..., G R P) in y's dtype, computed in float32 at least."""
         gated = at_least_float32(y) * F.silu(at_least_float32(gate))
-        normed = F.rms_norm(gated.unflatten(-1, (-1, self.group_width)), (self.group_width,), eps=self.eps)
+        normed = F.rms_norm(gated, gated.shape[-1:], eps=self.eps)
         return (normed.flatten(-2) * at_least_float32(self.weight)).to(y.dtype)
 
     def initial(self) -> dict[str, Distribution]:

@@ -5,11 +5,11 @@ For each head, with a state h of P x N numbers and h_0 given:
     h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T,    y_t = h_t C_t
 
 Unrolled, token s reaches token t with the decay exp(a_{s+1} + .. + a_t), a = dt A. So a chunk of Q tokens is a matrix product, as in
-attention with the decay in the softmax's place, and only one state a chunk is passed on:
+attention with the decay in the softmax's place, and one state is passed from chunk to chunk:
 
     within a chunk    Y = (C B^T * decay) (dt X)
     its own state     S = sum_s decay(s, end) dt_s x_s B_s^T
-    passing on        what enters chunk c is the sum of the states of all earlier chunks, decayed on the way
+    passing on        h <- exp(a_first + .. + a_last) h + S
     from before       Y_t += exp(a_first + .. + a_t) h C_t, with h what entered the chunk
 
 Notable features:
@@ -76,11 +76,10 @@ def _ssd(
     u_BCQGRP = (chunks(x_BTHP.to(dtype)) * dt_BCQH[..., None]).unflatten(3, (groups, -1))
     a_BGRCQ = (dt_BCQH * A_H).unflatten(3, (groups, -1)).permute(0, 3, 4, 1, 2)
     B_BCQGN, C_BCQGN = chunks(B_BTGN.to(dtype)), chunks(C_BTGN.to(dtype))
-    documents_BCQ = last_BC = None
+    documents_BCQ = None
     if documents_BT is not None:
         filling_BT = documents_BT[:, -1:].expand(-1, pad)
         documents_BCQ = torch.cat([documents_BT, filling_BT], dim=1).unflatten(1, (-1, chunk))
-        last_BC = torch.cat([documents_BT[:, :1], documents_BCQ[..., -1]], dim=1)  # of the token before each chunk
 
     decay_BGRCQQ = decays(a_BGRCQ, documents_BCQ)
     scores_BGCQQ = torch.einsum("bcsgn,bcqgn->bgcsq", B_BCQGN, C_BCQGN)
@@ -88,30 +87,33 @@ def _ssd(
 
     to_end_BCQGR = decay_BGRCQQ[..., -1].permute(0, 3, 4, 1, 2)
     own_BCGRPN = torch.einsum("bcsgrp,bcsgn->bcgrpn", u_BCQGRP * to_end_BCQGR[..., None], B_BCQGN)
+    reached_BCQGR = (
+        a_BGRCQ.cumsum(-1).exp().permute(0, 3, 4, 1, 2)
+    )  # how much of what enters a chunk reaches each token
+    if documents_BCQ is not None:
+        entering_BC1 = torch.cat([documents_BCQ[:, 0, :1], documents_BCQ[:, :-1, -1]], dim=1)[..., None]
+        reached_BCQGR = reached_BCQGR * (documents_BCQ == entering_BC1)[..., None, None]
+
     if state_BHPN is None:
         state_BHPN = x_BTHP.new_zeros(batch, heads, width, states, dtype=dtype)
-    made_BCGRPN = torch.cat([state_BHPN.to(dtype).unflatten(1, (groups, -1))[:, None], own_BCGRPN], dim=1)
-    between_BGRCC = decays(F.pad(a_BGRCQ.sum(-1), (1, 0)), last_BC)
-    passed_BCGRPN = torch.einsum("bgrsc,bsgrpn->bcgrpn", between_BGRCC, made_BCGRPN)
-    entering_BCGRPN, last_state = passed_BCGRPN.split([made_BCGRPN.shape[1] - 1, 1], dim=1)
-
-    from_start_BCQGR = a_BGRCQ.cumsum(-1).exp().permute(0, 3, 4, 1, 2)
-    if documents_BCQ is not None and last_BC is not None:
-        from_start_BCQGR = from_start_BCQGR * (documents_BCQ == last_BC[:, :-1, None])[..., None, None]
-    before_BCQGRP = torch.einsum("bcqgn,bcgrpn->bcqgrp", C_BCQGN, entering_BCGRPN)
-    y_BTHP = (y_BCQGRP + before_BCQGRP * from_start_BCQGR[..., None]).flatten(3, 4).flatten(1, 2)
-    # A copy of the last state: a view would keep those of all chunks.
-    return y_BTHP[:, :length].contiguous(), last_state.flatten(2, 3)[:, 0].clone()
+    state_BGRPN = state_BHPN.to(dtype).unflatten(1, (groups, -1))
+    entering = []
+    for own_BGRPN, kept_BGR in zip(own_BCGRPN.unbind(1), reached_BCQGR[:, :, -1].unbind(1)):
+        entering.append(state_BGRPN)
+        state_BGRPN = torch.addcmul(own_BGRPN, state_BGRPN, kept_BGR[..., None, None])
+    before_BCQGRP = torch.einsum("bcqgn,bcgrpn->bcqgrp", C_BCQGN, torch.stack(entering, dim=1))
+    y_BCQGRP = torch.addcmul(y_BCQGRP, before_BCQGRP, reached_BCQGR[..., None])
+    return y_BCQGRP.flatten(3, 4).flatten(1, 2)[:, :length].contiguous(), state_BGRPN.flatten(1, 2)
 
 
 def decays(a: Tensor, documents: Tensor | None) -> Tensor:
-    """(..., Q) steps -> (..., Q, Q): entry [s, t] is exp(a_{s+1} + .. + a_t), 1 at t = s, and 0 where t is earlier or in another document.
+    """(..., Q) -> (..., Q, Q): entry [s, t] is exp(a_{s+1} + .. + a_t), 1 at t = s, and 0 where t is earlier or in another document.
 
-    documents: (B, C, Q) for steps of (B, G, R, C, Q), or (B, Q) for (B, G, R, Q).
+    a: (B, G, R, C, Q). documents: (B, C, Q).
     """
     length = a.shape[-1]
     reaches = torch.ones(length, length, dtype=torch.bool, device=a.device).triu()
     steps = a[..., None, :].expand(*a.shape[:-1], length, length).masked_fill(~reaches.triu(1), 0.0)
     if documents is not None:
         reaches = reaches & (documents[..., :, None] == documents[..., None, :])[:, None, None]
-    return steps.cumsum(-1).masked_fill(~reaches, -torch.inf).exp()
+    return steps.cumsum(-1).masked_fill_(~reaches, -torch.inf).exp_()

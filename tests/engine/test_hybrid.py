@@ -95,17 +95,17 @@ def plain_rows(self: Mamba2, x_BTD: Tensor, context: Any) -> Tensor:
     x, B, C = F.silu(mixed).split([groups * size for size in self.values_and_rest], dim=2)
     B, C = B.unflatten(2, (groups, -1)), C.unflatten(2, (groups, -1))
     y, _ = self.ssm(x.unflatten(2, (-1, self.head_dim)), dt, B, C, documents_BT=context.documents_BT)
-    return self.out_proj(self.norm(y.flatten(2), gate))
+    return self.out_proj(self.norm(*(tensor.reshape(*y.shape[:2], groups, -1) for tensor in (y, gate))))
 
 
 def norm_over_all(self: GatedGroupNorm, y: Tensor, gate: Tensor) -> Tensor:
-    return F.rms_norm(y * F.silu(gate), self.weight.shape, self.weight, self.eps)
+    return F.rms_norm((y * F.silu(gate)).flatten(-2), self.weight.shape, self.weight, self.eps)
 
 
 @pytest.mark.parametrize("bug", ["plain column split of in_proj", "norm over all groups"])
 def test_a_planted_bug_is_found(bug: str) -> None:
     traces = run_ranks(2, train, hybrid({"tp": 2}, micro_batch=4), 1, bug)
-    assert any("loss" in difference for difference in harness.differences(one_process(bug), traces))
+    assert harness.differences(one_process(bug), traces) != []
 
 
 # ---------------------------------------------------------------- checkpoints

@@ -79,6 +79,9 @@ class LastToken(LayerCache):
     def __init__(self, capacity: int) -> None:
         self.state: Tensor | None = None
 
+    def nbytes(self) -> int:
+        return 0 if self.state is None else self.state.nbytes
+
 
 def check(config: ModelConfig) -> None:
     if config.mlp.ffn_size % 2:
