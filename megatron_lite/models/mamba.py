@@ -15,7 +15,7 @@ group, dt has one of its own.)
 Convolution and scan take a state and return one, so that a sequence goes on in a later call.
 
 Shapes: B batch, T sequence, D hidden, G groups, R heads of a group, H = G R heads, P head dim, N state, K taps, W = G (R P + 2 N)
-channels of the convolution.
+channels of the convolution (`conv.py`).
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ from torch import Tensor, nn
 from megatron_lite.models.cache import LayerCache
 from megatron_lite.models.config import ModelConfig
 from megatron_lite.models.context import LayerContext
-from megatron_lite.models.initialization import Constant, Distribution, Uniform
+from megatron_lite.models.conv import CausalConv
+from megatron_lite.models.initialization import Constant, Distribution
 from megatron_lite.models.linear import Linear
 from megatron_lite.models.norm import at_least_float32
 from megatron_lite.models.ssd import ssd
@@ -88,40 +89,6 @@ class StateCache(LayerCache):
         """See `LayerCache`."""
         conv, ssm = (torch.cat([getattr(cache, name) for cache in caches]) for name in ("conv", "ssm"))
         return cls(conv, ssm)
-
-
-class CausalConv(nn.Module):
-    """y_t = bias + sum_k weight_k x_{t - K + 1 + k}, each channel alone; `weight` (W, 1, K) as in `torch.nn.Conv1d`."""
-
-    def __init__(self, channels: int, taps: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(channels, 1, taps))
-        self.bias = nn.Parameter(torch.empty(channels))
-
-    def forward(
-        self, x_BTW: Tensor, state_BKW: Tensor | None = None, documents_BT: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """((B, T, W), the last K - 1 inputs). state: the inputs before these, None: zeros. A tap reads its own document only."""
-        batch, length, channels = x_BTW.shape
-        before = self.weight.shape[-1] - 1
-        if state_BKW is None:
-            state_BKW = x_BTW.new_zeros(batch, before, channels)
-        inputs_BTW = torch.cat([state_BKW, x_BTW], dim=1)
-        if documents_BT is not None:
-            of_inputs_BT = torch.cat([documents_BT[:, :1].expand(-1, before), documents_BT], dim=1)
-        y_BTW = self.bias
-        for tap in range(before + 1):
-            tapped_BTW = inputs_BTW[:, tap : tap + length]
-            if documents_BT is not None and tap < before:
-                foreign_BT = of_inputs_BT[:, tap : tap + length] != documents_BT
-                tapped_BTW = tapped_BTW.masked_fill(foreign_BT[..., None], 0.0)
-            y_BTW = torch.addcmul(y_BTW, tapped_BTW, self.weight[:, 0, tap])
-        return y_BTW, inputs_BTW[:, length:].clone()  # a view would keep all inputs
-
-    def initial(self) -> dict[str, Distribution]:
-        """As torch.nn.Conv1d, which is what Megatron-LM and mamba-ssm leave it at: uniform within 1 / sqrt(K)."""
-        bound = 1 / math.sqrt(self.weight.shape[-1])
-        return {"weight": Uniform(-bound, bound), "bias": Uniform(-bound, bound)}
 
 
 class StateSpace(nn.Module):

@@ -17,7 +17,8 @@ Notable features:
   such a difference has no digits left in fp32. It is masked before the exponential, which so never overflows.
 - A state belongs to the document of the token that made it: it does not decay into another document, it ends.
 - Any length: the last chunk is filled up with steps of dt = 0, which change no state.
-- Backward computes the chunks anew from the inputs (`ssd` is a checkpoint): the Q x Q decays of each head are never kept.
+- Backward computes the chunks anew from the inputs (`checkpoint`): the Q x Q decays of each head are never kept, and those of one
+  segment of chunks only are in memory at a time.
 
 Shapes: B batch, T sequence, C chunks, Q tokens of a chunk, H heads in G groups of R, P head dim, N state.
 """
@@ -30,6 +31,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 CHUNK = 64
+SEGMENT = 512  # tokens that are computed at a time
 
 
 def ssd(
@@ -48,8 +50,20 @@ def ssd(
     dt: time steps, 0 or more. A: below 0. B, C: shared by the H / G heads of a group.
     state: the state before the first token, of the same document; None: zero. documents: rise along a row.
     """
-    arguments = (x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, state_BHPN, documents_BT, chunk)
-    return checkpoint(_ssd, *arguments, use_reentrant=False, preserve_rng_state=False)
+    # split, not slices: its backward is one concatenation, that of every slice a whole tensor of zeros
+    inputs = [tensor.split(SEGMENT, dim=1) for tensor in (x_BTHP, dt_BTH, B_BTGN, C_BTGN)]
+    documents = [None] * len(inputs[0]) if documents_BT is None else documents_BT.split(SEGMENT, dim=1)
+    outputs, last_B = [], None
+    for x, dt, B, C, of_segment_BT in zip(*inputs, documents):
+        if of_segment_BT is not None:
+            if last_B is not None and state_BHPN is not None:
+                state_BHPN = state_BHPN * (of_segment_BT[:, 0] == last_B)[:, None, None, None]
+            last_B = of_segment_BT[:, -1]
+        arguments = (x, dt, A_H, B, C, state_BHPN, of_segment_BT, chunk)
+        y_BTHP, state_BHPN = checkpoint(_ssd, *arguments, use_reentrant=False, preserve_rng_state=False)
+        outputs.append(y_BTHP)
+    assert state_BHPN is not None, "a sequence has a token"
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1), state_BHPN
 
 
 def _ssd(

@@ -14,9 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from megatron_lite.models.conv import CausalConv
 from megatron_lite.models.flops import flops_per_token, parameter_count
 from megatron_lite.models.initialization import initialize_model_
-from megatron_lite.models.mamba import CausalConv, GatedGroupNorm, Mamba2
+from megatron_lite.models.mamba import GatedGroupNorm, Mamba2
 from megatron_lite.models.ssd import ssd
 
 BATCH, HEADS, GROUPS, WIDTH, STATES = 2, 6, 2, 3, 5
@@ -73,6 +74,12 @@ def test_chunks_equal_the_loop_over_tokens(length, chunk, strength, packed, seed
 
 def test_a_long_sequence():
     check_scan(4096, 64, 60.0, packed=False, seed=0)
+
+
+@pytest.fixture(autouse=True)
+def short_segments(monkeypatch):
+    """Segments that short sequences have several of."""
+    monkeypatch.setattr("megatron_lite.models.ssd.SEGMENT", 96)
 
 
 def check_scan(length: int, chunk: int, strength: float, *, packed: bool, seed: int) -> None:
@@ -140,6 +147,27 @@ def test_cached_forward_equals_the_whole(hybrid, loud, chunks):
     assert cache.layers[0].ssm.shape == (2, HEADS, WIDTH, STATES)
     assert cache.layers[0].conv.shape == (2, 3, HEADS * WIDTH + 2 * GROUPS * STATES)
     assert cache.layers[1] is None
+
+
+def test_the_convolution_is_torchs():
+    """Values and gradients, a state in front of it."""
+    torch.manual_seed(0)
+    conv, reference = CausalConv(5, 4).double(), torch.nn.Conv1d(5, 5, 4, groups=5).double()
+    conv.load_state_dict(reference.state_dict())
+    x, state = torch.randn(2, 9, 5).double(), torch.randn(2, 3, 5).double()
+    grad = torch.randn(2, 9, 5).double()
+    whole = torch.cat([state, x], dim=1)
+    results = []
+    for module, run in (
+        (conv, lambda: conv(whole[:, 3:], whole[:, :3])[0]),
+        (reference, lambda: reference(whole.mT).mT),
+    ):
+        whole.requires_grad_().grad = None
+        y = run()
+        y.backward(grad)
+        results.append([y.detach(), whole.grad, module.weight.grad, module.bias.grad])
+    for ours, theirs in zip(*results):
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_group_norm_is_of_each_group_alone():
