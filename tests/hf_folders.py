@@ -24,7 +24,7 @@ SIZES = {
 }  # fmt: skip
 NEMOTRON_H = {
     "hybrid_override_pattern": "M-M*", "head_dim": 14, "mamba_num_heads": 6, "mamba_head_dim": 9, "n_groups": 2,
-    "ssm_state_size": 7, "time_step_min": 0.0,
+    "ssm_state_size": 7, "time_step_min": 1e-6,
 }  # fmt: skip
 CONFIGS = {
     "nemotron": lambda **changes: NemotronConfig(**(SIZES | {"head_dim": 16} | changes)),

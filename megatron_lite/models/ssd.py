@@ -76,6 +76,7 @@ def _ssd(
     documents_BT: Tensor | None,
     chunk: int,
 ) -> tuple[Tensor, Tensor]:
+    """`ssd` of one segment."""
     dtype = dt_BTH.dtype
     batch, length, heads, width = x_BTHP.shape
     groups, states = B_BTGN.shape[2:]

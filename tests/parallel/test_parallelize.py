@@ -250,6 +250,7 @@ def test_recompute_gives_the_same_bits(config: ModelConfig, mode: str, world_siz
 
 def compiled(rank: int, world_size: int, config: ModelConfig, parallel: ParallelConfig) -> tuple[object, ...]:
     """Every layer traced as one graph (collectives, recompute and all), run by PyTorch's own kernels."""
+    torch._dynamo.reset()  # what other tests compiled counts towards the limit of this process
     decoder = build(world_size, config, parallel)
     for layer in decoder.layers:
         layer.compile(backend="aot_eager", fullgraph=True)
