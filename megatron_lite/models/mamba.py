@@ -104,17 +104,26 @@ class StateSpace(nn.Module):
         self.dt_limits = None if dt_limits is None else tuple(dt_limits)
 
     def forward(
-        self, x_BTHP: Tensor, dt_BTH: Tensor, B_BTGN: Tensor, C_BTGN: Tensor, **before: Tensor | None
+        self,
+        x_BTHP: Tensor,
+        dt_BTH: Tensor,
+        B_BTGN: Tensor,
+        C_BTGN: Tensor,
+        *,
+        state_BHPN: Tensor | None = None,
+        documents_BT: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """(y (B, T, H, P) in x's dtype, state after it (B, H, P, N) in float32 at least).
 
-        dt: as projected, without bias and softplus. before: `state_BHPN` and `documents_BT` as in `ssd`.
+        dt: as projected, without bias and softplus. state and documents: as in `ssd`.
         """
         dt_BTH = F.softplus(at_least_float32(dt_BTH) + at_least_float32(self.dt_bias))
         if self.dt_limits is not None:
             dt_BTH = dt_BTH.clamp(*self.dt_limits)
         A_H = -at_least_float32(self.A_log).exp()
-        y_BTHP, state_BHPN = self.scan(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, **before)
+        y_BTHP, state_BHPN = self.scan(
+            x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, state_BHPN=state_BHPN, documents_BT=documents_BT
+        )
         return (y_BTHP + at_least_float32(self.D)[:, None] * x_BTHP).to(x_BTHP.dtype), state_BHPN
 
     scan = staticmethod(ssd)  # what a kernel, or a sequence that is cut over ranks, replaces

@@ -147,8 +147,13 @@ def generate_batch(
 
 
 def _next(logits_BV: Tensor, sampling: SamplingConfig, generator: torch.Generator) -> Tensor:
-    keys = {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
-    return sample_next(logits_BV, **keys, generator=generator)  # type: ignore[arg-type]
+    return sample_next(
+        logits_BV,
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        generator=generator,
+    )
 
 
 def _check_prompt(decoder: Decoder, tokens: Sequence[int], max_new_tokens: int) -> None:

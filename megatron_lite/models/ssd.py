@@ -25,6 +25,8 @@ Shapes: B batch, T sequence, C chunks, Q tokens of a chunk, H heads in G groups 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -52,8 +54,11 @@ def ssd(
     """
     # split, not slices: its backward is one concatenation, that of every slice a whole tensor of zeros
     inputs = [tensor.split(SEGMENT, dim=1) for tensor in (x_BTHP, dt_BTH, B_BTGN, C_BTGN)]
-    documents = [None] * len(inputs[0]) if documents_BT is None else documents_BT.split(SEGMENT, dim=1)
-    outputs, last_B = [], None
+    documents: Sequence[Tensor | None] = [None] * len(inputs[0])
+    if documents_BT is not None:
+        documents = documents_BT.split(SEGMENT, dim=1)
+    outputs: list[Tensor] = []
+    last_B: Tensor | None = None
     for x, dt, B, C, of_segment_BT in zip(*inputs, documents):
         if of_segment_BT is not None:
             if last_B is not None and state_BHPN is not None:
