@@ -101,7 +101,7 @@ def batch(caches: Sequence[Cache], *, capacity: int, device: torch.device) -> Ca
     """The caches of single sequences as that of a batch, whose last tokens are in the same place: no padding token is ever computed."""
     lengths = [cache.length for cache in caches]
     layers = [
-        None if of_layer[0] is None else type(of_layer[0]).batch(of_layer, lengths, capacity)  # type: ignore[arg-type]
+        None if of_layer[0] is None else type(of_layer[0]).batch(of_layer, lengths, capacity)
         for of_layer in zip(*(cache.layers for cache in caches))
     ]
     made = Cache(capacity, layers)

@@ -120,7 +120,7 @@ def decoder_plan(decoder: Decoder) -> dict[str, tuple[Entry, ...]]:
     plan |= {"": (tied_logits,)} if decoder.head is None else {"head": (vocab_head,)}
     for index, layer in enumerate(decoder.layers):
         plan[f"layers.{index}.norm"] = ENTRANCE
-        of_mixer = mixer_plan(layer.mixer, index).plan
+        of_mixer = mixer_plan(layer.get_submodule("mixer"), index).plan
         plan |= {f"layers.{index}.mixer.{name}": entries for name, entries in of_mixer.items()}
     return plan
 
