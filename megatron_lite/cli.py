@@ -13,6 +13,7 @@ COMMANDS = {
     "generate": ("megatron_lite.commands.generate", "continue a prompt"),
     "convert": ("megatron_lite.commands.convert", "to and from Hugging Face folders"),
     "preflight": ("megatron_lite.commands.preflight", "check the nodes of a run before it starts"),
+    "plan": ("megatron_lite.commands.plan", "how large a model is, and what a rank holds of it"),
     "launch": ("megatron_lite.commands.launch", "start a run here, on Slurm, on a list of hosts or on Kubernetes"),
     "prepare": ("data_tools.prepare", "from raw text to a tokenized corpus"),
     "inspect": ("data_tools.inspect", "what a run will read: shares, epochs, decoded samples"),

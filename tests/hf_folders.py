@@ -12,6 +12,7 @@ from transformers import (
     LlamaConfig,
     MistralConfig,
     NemotronConfig,
+    NemotronHConfig,
     PreTrainedTokenizerFast,
 )
 
@@ -21,10 +22,17 @@ SIZES = {
     "vocab_size": 384, "hidden_size": 40, "intermediate_size": 52, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 128, "bos_token_id": 1, "eos_token_id": [0, 5], "pad_token_id": 3,
 }  # fmt: skip
+NEMOTRON_H = {
+    "hybrid_override_pattern": "M-M*", "head_dim": 14, "mamba_num_heads": 6, "mamba_head_dim": 9, "n_groups": 2,
+    "ssm_state_size": 7, "time_step_min": 1e-6,
+}  # fmt: skip
 CONFIGS = {
     "nemotron": lambda **changes: NemotronConfig(**(SIZES | {"head_dim": 16} | changes)),
     "llama": lambda **changes: LlamaConfig(**(SIZES | {"tie_word_embeddings": True} | changes)),
     "mistral": lambda **changes: MistralConfig(**(SIZES | {"head_dim": 14, "sliding_window": None} | changes)),
+    "nemotron_h": lambda **changes: NemotronHConfig(
+        **({key: value for key, value in SIZES.items() if key != "num_hidden_layers"} | NEMOTRON_H | changes)
+    ),
 }
 TEXTS = [
     "the model reads every word and learns what comes next",

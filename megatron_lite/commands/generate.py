@@ -3,6 +3,7 @@
 python -m megatron_lite generate checkpoint=runs/smoke prompt='def main(' max_new_tokens=40
 echo 'a prompt' | python -m megatron_lite generate checkpoint=runs/smoke prompt=-
 python -m megatron_lite generate checkpoint=runs/smoke prompt_file=prompts.txt sampling.temperature=0.8 sampling.top_p=0.9
+python -m megatron_lite generate checkpoint=runs/smoke prompt_file=prompts.txt batch_size=16
 torchrun --nproc-per-node 2 -m megatron_lite generate checkpoint=runs/large prompt='def main(' parallel.tp=2
 """
 
@@ -17,8 +18,9 @@ from typing import Any
 from megatron_lite.commands.command import run_command
 from megatron_lite.commands.ranks import all_ranks
 from megatron_lite.data.tokenizer import load_tokenizer
+from megatron_lite.models.decoder import Decoder
 from megatron_lite.models.huggingface.generation import end_tokens, not_applied
-from megatron_lite.models.sampling import SamplingConfig, generate_tokens
+from megatron_lite.models.sampling import SamplingConfig, generate_batch, generate_tokens
 from megatron_lite.parallel.assemble import assemble, bare, from_tensors
 from megatron_lite.parallel.mesh import ParallelConfig, build_mesh
 from megatron_lite.ranks import Ranks
@@ -29,18 +31,24 @@ from megatron_lite.weights import Weights, open_weights
 
 @dataclass
 class GenerateConfig:
-    """`mlite generate`: one `prompt`, or a `prompt_file` with one a line; "-" reads standard input."""
+    """`mlite generate`: one `prompt`, or a `prompt_file` with one a line; "-" reads standard input.
+
+    batch_size: prompts of a file that are continued together; with 1 the text is written while it is made.
+    """
 
     checkpoint: str = "???"
     prompt: str | None = None
     prompt_file: str | None = None
     max_new_tokens: int = 64
+    batch_size: int = 1
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def validate(self, world_size: int = 1) -> None:
         """Raise ValueError naming the key if a value is invalid."""
         self.sampling.validate()
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size={self.batch_size} must be at least 1")
         self.parallel.validate(world_size)
         refuse_unsupported("generate", parallel=self.parallel, world_size=world_size)
 
@@ -81,15 +89,27 @@ def texts(config: GenerateConfig, runtime: Runtime, ranks: Ranks) -> Iterator[st
         lambda: assemble(weights.config, mesh=mesh, parallel=config.parallel, fill=fill, wrap=bare),
     )
     model.eval()
-    for prompt in prompts:
+    for first in range(0, len(prompts), config.batch_size):
+        together = prompts[first : first + config.batch_size]
         # A model of a Hugging Face folder gets the begin token that the folder's tokenizer adds; a run of ours was trained without.
-        tokens = tokenizer(prompt, add_special_tokens=bool(weights.extra))["input_ids"] or [tokenizer.eos_token_id]
-        new = generate_tokens(
-            model, tokens, max_new_tokens=config.max_new_tokens, end_tokens=ends, sampling=config.sampling
-        )
-        yield prompt
-        yield from stream_text(tokenizer, new, before=tokens)
-        yield "\n"
+        tokens = [
+            tokenizer(prompt, add_special_tokens=bool(weights.extra))["input_ids"] or [tokenizer.eos_token_id]
+            for prompt in together
+        ]
+        for prompt, before, new in zip(together, tokens, _continue(model, tokens, config, ends)):
+            yield prompt
+            yield from stream_text(tokenizer, new, before=before)
+            yield "\n"
+
+
+def _continue(
+    model: Decoder, prompts: list[list[int]], config: GenerateConfig, ends: frozenset[int]
+) -> list[Iterator[int]] | list[list[int]]:
+    """The new tokens of each prompt; of a single one while they are made."""
+    keys: dict[str, Any] = {"max_new_tokens": config.max_new_tokens, "end_tokens": ends, "sampling": config.sampling}
+    if len(prompts) == 1:
+        return [generate_tokens(model, prompts[0], **keys)]
+    return generate_batch(model, prompts, **keys)
 
 
 def _tokenizer(config: GenerateConfig, weights: Weights) -> Any:

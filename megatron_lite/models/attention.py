@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_lite.models.attention_kernel import attention_kernel
+from megatron_lite.models.cache import KeyValueCache
 from megatron_lite.models.config import ModelConfig
 from megatron_lite.models.context import LayerContext
 from megatron_lite.models.linear import Linear
@@ -48,7 +49,7 @@ class Attention(nn.Module):
         query, key = qk.split([self.queries_per_group, 1], dim=3)
         query_BHTK = query.flatten(2, 3).transpose(1, 2)
         key_BGSK, value_BGSK = key.squeeze(3).transpose(1, 2), value.squeeze(3).transpose(1, 2)
-        if context.cache is not None:
+        if isinstance(context.cache, KeyValueCache):
             key_BGSK, value_BGSK = context.cache.append(key_BGSK, value_BGSK)
         mask = attention_mask(context, keys=key_BGSK.shape[2])
         kernel = attention_kernel(query_BHTK.device.type, query_BHTK.dtype, masked=mask is not None)
@@ -69,6 +70,47 @@ def attention_mask(context: LayerContext, *, keys: int) -> Tensor | None:
         mask_BTS = documents_BT[:, :, None] == documents_BT[:, None, :]
         mask_BTS &= positions_BT[:, :, None] >= positions_BT[:, None, :]
         return mask_BTS[:, None]
+    keys_BS = torch.arange(keys, device=positions_BT.device)[None]
+    if context.starts_B is not None:
+        keys_BS = keys_BS - context.starts_B[:, None]
+        return (keys_BS[:, None, None] >= 0) & (keys_BS[:, None, None] <= positions_BT[:, None, :, None])
     if positions_BT.shape[1] in (1, keys):
         return None
-    return positions_BT[:, None, :, None] >= torch.arange(keys, device=positions_BT.device)
+    return positions_BT[:, None, :, None] >= keys_BS[:, None, None]
+
+
+def score_flops(config: ModelConfig, seq_len: int) -> float:
+    """Training FLOPs of a token in Q K^T and the weighted sum of values, in full, not halved for causality."""
+    return 12.0 * config.attention.heads * config.head_dim * seq_len
+
+
+def check(config: ModelConfig) -> None:
+    """Raises ValueError naming the key of `config.attention` or `config.rope` that an attention layer cannot have."""
+    attention = config.attention
+    for key, size in (("heads", attention.heads), ("kv_heads", attention.kv_heads)):
+        if size < 1:
+            raise ValueError(f"model.attention.{key}={size} must be at least 1")
+    if attention.head_dim is not None and attention.head_dim < 1:
+        raise ValueError(
+            f"model.attention.head_dim={attention.head_dim} must be at least 1, or null for hidden_size/heads"
+        )
+    if attention.head_dim is None and config.hidden_size % attention.heads:
+        raise ValueError(
+            f"model.hidden_size={config.hidden_size} does not divide by model.attention.heads={attention.heads}; "
+            "change one of them or set model.attention.head_dim"
+        )
+    if attention.heads % attention.kv_heads:
+        raise ValueError(
+            f"model.attention.heads={attention.heads} does not divide by model.attention.kv_heads="
+            f"{attention.kv_heads}; every group of query heads shares one key-value head"
+        )
+    if config.rotary_dim % 2:
+        raise ValueError(
+            f"model.rope.fraction={config.rope.fraction} of head dim {config.head_dim} rotates "
+            f"{config.rotary_dim} dimensions, which must be an even number"
+        )
+    if attention.value_head_dim not in (None, config.head_dim):
+        raise ValueError(
+            f"model.attention.value_head_dim={attention.value_head_dim} is not built yet; set it to null, which "
+            f"means the head dim of queries and keys ({config.head_dim})"
+        )

@@ -8,13 +8,12 @@ unless it has its default.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_lite.models import pattern as layer_pattern
 
 NORM_NAMES = ("layernorm1p", "rmsnorm", "layernorm")
-ACTIVATION_NAMES = ("squared_relu", "swiglu")
 
 
 @dataclass
@@ -85,7 +84,8 @@ class ModelConfig:
     Sizes have no default: 0 means "not given" and is refused.
 
     family: which Hugging Face mapping reads and writes it ("nemotron4", "llama", "mistral").
-    num_layers: number of transformer blocks, each an attention and a feed-forward layer; or `pattern`: one symbol for each layer.
+    num_layers: number of transformer blocks, each an attention and a feed-forward layer; or `pattern`: one symbol for each layer
+      (`layers.LAYER_TYPES`), with `|` where pipeline stages are cut.
     meta_tokens: learned tokens in front of every sequence.
     vocab_multiple: embedding and head have vocab_size rounded up to it; the extra rows are zero and never sampled.
     scaled_output_init: projections back into the residual stream start with init_std / sqrt(number of residual layers)
@@ -140,41 +140,19 @@ class ModelConfig:
 
     def validate(self) -> None:
         """Raises ValueError naming the first key with an invalid value."""
+        from megatron_lite.models.layers import check_layers  # here: every layer imports this file
+
         self._check_ranges()
-        _ = self.symbols
-        attention = self.attention
-        if attention.head_dim is None and self.hidden_size % attention.heads:
-            raise ValueError(
-                f"model.hidden_size={self.hidden_size} does not divide by model.attention.heads={attention.heads}; "
-                "change one of them or set model.attention.head_dim"
-            )
-        if attention.heads % attention.kv_heads:
-            raise ValueError(
-                f"model.attention.heads={attention.heads} does not divide by model.attention.kv_heads="
-                f"{attention.kv_heads}; every group of query heads shares one key-value head"
-            )
-        if self.rotary_dim % 2:
-            raise ValueError(
-                f"model.rope.fraction={self.rope.fraction} of head dim {self.head_dim} rotates "
-                f"{self.rotary_dim} dimensions, which must be an even number"
-            )
+        check_layers(self)
         if self.norm not in NORM_NAMES:
             raise ValueError(f"model.norm={self.norm!r} is not one of {', '.join(NORM_NAMES)}")
-        if self.mlp.activation not in ACTIVATION_NAMES:
-            raise ValueError(
-                f"model.mlp.activation={self.mlp.activation!r} is not one of {', '.join(ACTIVATION_NAMES)}"
-            )
         self._check_built()
 
     def _check_ranges(self) -> None:
         if not self.family:
             raise ValueError("model.family is not given; it names the Hugging Face mapping, as in model=nemotron4_tiny")
-        attention = self.attention
         for key, size in (
             ("hidden_size", self.hidden_size),
-            ("attention.heads", attention.heads),
-            ("attention.kv_heads", attention.kv_heads),
-            ("mlp.ffn_size", self.mlp.ffn_size),
             ("vocab_size", self.vocab_size),
             ("max_seq_len", self.max_seq_len),
         ):
@@ -182,10 +160,6 @@ class ModelConfig:
                 raise ValueError(f"model.{key}={size} must be at least 1")
         if self.vocab_multiple < 1:
             raise ValueError(f"model.vocab_multiple={self.vocab_multiple} must be at least 1 (1 = no padding)")
-        if attention.head_dim is not None and attention.head_dim < 1:
-            raise ValueError(
-                f"model.attention.head_dim={attention.head_dim} must be at least 1, or null for hidden_size/heads"
-            )
         for key, number in (("norm_eps", self.norm_eps), ("rope.base", self.rope.base), ("init_std", self.init_std)):
             if not (number > 0 and math.isfinite(number)):
                 raise ValueError(f"model.{key}={number} must be a positive number")
@@ -194,15 +168,9 @@ class ModelConfig:
 
     def _check_built(self) -> None:
         """Raises ValueError for a key that only a layer type or feature that does not exist yet would read."""
-        if self.attention.value_head_dim not in (None, self.head_dim):
-            raise ValueError(
-                f"model.attention.value_head_dim={self.attention.value_head_dim} is not built yet; set it to null, which "
-                f"means the head dim of queries and keys ({self.head_dim})"
-            )
         for prefix, section, names in (
             ("attention.", self.attention, _ATTENTION_LATER),
             ("rope.", self.rope, ("scaling",)),
-            ("mamba.", self.mamba, tuple(item.name for item in fields(MambaConfig))),
             ("", self, ("meta_tokens",)),
         ):
             for name in names:

@@ -20,9 +20,10 @@ class LayerContext:
 
     positions_BT: (B, T), or (1, T) when all rows share them, int64: each token's place in its document, from 0.
     documents_BT: (B, T) integers that rise from document to document; a token attends within its own. None: one document a row.
-    cache: this layer's keys and values so far, in generation.
+    cache: what this layer remembers of the tokens before, in generation. starts_B: where in it each sequence of a batch begins.
     """
 
     positions_BT: Tensor
     documents_BT: Tensor | None = None
     cache: LayerCache | None = None
+    starts_B: Tensor | None = None

@@ -2,7 +2,7 @@
 
 Training FLOPs a token (forward and backward, a multiply-add is two):
 
-    6 (N - N_input_embedding) + 12 L_attention H K s
+    6 (N - N_input_embedding) + what each layer adds to it (`flops` of `LAYER_TYPES`): 12 H K s for attention
 
 where N leaves out vocabulary padding, the head counts and the look-up of input embeddings does not (tied
 embeddings count once, as the head), and attention scores are counted in full, not halved for causality. This
@@ -20,6 +20,7 @@ import torch
 
 from megatron_lite.models.config import ModelConfig
 from megatron_lite.models.decoder import Decoder
+from megatron_lite.models.layers import LAYER_TYPES
 
 
 def parameter_count(config: ModelConfig) -> int:
@@ -33,6 +34,4 @@ def flops_per_token(config: ModelConfig, seq_len: int) -> float:
     """Training FLOPs for one token of a sequence of `seq_len` tokens (formula above)."""
     lookup_only = 0 if config.tie_embeddings else config.vocab_size * config.hidden_size
     matrices = 6 * (parameter_count(config) - lookup_only)
-    attention_layers = config.symbols.count("*")
-    attention = 12 * attention_layers * config.attention.heads * config.head_dim * seq_len
-    return float(matrices + attention)
+    return float(matrices + sum(LAYER_TYPES[symbol].flops(config, seq_len) for symbol in config.symbols))

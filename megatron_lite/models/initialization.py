@@ -69,6 +69,19 @@ class Constant:
         block.fill_(self.value)
 
 
+@dataclass(frozen=True)
+class Uniform:
+    """Uniform in [low, high)."""
+
+    low: float
+    high: float
+    valid_rows: int | None = None
+
+    def fill_(self, block: Tensor, generator: torch.Generator) -> None:
+        """Fills one float64 CPU block in place."""
+        block.uniform_(self.low, self.high, generator=generator)
+
+
 def block_seed(seed: int, name: str, block: int) -> int:
     """The 63-bit seed of one block: blake2b over seed, name and block number (63 bits fit int64)."""
     digest = hashlib.blake2b(f"{seed}\0{name}\0{block}".encode(), digest_size=8).digest()

@@ -65,3 +65,12 @@ class GatedMLP(nn.Module):
 def build_mlp(config: ModelConfig) -> nn.Module:
     """The feed-forward layer that `config.mlp.activation` names."""
     return GatedMLP(config) if config.mlp.activation in GATED_ACTIVATIONS else MLP(config)
+
+
+def check(config: ModelConfig) -> None:
+    """Raises ValueError naming the key of `config.mlp` that a feed-forward layer cannot have."""
+    if config.mlp.ffn_size < 1:
+        raise ValueError(f"model.mlp.ffn_size={config.mlp.ffn_size} must be at least 1")
+    known = (*PLAIN_ACTIVATIONS, *GATED_ACTIVATIONS)
+    if config.mlp.activation not in known:
+        raise ValueError(f"model.mlp.activation={config.mlp.activation!r} is not one of {', '.join(known)}")

@@ -1,4 +1,4 @@
-"""Choosing the next token, and generating with a key-value cache.
+"""Choosing the next token, and generating with a cache.
 
 Order of the filters, as in transformers: temperature, then top-k, then top-p on what top-k left. Temperature
 0 is greedy. The logits have no columns for vocabulary padding, so padding is never chosen.
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_lite.models.cache import KeyValueCache
+from megatron_lite.models.cache import batch
 from megatron_lite.models.decoder import Decoder
 
 
@@ -91,24 +91,69 @@ def generate_tokens(
     _check_prompt(decoder, tokens, max_new_tokens)
     device = decoder.head_weight.device
     generator = torch.Generator(device).manual_seed(sampling.seed)
-    cache = KeyValueCache(len(tokens) + max_new_tokens)
+    cache = decoder.new_cache(len(tokens) + max_new_tokens)
     new_BT = torch.tensor([list(tokens)], device=device)
     for _ in range(max_new_tokens):
         # Only the last state goes through the head: a long prompt's logits would be T x V numbers for
         # nothing.
         last_BV = decoder.logits(decoder.hidden(new_BT, cache=cache)[:, -1])
-        next_B = sample_next(
-            last_BV,
-            temperature=sampling.temperature,
-            top_k=sampling.top_k,
-            top_p=sampling.top_p,
-            generator=generator,
-        )
+        next_B = _next(last_BV, sampling, generator)
         token = int(next_B)
         if token in end_tokens:
             return
         yield token
         new_BT = next_B[:, None]
+
+
+@torch.inference_mode()
+def generate_batch(
+    decoder: Decoder,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    end_tokens: Collection[int] = (),
+    sampling: SamplingConfig | None = None,
+) -> list[list[int]]:
+    """The new tokens of each prompt, as `generate_tokens` makes them one by one, computed together.
+
+    Prompts may have different lengths. Each is read alone, so that no padding enters a state. Raises ValueError as `generate_tokens`.
+    """
+    sampling = sampling or SamplingConfig()
+    sampling.validate()
+    for prompt in prompts:
+        _check_prompt(decoder, prompt, max_new_tokens)
+    device = decoder.head_weight.device
+    caches, last = [], []
+    for prompt in prompts:
+        caches.append(decoder.new_cache(len(prompt)))
+        last.append(decoder.hidden(torch.tensor([list(prompt)], device=device), cache=caches[-1])[:, -1])
+    cache = batch(caches, capacity=max(map(len, prompts)) + max_new_tokens, device=device)
+    state_BD = torch.cat(last)
+    generators = [torch.Generator(device).manual_seed(sampling.seed) for _ in prompts]
+    made: list[list[int]] = [[] for _ in prompts]
+    running = set(range(len(prompts)))
+    for number in range(max_new_tokens):
+        rows = zip(decoder.logits(state_BD).split(1), generators)
+        next_B = torch.cat([_next(logits_1V, sampling, generator) for logits_1V, generator in rows])
+        for row, token in enumerate(next_B.tolist()):
+            if row in running and token in end_tokens:
+                running.remove(row)
+            if row in running:
+                made[row].append(token)
+        if not running or number + 1 == max_new_tokens:
+            break
+        state_BD = decoder.hidden(next_B[:, None], cache=cache)[:, -1]
+    return made
+
+
+def _next(logits_BV: Tensor, sampling: SamplingConfig, generator: torch.Generator) -> Tensor:
+    return sample_next(
+        logits_BV,
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        generator=generator,
+    )
 
 
 def _check_prompt(decoder: Decoder, tokens: Sequence[int], max_new_tokens: int) -> None:

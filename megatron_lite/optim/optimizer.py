@@ -48,9 +48,11 @@ class OptimConfig:
 def decays(name: str, ndim: int, config: OptimConfig) -> bool:
     """Whether weight decay applies to the parameter with this global name and number of dimensions.
 
-    One-dimensional parameters outside norms count as biases.
+    One-dimensional parameters outside norms count as biases; those of a state-space recurrence (`ssm`) never decay.
     """
     parts = name.split(".")
+    if "ssm" in parts:
+        return False
     if any("norm" in part for part in parts):
         return config.decay_norms
     if parts[-1] == "bias" or ndim < 2:

@@ -15,20 +15,23 @@ A plan maps a name below the module to an entry, or to several that are applied 
 
 What column, row and copy_in do is Megatron-LM's (arXiv 1909.08053, section 3): one all-reduce a layer forward and one
 backward. Under sequence parallelism (arXiv 2205.05198) the same plan holds: `copy_in` gathers, `row` and `vocab` scatter. What is
-gathered lies rank by rank, not sequence by sequence: see `layers`.
-A new layer kind needs a plan of its own in MIXERS and a line in `MUST_DIVIDE`.
+gathered is ordered rank by rank, not sequence by sequence: see `layers`.
+A new layer type is a row of its mixer in MIXERS.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from megatron_lite.models.attention import Attention
 from megatron_lite.models.config import ModelConfig
 from megatron_lite.models.decoder import Decoder
+from megatron_lite.models.layers import LAYER_TYPES
+from megatron_lite.models.mamba import Mamba2
 from megatron_lite.models.mlp import MLP, GatedMLP
 from megatron_lite.parallel.layers import (
     ColumnParallelLinear,
@@ -79,25 +82,56 @@ Plan = Mapping[str, tuple[Entry, ...]]
 ENTRANCE = (replicated_norm, copy_in)
 FINAL = (replicated_norm, copy_in_order)
 
-MIXERS: dict[type[nn.Module], Plan] = {
-    Attention: {"qkv": (column_in_order,), "out": (row_in_order,)},
-    MLP: {"up": (column,), "down": (row,)},
-    GatedMLP: {"up": (column,), "gate": (column,), "down": (row,)},
+
+@dataclass(frozen=True)
+class MixerPlan:
+    """How a mixer is cut. must_divide: what the degree has to divide, as the config's key -> its number."""
+
+    plan: Plan
+    must_divide: Callable[[ModelConfig], dict[str, int]]
+
+
+def _kv_heads(config: ModelConfig) -> dict[str, int]:
+    return {"model.attention.kv_heads": config.attention.kv_heads}  # one is never split; heads is a multiple of it
+
+
+def _ffn_size(config: ModelConfig) -> dict[str, int]:
+    return {"model.mlp.ffn_size": config.mlp.ffn_size}
+
+
+def _ssm_groups(config: ModelConfig) -> dict[str, int]:
+    return {"model.mamba.groups": config.mamba.groups}  # heads is a multiple of it
+
+
+MIXERS: dict[type[nn.Module], MixerPlan] = {
+    Attention: MixerPlan({"qkv": (column_in_order,), "out": (row_in_order,)}, _kv_heads),
+    MLP: MixerPlan({"up": (column,), "down": (row,)}, _ffn_size),
+    GatedMLP: MixerPlan({"up": (column,), "gate": (column,), "down": (row,)}, _ffn_size),
+    Mamba2: MixerPlan(
+        {"in_proj": (column_in_order,), "out_proj": (row_in_order,)}
+        | dict.fromkeys(("conv.weight", "conv.bias", "ssm.A_log", "ssm.dt_bias", "ssm.D", "norm.weight"), (shard(0),)),
+        _ssm_groups,
+    ),
 }
 
 
+def mixer_plan(mixer: nn.Module, index: int) -> MixerPlan:
+    """The row of layer `index`'s mixer. Raises ValueError when there is none."""
+    if type(mixer) not in MIXERS:
+        raise ValueError(
+            f"layer {index} is a {type(mixer).__name__}, which has no tensor-parallel plan; set parallel.tp=1"
+        )
+    return MIXERS[type(mixer)]
+
+
 def decoder_plan(decoder: Decoder) -> dict[str, tuple[Entry, ...]]:
-    """The plan of a whole decoder. Raises ValueError for a layer kind without a plan."""
+    """The plan of a whole decoder. Raises ValueError for a layer type without a plan."""
     plan: dict[str, tuple[Entry, ...]] = {"embedding": (vocab_embedding,), "final_norm": FINAL}
     plan |= {"": (tied_logits,)} if decoder.head is None else {"head": (vocab_head,)}
     for index, layer in enumerate(decoder.layers):
-        kind = type(layer.mixer)
-        if kind not in MIXERS:
-            raise ValueError(
-                f"layer {index} is a {kind.__name__}, which has no tensor-parallel plan; set parallel.tp=1"
-            )
         plan[f"layers.{index}.norm"] = ENTRANCE
-        plan |= {f"layers.{index}.mixer.{name}": entries for name, entries in MIXERS[kind].items()}
+        of_mixer = mixer_plan(layer.get_submodule("mixer"), index).plan
+        plan |= {f"layers.{index}.mixer.{name}": entries for name, entries in of_mixer.items()}
     return plan
 
 
@@ -116,34 +150,20 @@ def apply_plan(model: nn.Module, plan: Plan, tp: TensorParallel) -> None:
                     shard_parameter(module, parameter, dim, tp)
 
 
-# What tensor parallelism divides, for each symbol of the layer pattern: the config's key and its number.
-Counts = Callable[[ModelConfig], Iterator[tuple[str, int]]]
-
-
-def _attention_counts(config: ModelConfig) -> Iterator[tuple[str, int]]:
-    yield "model.attention.kv_heads", config.attention.kv_heads  # heads is a multiple of it
-
-
-def _mlp_counts(config: ModelConfig) -> Iterator[tuple[str, int]]:
-    yield "model.mlp.ffn_size", config.mlp.ffn_size
-
-
-MUST_DIVIDE: dict[str, Counts] = {"*": _attention_counts, "-": _mlp_counts}
-
-
 def check_divisible(config: ModelConfig, *, tp: int, sequence_parallel: bool = False) -> None:
     """Raise ValueError when `tp` ranks cannot share this model, naming the key and degrees that would work."""
     counts = {"the padded vocabulary (model.vocab_size up to model.vocab_multiple)": config.padded_vocab}
-    for symbol in sorted(set(config.symbols) & set(MUST_DIVIDE)):
-        counts |= dict(MUST_DIVIDE[symbol](config))
+    for symbol in dict.fromkeys(config.symbols) if tp > 1 else ():
+        with torch.device("meta"):
+            mixer = LAYER_TYPES[symbol].build(config)
+        counts |= mixer_plan(mixer, config.symbols.index(symbol)).must_divide(config)
     if sequence_parallel:
         counts["model.max_seq_len"] = config.max_seq_len
     for key, number in counts.items():
         if number % tp:
             # of the divisors of tp: those divide the number of processes too
             works = [d for d in range(1, tp) if tp % d == 0 and all(count % d == 0 for count in counts.values())]
-            reason = "; a key-value head is not split" if key == "model.attention.kv_heads" else ""
             raise ValueError(
-                f"{key}={number} does not divide by parallel.tp={tp}{reason}; with this model parallel.tp="
+                f"{key}={number} does not divide by parallel.tp={tp}; with this model parallel.tp="
                 f"{' or '.join(map(str, works))} would work"
             )

@@ -272,7 +272,12 @@ def run_info(run: RunConfig, trainer: Trainer) -> RunInfo:
     model = run.model
     device, dtype = trainer.runtime.device.type, run.precision.dtype
     kernel = attention_kernel(device, dtype, masked=run.data.reset_attention)
-    size = f"{len(model.symbols)} layers, hidden {model.hidden_size}, vocabulary {model.vocab_size}"
+    ignored = (
+        " (the cuts | of model.pattern have no effect without pipeline parallelism)"
+        if "|" in (model.pattern or "")
+        else ""
+    )
+    size = f"{len(model.symbols)} layers{ignored}, hidden {model.hidden_size}, vocabulary {model.vocab_size}"
     return RunInfo(
         run_dir=Path(run.run.dir),
         name=run.run.name,

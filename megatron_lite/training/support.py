@@ -36,7 +36,9 @@ _FSDP, _ZERO = tuple(_ENGINES)[:3], tuple(_ENGINES)[3:]
 
 FEATURES: dict[str, Feature] = {
     "command": Feature("Command", {name: f"mlite {name}" for name in ("train", "evaluate", "generate", "convert")}),
-    "family": Feature("Model family", {name: f"model.family={name}" for name in ("nemotron4", "llama", "mistral")}),
+    "family": Feature(
+        "Model family", {name: f"model.family={name}" for name in ("nemotron4", "llama", "mistral", "nemotron_h")}
+    ),
     "engine": Feature("Engine and what it shards", _ENGINES),
     "processes": Feature("Processes", {"1": "", "several": "torchrun --nproc-per-node N"}),
     "tp": Feature("Tensor parallelism", {"1": "parallel.tp=1", "several": "parallel.tp=2"}),

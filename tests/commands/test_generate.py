@@ -21,7 +21,7 @@ from megatron_lite.weights import load
 from tests.hf_folders import TEXTS, command, make_folder, metaspace_tokenizer
 
 
-@pytest.fixture(scope="module", params=["nemotron", "llama", "mistral"])
+@pytest.fixture(scope="module", params=["nemotron", "llama", "mistral", "nemotron_h"])
 def folder(request, tiny_data, tmp_path_factory):
     path = tmp_path_factory.mktemp("hf") / request.param
     return make_folder(path, request.param, tokenizer=tiny_data / "tokenizer")
@@ -141,6 +141,8 @@ def test_a_file_of_prompts(straight, tmp_path, capsys):
     prompts.write_bytes(b"\xef\xbb\xbfthe model\n\r\ndef return\r\n")
     command("generate", f"checkpoint={straight}", f"prompt_file={prompts}", "max_new_tokens=4")
     both = capsys.readouterr().out
+    command("generate", f"checkpoint={straight}", f"prompt_file={prompts}", "max_new_tokens=4", "batch_size=2")
+    assert capsys.readouterr().out == both
     alone = ""
     for prompt in ("the model", "def return"):
         command("generate", f"checkpoint={straight}", f"prompt='{prompt}'", "max_new_tokens=4")
@@ -174,6 +176,7 @@ def test_prompts_from_standard_input(monkeypatch):
         (["prompt=a", "prompt_file=b"], "give either prompt"),
         (["prompt_file=nowhere.txt"], "prompt_file=nowhere.txt does not exist"),
         (["prompt=a", "max_new_tokens=0"], "max_new_tokens=0 must be at least 1"),
+        (["prompt=a", "batch_size=0"], "batch_size=0 must be at least 1"),
         (["prompt=a", "max_new_tokens=100000"], "model.max_seq_len"),
         (["prompt=a", "sampling.top_p=0"], "sampling.top_p=0.0"),
     ],

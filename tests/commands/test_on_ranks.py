@@ -16,6 +16,7 @@ from megatron_lite.errors import CheckpointError
 from megatron_lite.ranks import Ranks
 from megatron_lite.runtime import Runtime
 from tests.distributed import run_ranks
+from tests.hf_folders import make_folder
 
 SECONDS = 180  # for a job: the first one of a pool imports the package
 
@@ -60,6 +61,16 @@ def test_evaluate_gives_the_losses_of_one_process(ranks, layout, evaluated):
     words, expected = evaluated
     for found in run_ranks(ranks, losses, *words, *layout, timeout=SECONDS):
         assert found == pytest.approx(expected, rel=1e-6)  # sums of 96 tokens in fp32, in another order
+
+
+def test_generate_gives_the_text_of_one_process_for_hybrids(tiny_data, tmp_path):
+    """States and convolutions in the cache, by state-space groups."""
+    tokenizer = tiny_data / "tokenizer"
+    make_folder(tmp_path / "hf", "nemotron_h", tokenizer=tokenizer)
+    words = [f"checkpoint={tmp_path / 'hf'}", "prompt=the model", "max_new_tokens=12"]
+    expected = text(0, 1, *words)
+    assert len(expected) > len("the model\n")
+    assert run_ranks(2, text, *words, "parallel.tp=2", timeout=SECONDS) == [expected] * 2
 
 
 def test_generate_gives_the_text_of_one_process(straight):

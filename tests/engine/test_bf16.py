@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_lite.models import attention, decoder
+from megatron_lite.models import attention
 from megatron_lite.models.initialization import Distribution, Normal
+from megatron_lite.models.layers import LAYER_TYPES
 from megatron_lite.models.mlp import MLP
 from megatron_lite.objectives import base as objectives
 from tests.distributed import run_ranks
@@ -219,7 +220,7 @@ class ScaledMLP(MLP):
 def train_scaled(rank: int, world_size: int, case: Case) -> tuple[list[float], list[float], list[Tensor]]:
     """Losses and norms of two steps, and the weight of one `Scale` as its forward saw it: in step 1, in step 2, in an evaluation."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(decoder.MIXERS, "-", ScaledMLP)
+        patch.setitem(LAYER_TYPES, "-", replace(LAYER_TYPES["-"], build=ScaledMLP))
         engine, place, places = harness.open_engine(case, world_size)
     losses, norms = [], []
     for step in (1, 2):

@@ -32,6 +32,10 @@ CURVES: dict[str, list[str]] = {
         "model.family=llama", "model.norm=rmsnorm", "model.mlp.activation=swiglu", "model.rope.fraction=1",
         "model.tie_embeddings=true", "schedule=wsd", "schedule.decay_fraction=0.5", "data.reset_attention=false",
     ],
+    "hybrid": [
+        "model=nano2_tiny", "model.num_layers=null", "model.pattern=M-M*-", "model.mamba.heads=4", "model.mamba.head_dim=8",
+        "model.mamba.state=8",
+    ],
 }  # fmt: skip
 
 

@@ -442,7 +442,7 @@ def test_the_papers_three_jobs():
     done = subprocess.run(
         ["bash", str(LAUNCH / "recipes/nemotron4_15b.sh")], capture_output=True, text=True, check=True
     )
-    assert recipes() == ["nemotron4_15b"]
+    assert recipes() == ["nano2_12b", "nemotron4_15b"]
     jobs = [line for line in done.stdout.splitlines() if "NODES=" in line]
     assert len(jobs) == 3
     at = 0
@@ -462,6 +462,22 @@ def test_the_papers_three_jobs():
             assert 0 <= over < batch * 4096  # the first step that ends at or after the paper's tokens
     with pytest.raises(ValueError, match="global batch of 768"):
         check_batch_sizes(run, build_schedule(run, build_schedule(run).projection.at_step(127157)), world_size=97 * 8)
+
+
+def test_the_job_of_nano2():
+    """A layout that divides 736 = 2^5 x 23, 20T tokens, the decay over the last 3.6T."""
+    script = str(LAUNCH / "recipes/nano2_12b.sh")
+    printed = subprocess.run(["bash", script, "a=b"], capture_output=True, text=True, check=True).stdout
+    assert "NODES=32 " in printed
+    assert printed.rstrip().endswith("experiment=nano2_12b a=b")
+    run = compose_run(["experiment=nano2_12b"])
+    for gpus in (32 * 8, 92 * 8):
+        validate(run, gpus)
+    schedule = build_schedule(run)
+    assert schedule.total_steps == 3_317_128
+    assert 0 <= 20e12 - schedule.total_samples * 8192 < 736 * 8192
+    assert run.schedule.decay == round(3.6e12 / (736 * 8192))
+    assert run.schedule.warmup_steps == round(8e9 / (736 * 8192))
 
 
 def test_the_three_jobs_keep_their_settings_and_their_order(tmp_path):

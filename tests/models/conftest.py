@@ -32,6 +32,18 @@ LLAMA = NEMOTRON | {
     "rope.base": 5000.0,
 }
 
+HYBRID = NEMOTRON | {
+    "family": "nemotron_h",
+    "num_layers": None,
+    "pattern": "M-M*-",
+    "norm": "rmsnorm",
+    "rope.fraction": 0.0,
+    "mamba.heads": 6,
+    "mamba.head_dim": 3,
+    "mamba.groups": 2,
+    "mamba.state": 5,
+}
+
 
 def nemotron_config(**changes: Any) -> ModelConfig:
     """A tiny Nemotron-4 with `changes` (dotted keys: `**{"attention.heads": 2}`)."""
@@ -41,6 +53,11 @@ def nemotron_config(**changes: Any) -> ModelConfig:
 def llama_config(**changes: Any) -> ModelConfig:
     """A tiny Llama with `changes`."""
     return model_config(LLAMA | changes)
+
+
+def hybrid_config(**changes: Any) -> ModelConfig:
+    """A tiny Mamba-2/attention hybrid with `changes`."""
+    return model_config(HYBRID | changes)
 
 
 def loud_decoder(config: ModelConfig, seed: int = 0, std: float = 0.3) -> Decoder:
@@ -67,6 +84,12 @@ def nemotron() -> Callable[..., ModelConfig]:
 def llama() -> Callable[..., ModelConfig]:
     """Factory of tiny Llama configs."""
     return llama_config
+
+
+@pytest.fixture
+def hybrid() -> Callable[..., ModelConfig]:
+    """Factory of tiny hybrid configs."""
+    return hybrid_config
 
 
 @pytest.fixture

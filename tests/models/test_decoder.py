@@ -7,7 +7,6 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from megatron_lite.models import Decoder
-from megatron_lite.models.cache import KeyValueCache
 
 NAMES = ["embedding.weight"]
 NAMES += [f"layers.0.{name}" for name in ("norm.weight", "norm.bias", "mixer.qkv.weight", "mixer.out.weight")]
@@ -82,7 +81,7 @@ def test_one_document_equals_no_documents(nemotron, loud):
 def test_cached_forward_equals_the_whole(nemotron, loud, chunks, kv_heads):
     model = loud(nemotron(**{"attention.kv_heads": kv_heads})).double()
     tokens = tokens_of(model.config)
-    cache = KeyValueCache(capacity=20)
+    cache = model.new_cache(20)
     parts = [model(part, cache=cache) for part in tokens.split(chunks, dim=1)]
     # float64: summation order only
     torch.testing.assert_close(torch.cat(parts, dim=1), model(tokens), rtol=0, atol=1e-9)
@@ -93,9 +92,9 @@ def test_cache_refuses_overflow_and_documents(nemotron, loud):
     model = loud(nemotron())
     tokens = tokens_of(model.config)
     with pytest.raises(ValueError, match="holds 19 tokens and 20"):
-        model(tokens, cache=KeyValueCache(capacity=19))
+        model(tokens, cache=model.new_cache(19))
     with pytest.raises(ValueError, match="holds one document"):
-        model(tokens, torch.zeros_like(tokens), KeyValueCache(capacity=20))
+        model(tokens, torch.zeros_like(tokens), model.new_cache(20))
 
 
 def test_a_model_without_positions_and_with_any_pattern_runs(nemotron, loud):

@@ -30,8 +30,24 @@ def test_nemotron4_15b_has_exactly_the_published_shapes():
     assert all(p.is_meta for p in model.parameters())
 
 
-def test_smollm2_has_its_published_count():
-    assert parameter_count(load("smollm2_135m")) == 134_515_008
+# Published, or counted from published shapes (see the files): SmolLM2's and Mistral NeMo's config.json, arXiv 2408.11796 and 2407.14679,
+# NVIDIA's configs of Nemotron Nano 2.
+SIZES = {
+    "smollm2_135m": 134_515_008, "mistral_nemo_12b": 12_247_782_400, "minitron_8b": 8_414_105_600, "minitron_4b": 4_190_509_056,
+    "nemotron_nano2_12b": 12_310_001_152, "nemotron_nano2_9b": 8_888_227_328,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_sizes(name):
+    assert parameter_count(load(name)) == SIZES[name]
+
+
+def test_nano2_has_its_published_layers():
+    assert [load("nemotron_nano2_12b").symbols.count(symbol) for symbol in "M-*"] == [28, 28, 6]
+    nine = load("nemotron_nano2_9b").symbols
+    assert [nine.count(symbol) for symbol in "M-*"] == [27, 25, 4]
+    assert [index for index, symbol in enumerate(nine) if symbol == "*"] == [14, 21, 30, 39]
 
 
 def test_count_leaves_out_padding(nemotron):

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from megatron_lite.models.sampling import (
     SamplingConfig,
     filtered_probabilities,
+    generate_batch,
     generate_tokens,
     sample_next,
 )
@@ -62,19 +63,33 @@ def test_greedy_takes_the_largest():
     assert sample_next(torch.tensor([[0.0, 3.0, 1.0], [5.0, 3.0, 1.0]])).tolist() == [1, 0]
 
 
-@pytest.mark.parametrize("kind", ["nemotron", "llama"])
-def test_cached_greedy_equals_the_uncached_forward(kind, request, loud):
-    model = loud(request.getfixturevalue(kind)())
+@pytest.mark.parametrize(("kind", "new"), [("nemotron", 30), ("llama", 30), ("hybrid", 210)])
+def test_cached_greedy_equals_the_uncached_forward(kind, new, request, loud):
+    model = loud(request.getfixturevalue(kind)(max_seq_len=256))
     prompt = [3, 14, 15, 92, 65]
     expected = list(prompt)
     with torch.no_grad():
-        for _ in range(30):
+        for _ in range(new):
             expected.append(int(model(torch.tensor([expected]))[0, -1].argmax()))
-    assert list(generate_tokens(model, prompt, max_new_tokens=30)) == expected[len(prompt) :]
+    assert len(set(expected)) > 10  # not one token over and over
+    assert list(generate_tokens(model, prompt, max_new_tokens=new)) == expected[len(prompt) :]
     eod = expected[-1]
     stop = expected.index(eod, len(prompt))
     stopped = list(generate_tokens(model, prompt, max_new_tokens=30, end_tokens=[eod]))
     assert stopped == expected[len(prompt) : stop]
+
+
+@pytest.mark.parametrize("kind", ["nemotron", "llama", "hybrid"])
+def test_a_batch_of_ragged_prompts_equals_one_by_one(kind, request, loud):
+    model = loud(request.getfixturevalue(kind)(), std=0.2).double()  # a tie of rounded logits would decide otherwise
+    prompts = [[3, 14, 15, 92, 65, 35], [89], list(range(40)), [7, 9]]
+    for sampling in (SamplingConfig(), SamplingConfig(temperature=0.8, top_k=20, seed=3)):
+        keys = {"max_new_tokens": 20, "sampling": sampling}
+        alone = [list(generate_tokens(model, prompt, **keys)) for prompt in prompts]
+        assert generate_batch(model, prompts, **keys) == alone
+        ends = {alone[0][4], alone[2][9]}
+        alone = [list(generate_tokens(model, prompt, end_tokens=ends, **keys)) for prompt in prompts]
+        assert generate_batch(model, prompts, end_tokens=ends, **keys) == alone
 
 
 def test_generation_streams_and_repeats_with_its_seed(nemotron, loud):

@@ -83,6 +83,14 @@ def test_matrices_and_head_always_decay():
     assert decays("head.weight", 2, OptimConfig())
 
 
+def test_a_recurrence_never_decays():
+    everything = OptimConfig(decay_norms=True, decay_biases=True, decay_embeddings=True)
+    for name in ("A_log", "dt_bias", "D"):
+        assert not decays(f"layers.0.mixer.ssm.{name}", 1, everything)
+    assert decays("layers.0.mixer.conv.weight", 3, OptimConfig())
+    assert decays("layers.0.mixer.conv.bias", 1, everything)
+
+
 @pytest.mark.parametrize(
     ("keys", "message"),
     [({"lr": 0}, r"optim\.lr"), ({"betas": [0.9]}, "betas"), ({"clip_grad": -1}, "clip_grad"), ({"eps": 0}, "eps")],

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_lite.engine.fsdp import FsdpConfig
-from megatron_lite.models.config import AttentionConfig, MlpConfig, ModelConfig, RopeConfig
+from megatron_lite.models.config import AttentionConfig, MambaConfig, MlpConfig, ModelConfig, RopeConfig
 from megatron_lite.models.decoder import Decoder
 from megatron_lite.models.initialization import initialize_model_
 from megatron_lite.objectives.next_token import NextToken
@@ -49,7 +49,16 @@ LLAMA = replace(
     tie_embeddings=True,
 )
 BIASED = replace(NEMOTRON, linear_bias=True, norm="layernorm", tie_embeddings=True)
-MODELS = {"nemotron": NEMOTRON, "llama": LLAMA, "biased": BIASED}
+HYBRID = replace(
+    NEMOTRON,
+    family="nemotron_h",
+    num_layers=None,
+    pattern="M-*M",
+    norm="rmsnorm",
+    rope=RopeConfig(fraction=0.0),
+    mamba=MambaConfig(heads=8, head_dim=6, groups=4, state=5),
+)
+MODELS = {"nemotron": NEMOTRON, "llama": LLAMA, "biased": BIASED, "hybrid": HYBRID}
 
 
 @dataclass
@@ -270,15 +279,16 @@ def test_sequence_parallel_layers_copy_nothing_around_their_collectives() -> Non
 
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("mode", ["selective", "full"])
-def test_recompute_gives_the_same_bits(mode: str, world_size: int) -> None:
+@pytest.mark.parametrize("config", [LLAMA, HYBRID], ids=["llama", "hybrid"])
+def test_recompute_gives_the_same_bits(config: ModelConfig, mode: str, world_size: int) -> None:
     plain = ParallelConfig(tp=world_size, sequence_parallel=world_size > 1)
     again = replace(plain, recompute=mode)
     if world_size == 1:
-        pairs = [tuple(forward_backward(build(1, LLAMA, parallel)) for parallel in (plain, again))]
+        pairs = [tuple(forward_backward(build(1, config, parallel)) for parallel in (plain, again))]
     else:
         pairs = [
             (Result(*a), Result(*b))
-            for a, b in zip(*(run_ranks(2, sharded, LLAMA, parallel, "") for parallel in (plain, again)))
+            for a, b in zip(*(run_ranks(2, sharded, config, parallel, "") for parallel in (plain, again)))
         ]
     for without, with_recompute in pairs:
         assert torch.equal(without.loss, with_recompute.loss)
@@ -286,18 +296,20 @@ def test_recompute_gives_the_same_bits(mode: str, world_size: int) -> None:
             assert torch.equal(gradient, with_recompute.gradients[name]), name
 
 
-def compiled(rank: int, world_size: int, parallel: ParallelConfig) -> tuple[object, ...]:
+def compiled(rank: int, world_size: int, config: ModelConfig, parallel: ParallelConfig) -> tuple[object, ...]:
     """Every layer traced as one graph (collectives, recompute and all), run by PyTorch's own kernels."""
-    decoder = build(world_size, NEMOTRON, parallel)
+    torch._dynamo.reset()  # what other tests compiled counts towards the limit of this process
+    decoder = build(world_size, config, parallel)
     for layer in decoder.layers:
         layer.compile(backend="aot_eager", fullgraph=True)
     return as_plain(forward_backward(decoder))
 
 
-def test_layers_compile_without_a_break() -> None:
+@pytest.mark.parametrize("model", ["nemotron", "hybrid"])
+def test_layers_compile_without_a_break(model: str) -> None:
     parallel = ParallelConfig(tp=2, sequence_parallel=True, recompute="full")
-    results = [Result(*r) for r in run_ranks(2, compiled, parallel)]
-    found = errors(results, single(NEMOTRON))
+    results = [Result(*r) for r in run_ranks(2, compiled, MODELS[model], parallel)]
+    found = errors(results, single(MODELS[model]))
     assert max(found.values()) < TOLERANCE, found
 
 

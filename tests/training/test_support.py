@@ -21,6 +21,17 @@ FAMILIES = {
     "nemotron4": [],
     "llama": ["model.family=llama", "model.norm=rmsnorm", "model.mlp.activation=swiglu", "model.rope.fraction=1"],
     "mistral": ["model.family=mistral", "model.norm=rmsnorm", "model.mlp.activation=swiglu", "model.rope.fraction=1"],
+    "nemotron_h": [
+        "model=nano2_tiny",
+        "model.hidden_size=32",
+        "model.vocab_size=384",
+        "model.mlp.ffn_size=64",
+        "model.attention.head_dim=8",
+        "model.mamba.heads=4",
+        "model.mamba.head_dim=8",
+        "model.mamba.state=8",
+        "model.num_layers=null",
+    ],
 }
 FREE = ("family", "engine", "tp", "sequence_parallel", "replicas", "precision", "recompute", "compile", "offload")
 LOADED = ["family", "engine", "tp", "sequence_parallel", "replicas", "precision", "offload"]  # what evaluate reads

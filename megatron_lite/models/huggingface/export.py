@@ -44,15 +44,15 @@ def export_folder(
     target = Path(path)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"target={str(path)!r} exists and is not an empty folder; choose another or remove it")
-    hf_config = family_named(config.family).to_hf_config(config)
-    check_native(config, tensors)
     extra = extra or {}
     # Explicit nulls: where they are absent transformers would put the token numbers of the published model.
     others = dict.fromkeys(TOKEN_IDS) | dict(extra.get("config", {}))
+    hf_config = family_named(config.family).with_extra(config, others)
+    check_native(config, tensors)
     with whole_folder(target) as work:
         dtype = _write_shards(work, config=config, tensors=tensors, max_shard_bytes=max_shard_bytes)
         # torch_dtype is the name that every version of transformers reads.
-        hf_config = others | hf_config | {"torch_dtype": str(dtype).removeprefix("torch.")}
+        hf_config |= {"torch_dtype": str(dtype).removeprefix("torch.")}
         ids = {key: others[key] for key in TOKEN_IDS if others.get(key) is not None}
         _write_json(work / "config.json", hf_config)
         _write_json(

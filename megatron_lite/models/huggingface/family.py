@@ -28,6 +28,7 @@ class Family:
     required: keys of ModelConfig (dotted) that such a model always has, and their value.
     defaults: what transformers assumes for fields that config.json leaves out.
     only: fields of config.json that change the model, and which of their values are supported.
+    spellings: fields of config.json that say one thing in different ways; they go back as they came.
     """
 
     name: str
@@ -39,16 +40,11 @@ class Family:
     write_config: Callable[[ModelConfig], dict[str, Any]]
     read_config: Callable[[Mapping[str, Any]], ModelConfig]
     rules: Callable[[ModelConfig], list[Rule]]
+    spellings: tuple[str, ...] = ()
 
     def to_hf_config(self, config: ModelConfig) -> dict[str, Any]:
         """config.json for `config`, without dtype. Raises ValueError naming the key that does not fit."""
         config.validate()
-        symbols = config.symbols
-        if symbols != BLOCK * (len(symbols) // 2):
-            raise ValueError(
-                f"model.pattern={symbols!r} cannot be written as {self.architecture}, which repeats {BLOCK!r} (attention, "
-                "feed-forward)"
-            )
         for key, value in self.required.items():
             found = attrgetter(key)(config)
             if found != value:
@@ -67,7 +63,7 @@ class Family:
                 f"config.json: architectures={architectures!r} cannot be held; expected [{self.architecture!r}]"
             )
         full = {**self.defaults, **hf}
-        for key, allowed in {**self.only, "quantization_config": (None,), "auto_map": (None,)}.items():
+        for key, allowed in {"quantization_config": (None,), "auto_map": (None,), **self.only}.items():
             if full.get(key) not in allowed:
                 raise ValueError(
                     f"config.json: {key}={full.get(key)!r} is not supported (only "
@@ -82,8 +78,19 @@ class Family:
 
     def extra(self, hf: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
         """The fields of config.json that are not the model's shape, to be written back on export."""
-        owned = {*self.to_hf_config(config), *REWRITTEN}
+        owned = {*self.to_hf_config(config), *REWRITTEN} - set(self.spellings)
         return {key: value for key, value in hf.items() if key not in owned}
+
+    def with_extra(self, config: ModelConfig, extra: Mapping[str, Any]) -> dict[str, Any]:
+        """config.json for `config` with the fields that `extra` gave, spelled as they were if they still say the same."""
+        written = self.to_hf_config(config)
+        spelled = {key: extra[key] for key in self.spellings if key in extra}
+        others = {key: value for key, value in extra.items() if key not in spelled}
+        if spelled:
+            respelled = {key: value for key, value in written.items() if key not in self.spellings} | spelled
+            if self.from_hf_config(respelled) == self.from_hf_config(written):
+                written = respelled
+        return others | written
 
 
 def integer(hf: Mapping[str, Any], key: str) -> int:
@@ -138,7 +145,15 @@ def attention(hf: Mapping[str, Any]) -> AttentionConfig:
 
 
 def written_sizes(config: ModelConfig) -> dict[str, Any]:
-    """The fields that every family writes, under the names they share; the counterpart of `read_sizes`."""
+    """The fields that every dense family writes, under the names they share; the counterpart of `read_sizes`.
+
+    Raises ValueError for a pattern that does not repeat one block.
+    """
+    if config.symbols != BLOCK * (len(config.symbols) // 2):
+        raise ValueError(
+            f"model.pattern={config.symbols!r} cannot be written with model.family={config.family}, which repeats {BLOCK!r} "
+            "(attention, feed-forward)"
+        )
     return {
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
@@ -157,7 +172,7 @@ def written_sizes(config: ModelConfig) -> dict[str, Any]:
 
 
 def read_sizes(hf: Mapping[str, Any], *, activation: str) -> dict[str, Any]:
-    """The fields of ModelConfig that every family reads under the same names."""
+    """The fields of ModelConfig that every dense family reads under the same names."""
     return {
         "num_layers": integer(hf, "num_hidden_layers"),
         "hidden_size": integer(hf, "hidden_size"),

@@ -26,7 +26,7 @@ SINGLE = "model.safetensors"
 # Tables that old exports stored as if they were weights; they follow from the config.
 IGNORED_SUFFIXES = (".rotary_emb.inv_freq", ".self_attn.bias", ".self_attn.masked_bias")
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
 
 _BLOCK_ROWS = 4096  # rows of two matrices that are compared at a time
 
@@ -74,6 +74,7 @@ class NativeTensors:
         self._files = files
         self._rules = {rule.native: rule for rule in rules}
         self._shapes = {name: tuple(shape) for name, shape in expected_shapes(config).items()}
+        self._embedding = self._rules["embedding.weight"].hf[0]
         self._check(tied=config.tie_embeddings)
 
     def names(self) -> Collection[str]:
@@ -111,9 +112,9 @@ class NativeTensors:
         first, last = rows * part // parts, rows * (part + 1) // parts
         for row in range(first, last, _BLOCK_ROWS):
             region = (row, 0), (min(_BLOCK_ROWS, last - row), columns)
-            if not torch.equal(self._files.read(HEAD, *region), self._files.read(EMBEDDING, *region)):
+            if not torch.equal(self._files.read(HEAD, *region), self._files.read(self._embedding, *region)):
                 return (
-                    f"config.json: tie_word_embeddings=True, but {HEAD} differs from {EMBEDDING}; set it to false if "
+                    f"config.json: tie_word_embeddings=True, but {HEAD} differs from {self._embedding}; set it to false if "
                     f"the head is its own matrix, or remove {HEAD}"
                 )
         return None
@@ -128,7 +129,7 @@ class NativeTensors:
         found = {name for name in self._files.names if not name.endswith(IGNORED_SUFFIXES)}
         self._has_tied_head = tied and HEAD in found
         if self._has_tied_head:
-            expected[HEAD] = expected[EMBEDDING]
+            expected[HEAD] = expected[self._embedding]
         missing, unknown = sorted(expected.keys() - found), sorted(found - expected.keys())
         if missing or unknown:
             raise ValueError(

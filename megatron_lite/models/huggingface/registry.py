@@ -1,4 +1,4 @@
-"""Which families there are. A new dense family is one file beside this one and one entry here."""
+"""Which families there are. A new family is one file beside this one and one entry here."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import Any
 from megatron_lite.models.huggingface.family import Family
 from megatron_lite.models.huggingface.llama import LLAMA, MISTRAL
 from megatron_lite.models.huggingface.nemotron import NEMOTRON4
+from megatron_lite.models.huggingface.nemotron_h import NEMOTRON_H
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (NEMOTRON4, LLAMA, MISTRAL)}
+FAMILIES: dict[str, Family] = {family.name: family for family in (NEMOTRON4, LLAMA, MISTRAL, NEMOTRON_H)}
 
 
 def family_named(name: str) -> Family:

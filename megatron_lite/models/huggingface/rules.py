@@ -1,12 +1,12 @@
 """How native tensors and Hugging Face tensors become each other, as data: one `Rule` for each native
 parameter, which says where each run of its rows is in the Hugging Face tensors. Any slice can be read so.
 
-All families so far share the transformer block's names on the Hugging Face side; what differs (gate, norm
+The dense families share the transformer block's names on the Hugging Face side; what differs (gate, norm
 biases, tied head) follows from the config. A family with other names brings its own list of rules. Linear
 biases are not among them: none of the families here has any, and a config.json that asks for them is refused.
 
-The one permutation: our `qkv` rows go KV group by KV group [q.. k v], Hugging Face has q, k and v as three
-matrices, each with its heads in the same order.
+Two permutations: our `qkv` rows go KV group by KV group [q.. k v], Hugging Face has q, k and v as three matrices, each with its
+heads in the same order. A state-space layer's rows go group by group [z x B C dt], Hugging Face has all groups' z, then x, and so on.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Run(NamedTuple):
 class Rule:
     """One native parameter and the Hugging Face tensors that hold it; works on the meta device too.
 
-    runs: number of native rows -> the runs that they consist of, in order. Each Hugging Face tensor's runs are in order too.
+    runs: number of native rows -> the runs that they consist of, in order.
     """
 
     native: str
@@ -42,13 +42,14 @@ class Rule:
 
     def to_hf(self, native: Tensor) -> tuple[Tensor, ...]:
         """The Hugging Face tensors of a whole native one."""
-        parts: list[list[Tensor]] = [[] for _ in self.hf]
+        parts: list[dict[int, Tensor]] = [{} for _ in self.hf]  # where a run starts -> its rows
         row = 0
-        for part, _, count in self.runs(len(native)):
+        for part, start, count in self.runs(len(native)):
             if part is not None:
-                parts[part].append(native[row : row + count])
+                parts[part][start] = native[row : row + count]
             row += count
-        return tuple(rows[0] if len(rows) == 1 else torch.cat(rows) for rows in parts)
+        ordered = ([rows[start] for start in sorted(rows)] for rows in parts)
+        return tuple(rows[0] if len(rows) == 1 else torch.cat(rows) for rows in ordered)
 
     def runs_of(self, rows: int, *, start: int, count: int) -> Iterator[Run]:
         """The runs of native rows [start, start + count) of `rows`."""
@@ -78,6 +79,15 @@ def fused_qkv(native: str, hf: Sequence[str], *, config: ModelConfig) -> Rule:
     sizes = (queries, head, head)  # rows of q, k and v in a group
     runs = [Run(part, group * size, size) for group in range(groups) for part, size in enumerate(sizes)]
     return Rule(native, tuple(hf), lambda rows: runs)
+
+
+def grouped(native: str, hf: str, *, groups: int, sizes: Sequence[int]) -> Rule:
+    """Group-major rows, `sizes` of each kind in a group <-> one tensor with all groups' rows of the first kind, then of the second, ..."""
+    before = [groups * sum(sizes[:kind]) for kind in range(len(sizes))]
+    runs = [
+        Run(0, before[kind] + group * size, size) for group in range(groups) for kind, size in enumerate(sizes) if size
+    ]
+    return Rule(native, (hf,), lambda rows: runs)
 
 
 def transformer_rules(config: ModelConfig) -> list[Rule]:

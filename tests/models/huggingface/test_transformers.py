@@ -10,7 +10,7 @@ import json
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MistralConfig, NemotronConfig
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MistralConfig, NemotronConfig, NemotronHConfig
 
 from megatron_lite.models import Decoder
 from megatron_lite.models.huggingface import export_folder, open_folder
@@ -33,6 +33,20 @@ CASES = {
     "llama head_dim not hidden/heads": ("llama", {"attention.head_dim": 10, "norm_eps": 0.1, "vocab_size": 99}),
     "mistral": ("llama", {"family": "mistral"}),
     "mistral hidden not divisible": ("llama", {"family": "mistral", "hidden_size": 50, "attention.heads": 6}),
+    "hybrid": ("hybrid", {}),
+    "hybrid one group, own head dims, two taps": (
+        "hybrid",
+        {"mamba.groups": 1, "mamba.head_dim": 7, "mamba.conv": 2, "attention.head_dim": 10, "pattern": "MM*M-*"},
+    ),
+    "hybrid every head its own group, dt limits": (
+        "hybrid",
+        {
+            "mamba.groups": 6,
+            "mamba.dt_limits": [0.7, float("inf")],
+            "norm_eps": 0.1,
+            "pattern": "M*",
+        },  # transformers wants one attention layer
+    ),
 }
 
 
@@ -65,7 +79,9 @@ def test_export_has_transformers_logits_and_gradients(config, loud, tmp_path):
     labels = tokens.roll(-1, 1).flatten()
     for values in (logits, expected):
         torch.nn.functional.cross_entropy(values.flatten(0, 1), labels).backward()
-    gradients = {name: p.grad for name, p in reference.named_parameters()}
+    # NemotronH calls on disk what it calls model in memory `backbone`
+    on_disk = "backbone." if config.family == "nemotron_h" else "model."
+    gradients = {name.replace("model.", on_disk): p.grad for name, p in reference.named_parameters()}
     for rule in family_named(config.family).rules(config):
         ours = model.get_parameter(rule.native).grad
         for name, part in zip(rule.hf, rule.to_hf(ours), strict=True):
@@ -89,6 +105,11 @@ HF_MODELS = {
         vocab_size=77, hidden_size=40, intermediate_size=52, num_hidden_layers=3, num_attention_heads=4,
         num_key_value_heads=2, head_dim=14, sliding_window=None, rope_parameters={"rope_type": "default",
         "rope_theta": 1e6}, max_position_embeddings=64,
+    ),
+    "nemotron_h": NemotronHConfig(
+        vocab_size=77, hidden_size=40, intermediate_size=52, layers_block_type=["linear_attention", "mlp", "linear_attention",
+        "full_attention"], num_attention_heads=4, num_key_value_heads=2, head_dim=14, mamba_num_heads=6, mamba_head_dim=9,
+        n_groups=2, ssm_state_size=7, chunk_size=8, time_step_min=0.3, max_position_embeddings=64,
     ),
 }  # fmt: skip
 
@@ -138,7 +159,13 @@ def assert_same_meaning(first, second) -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "reference"), [("nemotron4", NemotronConfig), ("llama", LlamaConfig), ("mistral", MistralConfig)]
+    ("family", "reference"),
+    [
+        ("nemotron4", NemotronConfig),
+        ("llama", LlamaConfig),
+        ("mistral", MistralConfig),
+        ("nemotron_h", NemotronHConfig),
+    ],
 )
 def test_defaults_are_those_of_transformers(family, reference):
     for key, value in FAMILIES[family].defaults.items():
