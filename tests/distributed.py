@@ -214,13 +214,18 @@ def _share_one_device() -> None:
     """
     from torch.distributed import distributed_c10d
 
-    class OnOneDevice(distributed_c10d.ProcessGroupGloo):
-        device = distributed_c10d.ProcessGroupGloo.create_default_device()
+    gloo = distributed_c10d.ProcessGroupGloo
+    device = gloo.create_default_device()
 
-        def __init__(self, store: Any, rank: int, size: int, timeout: timedelta) -> None:
-            options = self._Options()
-            options._devices, options._timeout = [self.device], timeout
-            super().__init__(store, rank, size, options)
+    class AnyGloo(type):
+        def __instancecheck__(cls, group: object) -> bool:
+            return isinstance(group, gloo)
+
+    class OnOneDevice(metaclass=AnyGloo):
+        def __new__(cls, store: Any, rank: int, size: int, timeout: timedelta) -> Any:
+            options = gloo._Options()
+            options._devices, options._timeout = [device], timeout
+            return gloo(store, rank, size, options)
 
     distributed_c10d.ProcessGroupGloo = OnOneDevice
 

@@ -73,7 +73,7 @@ def test_on_a_gpu_building_does_not_count_as_peak_and_retries_are_told(monkeypat
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 2**30 * (2 - len(resets)))
     monkeypatch.setattr(torch.cuda, "memory_stats", lambda device: {"num_alloc_retries": next(retries)})
     meter = Metrics(work(device=torch.device("cuda", 0)), clock=Clock())
-    rows = [meter.update(result(1.0), step=step, consumed_samples=step, lr=1e-3) for step in (1, 2, 3)]
+    rows = [meter.update(result(1.0), at=Progress(step, step), lr=1e-3) for step in (1, 2, 3)]
     assert [row and row["memory_gib"] for row in rows] == [2.0, 1.0, 1.0]
     assert [row and row.get("allocation_retries") for row in rows] == [None, None, 3]
 
@@ -179,7 +179,7 @@ def test_a_cpu_has_no_mfu_and_nobody_is_warned() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         peak = device_peak_flops("cpu", "bf16")
-    row = Metrics(work(peak=peak)).update(result(1.0), step=1, consumed_samples=1, lr=0.1)
+    row = Metrics(work(peak=peak)).update(result(1.0), at=Progress(1, 1), lr=0.1)
     assert row is not None
     assert row["mfu"] is None
     assert row["tflops_per_device"] > 0
