@@ -110,7 +110,11 @@ def check(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
         module = importlib.import_module(COMMANDS[name][0])
         composed = []
         monkeypatch.setattr(
-            module, "run_command", lambda name, schema, *_: composed.append(compose_config(name, schema, words))
+            module,
+            "run_command",
+            lambda name, schema, *_, compose=None: composed.append(
+                compose(words) if compose else compose_config(name, schema, words)
+            ),
         )
         module.main()
         assert composed
