@@ -18,7 +18,6 @@ PRIVATE = {
     "torch._foreach_norm": "many small tensors in one kernel",
     "torch.distributed.distributed_c10d._get_default_group": "the world group as an object",
     "torch.distributed.distributed_c10d._get_default_store": "the watchdog's notes",
-    "torch.distributed.distributed_c10d._set_pg_timeout": "a mesh's groups do not take a time-out",
     "torch.nn.utils.stateless._reparametrize_module": "`functional_call` around more than one call",
     "torch.ops._c10d_functional": "collectives that torch.compile traces",
     "torch.ops.aten._scaled_dot_product_cudnn_attention.default": "what selective recompute keeps",

@@ -200,8 +200,9 @@ def build_mesh(degrees: Degrees, *, device: torch.device) -> Mesh:
     sizes = (degrees.pp, degrees.dp_replicate, degrees.dp_shard * degrees.cp, degrees.tp)
     mesh = Mesh(degrees, device, init_device_mesh(device.type, sizes, mesh_dim_names=_AXES))
     timeout = group_timeout(mesh.world[0], device)
-    for axis in _AXES:  # torch gives them its own 30 minutes
-        dist.distributed_c10d._set_pg_timeout(timeout, mesh.group(axis))
+    for group in map(mesh.group, _AXES):  # torch gives them its own 30 minutes
+        for kind in group._device_types:
+            group._get_backend(kind)._set_default_timeout(timeout)
     return mesh
 
 
