@@ -87,9 +87,9 @@ def start(data: Path, run_dir: Path, *overrides: str, command: str = "train") ->
 
 
 def rows(run_dir: Path) -> list[dict]:
-    """The training rows of metrics.jsonl."""
+    """The training rows of metrics.jsonl, without those that a rollback dropped."""
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
-    return [row for row in map(json.loads, lines) if "loss" in row]
+    return [row for row in map(json.loads, lines) if "loss" in row and "dropped" not in row]
 
 
 def curve(run_dir: Path) -> list[tuple]:

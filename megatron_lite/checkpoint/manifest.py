@@ -52,6 +52,7 @@ STATE_KEYS: dict[str, type] = {
 LATER_KEYS: dict[str, type] = {
     "consumed_tokens": int,
     "lineage": list,  # see training/lineage.py
+    "skipped_samples": list,  # see training/spikes.py
 }
 STORE_KEYS: dict[str, type] = {
     "format": str,
@@ -162,7 +163,7 @@ def _with_defaults(manifest: dict[str, Any]) -> dict[str, Any]:
     """With the keys that came after this checkpoint. Until then the sequence length of a run was taken to be the same all along."""
     seq_len = manifest["data"].get("seq_len", 0)  # converted weights have no data
     tokens = manifest["consumed_samples"] * seq_len if _is_count(seq_len) else 0
-    return {"consumed_tokens": tokens, "lineage": []} | manifest
+    return {"consumed_tokens": tokens, "lineage": [], "skipped_samples": []} | manifest
 
 
 def identity(manifest: dict[str, Any]) -> str:
@@ -277,9 +278,11 @@ def _wrong_keys(given: dict[str, Any], keys: dict[str, type]) -> list[str]:
 
 def _wrong_later_keys(given: dict[str, Any]) -> list[str]:
     wrong = _wrong_keys(given, {key: kind for key, kind in LATER_KEYS.items() if key in given})
-    if not wrong and not all(isinstance(entry, dict) for entry in given.get("lineage", [])):
-        wrong.append("'lineage' is not a list of objects")
-    return wrong
+    return wrong + [
+        f"{key!r} is not a list of objects"
+        for key in ("lineage", "skipped_samples")
+        if not wrong and not all(isinstance(entry, dict) for entry in given.get(key, []))
+    ]
 
 
 def _wrong_counters(counters: dict[str, Any]) -> list[str]:

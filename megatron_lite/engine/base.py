@@ -17,6 +17,7 @@ from torch import Tensor
 from megatron_lite.data.packing import Batch
 from megatron_lite.objectives.base import Loss, Objective
 from megatron_lite.optim.optimizer import OptimConfig
+from megatron_lite.optim.spikes import Judge, not_finite
 from megatron_lite.parallel.assemble import Distribute
 from megatron_lite.parallel.global_view import State
 from megatron_lite.parallel.layers import ShardInfo
@@ -28,7 +29,7 @@ class StepResult:
     """0-dim device tensors, nothing synchronized: reading one waits for the device.
 
     loss: mean over the `valid_tokens` counted tokens of the global batch (nats). grad_norm: global L2 norm before clipping.
-    skipped: 1.0 where loss or gradient was not finite and the update was left out, else 0.0.
+    skipped: 1.0 where the update was left out by the step's judge, as it is where loss or gradient is not finite, else 0.0.
     parts: means over the same tokens of what the objective reports beside the loss.
     """
 
@@ -42,8 +43,11 @@ class StepResult:
 class Engine(Protocol):
     """One step, one evaluation, and the state of both model and optimizer in global names."""
 
-    def train_step(self, micro_batches: list[Batch], *, lr: float) -> StepResult:
-        """Forward, backward and update with this rank's micro-batches of one global batch."""
+    def train_step(self, micro_batches: list[Batch], *, lr: float, judge: Judge = not_finite) -> StepResult:
+        """Forward, backward and update with this rank's micro-batches of one global batch.
+
+        `judge` is called once, with the reduced loss and gradient norm, and decides on the device whether the update is left out.
+        """
 
     def evaluate(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """(summed cross-entropy, counted tokens) of this rank's batch, without gradient."""

@@ -35,6 +35,7 @@ from megatron_lite.engine.replicas import Replicas
 from megatron_lite.engine.rows import by_rows, flat_part, own_rows, share_rows
 from megatron_lite.objectives.base import Objective
 from megatron_lite.optim.optimizer import OptimConfig, torch_adamw
+from megatron_lite.optim.spikes import Judge, not_finite
 from megatron_lite.parallel.assemble import Distribute, Materialize
 from megatron_lite.parallel.global_view import State
 from megatron_lite.parallel.layers import ShardInfo
@@ -147,7 +148,7 @@ class DeepSpeedEngine:
                 del parameter.exact_rows
         self._show_master_weights()
 
-    def train_step(self, micro_batches: list[Batch], *, lr: float) -> StepResult:
+    def train_step(self, micro_batches: list[Batch], *, lr: float, judge: Judge = not_finite) -> StepResult:
         """See `Engine`."""
         for group in self.adamw.param_groups:
             group["lr"] = lr
@@ -161,13 +162,25 @@ class DeepSpeedEngine:
             self.engine.backward(loss.total * factor, scale_wrt_gas=False)
             sums.add(loss)
         mean, parts = sums.means()
-        bad_loss = 1.0 - torch.isfinite(mean).float()
-        self.adamw.found_inf = bad_loss.to(self.optimizer_device)  # type: ignore[attr-defined]  # DeepSpeed looks at gradients only
+        verdicts: list[Tensor] = []
+
+        def before_update(*_: Any) -> None:
+            """ZeRO knows the norm now; it updates group by group, so this may be called again."""
+            if not verdicts:
+                verdicts.append(judge(mean, self._grad_norm(mean.device)))
+                self.adamw.found_inf = verdicts[0].to(self.optimizer_device)  # type: ignore[attr-defined]
+
+        hook = self.adamw.register_step_pre_hook(before_update)
         self.engine.step()
+        hook.remove()
         self._show_master_weights()
-        norm = torch.as_tensor(self.engine.get_global_grad_norm(), dtype=torch.float32, device=mean.device)
-        skipped = bad_loss if self.engine.was_step_applied() else torch.ones_like(bad_loss)
-        return StepResult(loss=mean, grad_norm=norm, valid_tokens=sums.tokens, skipped=skipped, parts=parts)
+        norm = self._grad_norm(mean.device)
+        if not verdicts:  # DeepSpeed itself has left the update out: the gradient was not finite
+            verdicts.append(torch.ones_like(judge(mean, norm)))
+        return StepResult(loss=mean, grad_norm=norm, valid_tokens=sums.tokens, skipped=verdicts[0], parts=parts)
+
+    def _grad_norm(self, device: torch.device) -> Tensor:
+        return torch.as_tensor(self.engine.optimizer._global_grad_norm, dtype=torch.float32, device=device)
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> tuple[Tensor, Tensor]:

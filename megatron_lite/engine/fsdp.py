@@ -36,6 +36,7 @@ from megatron_lite.engine.base import BatchSums, StepResult
 from megatron_lite.engine.replicas import Replicas
 from megatron_lite.objectives.base import Objective
 from megatron_lite.optim.optimizer import AdamW, OptimConfig
+from megatron_lite.optim.spikes import Judge, not_finite
 from megatron_lite.parallel.assemble import Distribute, Materialize, undivided
 from megatron_lite.parallel.global_view import State
 from megatron_lite.parallel.layers import ShardInfo
@@ -138,7 +139,7 @@ class FsdpEngine:
         self.optimizer = AdamW({name: _local(parameter) for name, parameter in self.parameters.items()}, optim)
         self.optimizer_device = next(iter(self.optimizer.parameters.values())).device  # the CPU with engine.cpu_offload
 
-    def train_step(self, micro_batches: list[Batch], *, lr: float) -> StepResult:
+    def train_step(self, micro_batches: list[Batch], *, lr: float, judge: Judge = not_finite) -> StepResult:
         """See `Engine`."""
         self.objective.train()
         sums = BatchSums(micro_batches, self.mesh.loss_groups)
@@ -155,7 +156,7 @@ class FsdpEngine:
         if self.clip_grad:
             scale = (self.clip_grad / (norm + 1e-6)).clamp(max=1.0).to(self.optimizer_device)
             torch._foreach_mul_(list(gradients.values()), scale)
-        skipped = 1.0 - (torch.isfinite(norm) & torch.isfinite(mean)).float()
+        skipped = judge(mean, norm)
         self.optimizer.step(gradients, lr=lr, skip=skipped.to(self.optimizer_device))
         return StepResult(loss=mean, grad_norm=norm, valid_tokens=sums.tokens, skipped=skipped, parts=parts)
 

@@ -91,6 +91,13 @@ class Tracker(Protocol):
         """`status` is the run's state: finished, preempted or failed."""
 
 
+class Record(Tracker, Protocol):
+    """The tracker that keeps every row."""
+
+    def drop_after(self, step: int) -> None:
+        """Mark the rows past `step`, to which the run went back."""
+
+
 class Trackers:
     """The record and the observers as one tracker. Without any it does nothing.
 
@@ -101,7 +108,7 @@ class Trackers:
 
     def __init__(
         self,
-        record: Tracker | None = None,
+        record: Record | None = None,
         observers: Iterable[Tracker] = (),
         *,
         on_loss: Callable[[str], None] | None = None,
@@ -120,6 +127,11 @@ class Trackers:
         if self.record:
             self.record.log(row)
         self._observe(lambda observer: observer.log(row))
+
+    def drop_after(self, step: int) -> None:
+        """The run went back to `step`: the record marks its later rows; observers are told nothing and see the steps again."""
+        if self.record:
+            self.record.drop_after(step)
 
     def close(self, status: str) -> None:
         self._observe(lambda observer: observer.close(status))

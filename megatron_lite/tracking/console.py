@@ -104,7 +104,8 @@ class ConsoleTracker:
             bar_text = describe(shown, total, left)
             self._progress.update(self._task, completed=row["step"], description=bar_text)
         if row.get("skipped_steps"):
-            self._print(f"step {row['step']}: {row['skipped_steps']} skipped, loss or gradient was not finite")
+            why = "a spike, or not finite" if row.get("spikes") else "loss or gradient was not finite"
+            self._print(f"step {row['step']}: {row['skipped_steps']} skipped, {why}")
 
     def _validation(self, row: Row) -> None:
         before = dict(self._last)

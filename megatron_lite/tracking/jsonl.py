@@ -6,7 +6,8 @@ Notable:
   - floats are written with their full repr and read back to the same bits; NaN and infinities, which JSON
     lacks, are the strings "NaN", "Infinity" and "-Infinity" (Python's `float()` reads them, and so does
     JavaScript's `Number()`); `read_rows` turns them back into floats;
-  - on resume the file is cut back to the resumed step, so every step appears once.
+  - on resume the file is cut back to the resumed step, so every step appears once;
+  - rows of steps that the run itself went back behind (`train.on_spike=rollback`) stay, marked `"dropped": true`; nobody reads them.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from megatron_lite.atomic import whole_file
 from megatron_lite.tracking.base import Row, RunInfo
 
 METRICS_FILE = "metrics.jsonl"
@@ -37,7 +39,7 @@ def read_rows(path: str | Path) -> Iterator[Row]:
     with path.open("rb") as file:
         for line in file:
             row = _decode(line)
-            if row is not None:
+            if row is not None and not row.get("dropped"):
                 yield _from_json(row)
 
 
@@ -85,6 +87,15 @@ class JsonlTracker:
         self._file.write(encode_row(row))
         self._file.flush()
 
+    def drop_after(self, step: int) -> None:
+        """Mark the rows past `step`; the file is replaced as a whole."""
+        assert self._file is not None, "drop_after() before start()"
+        path = Path(self._file.name)
+        self._file.close()
+        with whole_file(path) as temporary, path.open("rb") as source, temporary.open("wb") as target:
+            target.writelines(_marked(line, step) for line in source)
+        self._file = path.open("ab")
+
     def close(self, status: str) -> None:
         if self._file is not None:
             self._file.close()
@@ -95,7 +106,14 @@ def _is_past(line: bytes, step: int, validation: bool) -> bool:
     row = _decode(line)
     if row is None:
         return not line.endswith(b"\n")  # torn; a whole line that is not our row is not ours to drop
+    if row.get("dropped"):
+        return step == 0
     return step == 0 or row["step"] > step or (validation and row["step"] == step and "val_loss" in row)
+
+
+def _marked(line: bytes, step: int) -> bytes:
+    row = _decode(line)
+    return line if row is None or row["step"] <= step else encode_row(row | {"dropped": True})
 
 
 def _decode(line: bytes) -> dict[str, Any] | None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,6 +53,7 @@ from megatron_lite.training.resume import (
     progress_of,
     report_changes,
 )
+from megatron_lite.training.spikes import SpikeGuard
 from megatron_lite.training.status import Status
 from megatron_lite.training.trainer import TrainConfig, Trainer
 from megatron_lite.training.watchdog import Watchdog
@@ -185,12 +187,14 @@ def build_trainer(
         runtime=runtime,
         engine=engine,
         schedule=schedule,
+        schedule_from=partial(build_schedule, run),
         loader=build_loader(run, blend, held_out(run.data, tokenizer), mesh),
         store=store,
         tracker=build_tracker(run.tracking, main_process=runtime.is_main, on_loss=lost),
         metrics=build_metrics(run, runtime, consumed=start.consumed_samples),
         status=Status(Path(run.run.dir), main_process=runtime.is_main, lost=lost),
         watchdog=watchdog,
+        spikes=SpikeGuard(run.train.on_spike, run.spike, runtime.device),
         profiler=Profiler(run.profile, Path(run.run.dir) / "profile", main_process=runtime.is_main),
         base_manifest={
             "config": to_dict(run),

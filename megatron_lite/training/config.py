@@ -25,6 +25,7 @@ from megatron_lite.models.huggingface import family_named
 from megatron_lite.objectives.next_token import NextTokenConfig
 from megatron_lite.optim.optimizer import OptimConfig
 from megatron_lite.optim.schedule import ScheduleConfig
+from megatron_lite.optim.spikes import SpikeConfig
 from megatron_lite.parallel.mesh import ParallelConfig
 from megatron_lite.parallel.plans import check_divisible
 from megatron_lite.precision.dtypes import PrecisionConfig
@@ -84,6 +85,7 @@ class RunConfig:
     profile: ProfileConfig = field(default_factory=ProfileConfig)
     watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
     init_from: InitFromSection = field(default_factory=InitFromSection)
+    spike: SpikeConfig = field(default_factory=SpikeConfig)
     resume: str = "auto"
     resume_again: str = ONCE  # true or any new word: go back to `resume=<path>` once more
     resume_allow: list[str] = field(default_factory=list)
@@ -101,7 +103,7 @@ def validate(run: RunConfig, world_size: int) -> None:
     """
     for section in (
         run.data, run.train, run.optim, run.schedule, run.precision, run.engine, run.checkpoint, run.tracking,
-        run.objective, run.profile, run.watchdog, run.run,
+        run.objective, run.profile, run.watchdog, run.spike, run.run,
     ):  # fmt: skip
         section.validate()
     _validate_layout(run, world_size)

@@ -75,6 +75,10 @@ class Metrics:
         """Training begins now: what came before (loading, tracking services) is not training time."""
         self._since = self.clock()
 
+    def restart(self, consumed_samples: int) -> None:
+        """The run went back: what was collected is dropped, and the next step begins at `consumed_samples`."""
+        self._consumed, self._results, self._samples = consumed_samples, [], 0
+
     def update(self, result: StepResult, *, at: Progress, lr: float, last: bool = False) -> dict[str, Any] | None:
         """Take the result of step `at.step` (1 is the first), after which the whole run stands at `at`.
 

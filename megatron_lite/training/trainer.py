@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +28,7 @@ from megatron_lite.data.token_bytes import bits_per_byte
 from megatron_lite.engine.base import Engine, StepResult
 from megatron_lite.errors import TrainingDivergedError
 from megatron_lite.optim.schedule import BatchSize, Progress, RampStage, Schedule
+from megatron_lite.optim.spikes import not_finite
 from megatron_lite.parallel.global_view import State
 from megatron_lite.runtime import Runtime, Signals
 from megatron_lite.tracking.base import Tracker
@@ -36,6 +37,7 @@ from megatron_lite.training.metrics import Metrics
 from megatron_lite.training.preemption import Preemption
 from megatron_lite.training.reporting import reported, write_end, write_status
 from megatron_lite.training.rng import rng_state, set_rng_state
+from megatron_lite.training.spikes import MODES, SpikeGuard, roll_back
 from megatron_lite.training.status import Status
 from megatron_lite.training.watchdog import Watchdog
 
@@ -57,6 +59,7 @@ class TrainConfig:
     log_every: int = 1
     eval_every: int = 0  # 0: at the end only
     eval_at_start: bool = False  # also before the first step
+    on_spike: str = "ignore"  # ignore | skip | rollback | stop: see training/spikes.py
     max_skipped_steps: int = 5  # non-finite steps in a row before the run fails
     threads: int | None = None  # CPU threads of a process; null leaves the choice to torch
     deterministic: bool = False
@@ -78,6 +81,8 @@ class TrainConfig:
             raise ValueError(f"train.threads={self.threads} must be at most 1024")
         if self.eval_every < 0:
             raise ValueError(f"train.eval_every={self.eval_every} must not be negative; 0 validates at the end only")
+        if self.on_spike not in MODES:
+            raise ValueError(f"train.on_spike={self.on_spike} is unknown; choose one of {', '.join(MODES)}")
         BatchSize(self.global_batch_size, self.batch_ramp)
 
 
@@ -88,6 +93,14 @@ class Position(Progress):
     validation_due: bool = False
 
 
+@dataclass(frozen=True)
+class LastSave:
+    """When the newest save began, and whether there was one (see `Trainer.save`)."""
+
+    began: float
+    done: bool = True
+
+
 @dataclass
 class Trainer:
     """What a run consists of, put together by `build.build_trainer`."""
@@ -96,6 +109,7 @@ class Trainer:
     runtime: Runtime
     engine: Engine
     schedule: Schedule
+    schedule_from: Callable[[Progress], Schedule]  # the same of a run that stands elsewhere
     loader: DataLoader
     store: CheckpointStore
     tracker: Tracker
@@ -103,33 +117,46 @@ class Trainer:
     status: Status
     profiler: Profiler
     watchdog: Watchdog
+    spikes: SpikeGuard
     base_manifest: dict[str, Any]  # the part of every manifest that a run never changes
     position: Position = field(default_factory=Position)
     preemption: Preemption = field(init=False)
+    last_save: LastSave = field(init=False)
 
     def fit(self) -> str:
         """Train to the end, `stop_at` or a signal; returns finished, stopped or preempted. A failure raises."""
-        skips = torch.zeros((), device=self.runtime.device)  # non-finite steps in a row
-        with reported(self), Signals() as signals, closing(self._batches()) as batches:
+        with reported(self), Signals() as signals:
             self.preemption = Preemption(self.runtime, signals)
-            outcome = self._outcome()
-            if self.position.validation_due or (self.config.eval_at_start and self.position.step == 0):
-                outcome = self.validate(outcome)
-            saved, save_began = True, time.monotonic()
-            self.metrics.start()
-            while outcome == "running":
-                result, lr = self._step(batches)
-                skips = (skips + result.skipped) * result.skipped
-                outcome = self._outcome(ask=True)
-                self._log(result, lr=lr, skips=skips, last=outcome != "running")
-                if self._due(self.config.eval_every) or outcome == "finished":
-                    outcome = self.validate(outcome)
-                if self._due(self.store.config.every) or outcome != "running":
-                    save_began = time.monotonic()
-                    saved = self.save(skips)
+            self.last_save = LastSave(time.monotonic())
+            due = self.position.validation_due or (self.config.eval_at_start and self.position.step == 0)
+            outcome = "rolled back"
+            while outcome == "rolled back":
+                outcome = self._outcome()
+                with closing(self._batches()) as batches:
+                    if due:
+                        outcome = self.validate(outcome)
+                    self.metrics.start()
+                    outcome = self._train(batches, outcome)
+                due = self.position.validation_due
             self.store.wait()
-            outcome = write_end(self, outcome, saved=saved, save_seconds=time.monotonic() - save_began)
+            seconds = time.monotonic() - self.last_save.began
+            outcome = write_end(self, outcome, saved=self.last_save.done, save_seconds=seconds)
             self.watchdog.end()
+        return outcome
+
+    def _train(self, batches: Iterator[tuple[int, list[Batch]]], outcome: str) -> str:
+        """Step, log, validate and save while the outcome is `running`; returns the one that ends it, maybe `rolled back`."""
+        skips = torch.zeros((), device=self.runtime.device)  # updates in a row that were left out
+        while outcome == "running":
+            result, lr = self._step(batches)
+            skips = (skips + result.skipped) * result.skipped
+            outcome = self._outcome(ask=True)
+            if self._log(result, lr=lr, skips=skips, outcome=outcome):
+                return "rolled back"
+            if self._due(self.config.eval_every) or outcome == "finished":
+                outcome = self.validate(outcome)
+            if self._due(self.store.config.every) or outcome != "running":
+                self.last_save = LastSave(time.monotonic(), done=self.save(result))
         return outcome
 
     @property
@@ -152,7 +179,7 @@ class Trainer:
         self.position.consumed_tokens += size * self.schedule.projection.seq_len
         lr = self.schedule.rate(self.position)
         self.watchdog.enter("train_step", self.position.step)
-        return self.engine.train_step(micro_batches, lr=lr), lr
+        return self.engine.train_step(micro_batches, lr=lr, judge=self.spikes.judge(self.position)), lr
 
     def _outcome(self, *, ask: bool = False) -> str:
         """What follows from the position, and, if the ranks are to be asked, from a signal: running means one more step."""
@@ -165,12 +192,28 @@ class Trainer:
         self.watchdog.enter("agree", self.position.step)
         return "preempted" if self.preemption.requested_after("step") else "running"
 
-    def _log(self, result: StepResult, *, lr: float, skips: torch.Tensor, last: bool) -> None:
+    def _log(self, result: StepResult, *, lr: float, skips: torch.Tensor, outcome: str) -> bool:
+        """Write a row if one is due, and react to the spikes in it; returns whether that took the run back."""
         self.watchdog.enter("log", self.position.step)
-        row = self.metrics.update(result, at=self.position, lr=lr, last=last)
-        if row:
-            self.tracker.log(row)
-            self._give_up_after(skips)
+        row = self.metrics.update(result, at=self.position, lr=lr, last=outcome != "running")
+        if not row:
+            return False
+        regular = self._due(self.config.log_every) or outcome == "finished"  # not the row of a signal or of stop_at
+        spikes = self.spikes.read() if regular else None
+        self.tracker.log(row | ({"spikes": spikes.count} if spikes else {}))
+        if spikes and self.config.on_spike == "rollback":
+            self.watchdog.enter("roll back", self.position.step)
+            with self.metrics.paused():
+                if roll_back(self, spikes):
+                    self.preemption.resume()
+                    return True
+        if spikes and self.config.on_spike == "stop":
+            raise TrainingDivergedError(
+                f"{spikes.count} spike(s) from step {spikes.first_step} on, and train.on_spike=stop: look at the samples before "
+                f"{spikes.end_sample}, or choose skip, rollback or ignore"
+            )
+        self._give_up_after(skips)
+        return False
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.position.step % every == 0
@@ -199,19 +242,26 @@ class Trainer:
         self.position.validation_due = False
         return "preempted" if self.preemption.signal and outcome == "running" else outcome
 
-    def save(self, skips: torch.Tensor) -> bool:
+    def save(self, last: StepResult) -> bool:
         """Write a checkpoint of this step, unless the last step was not finite: such weights must not become the newest.
 
         Returns whether it did.
         """
-        if skips.item() > 0:
+        if not_finite(last.loss, last.grad_norm).item():
             warnings.warn(f"step {self.position.step} had no finite loss or gradient: not saved", stacklevel=2)
             return False
+        self.write_checkpoint()
+        self.preemption.resume()
+        return True
+
+    def write_checkpoint(self) -> None:
+        """Write a checkpoint of the position; with `checkpoint.async_save` it may be on its way when this returns."""
         self.watchdog.enter("save", self.position.step)
         with self.metrics.paused():
             state = self.engine.state()
             manifest = {
                 **self.base_manifest,
+                **self.spikes.state(),
                 "consumed_samples": self.position.consumed_samples,
                 "consumed_tokens": self.position.consumed_tokens,
                 "validation_due": self.position.validation_due,
@@ -219,8 +269,6 @@ class Trainer:
                 "rng": rng_state(),
             }
             self.store.save(self.position.step, state.tensors, manifest)
-        self.preemption.resume()
-        return True
 
     def restore(self, path: Path) -> None:
         """Take over tensors, counters and random generators of a checkpoint. Raises CheckpointError or ValueError."""
@@ -231,6 +279,7 @@ class Trainer:
         due = bool(manifest.get("validation_due"))
         done = manifest["step"], manifest["consumed_samples"], manifest["consumed_tokens"]
         self.position = Position(*done, validation_due=due)
+        self.spikes.load_state(manifest)
         set_rng_state(manifest["rng"])
 
     def declare_finished(self) -> None:
@@ -240,8 +289,8 @@ class Trainer:
 
     def _give_up_after(self, skips: torch.Tensor) -> None:
         if skips.item() >= self.config.max_skipped_steps:
+            what = "a finite loss or gradient" + (", or with a spike" if self.config.on_spike != "ignore" else "")
             raise TrainingDivergedError(
-                f"{int(skips.item())} steps in a row without a finite loss or gradient, the last one step "
-                f"{self.position.step}: lower optim.lr, lengthen schedule.warmup_steps, or resume from an earlier "
-                "checkpoint (train.max_skipped_steps sets how many are allowed)"
+                f"{int(skips.item())} steps in a row without {what}, the last one step {self.position.step}: lower optim.lr, lengthen "
+                "schedule.warmup_steps, or resume from an earlier checkpoint (train.max_skipped_steps sets how many are allowed)"
             )

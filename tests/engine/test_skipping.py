@@ -1,4 +1,4 @@
-"""A step without a finite loss or gradient changes nothing, on every rank and in every engine."""
+"""A step whose judge says so, as of a loss or gradient that is not finite, changes nothing, on every rank and in every engine."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from megatron_lite.objectives.base import Loss
+from megatron_lite.optim.spikes import not_finite
 from tests.distributed import run_ranks
 from tests.engine import harness
 from tests.engine.harness import Case
@@ -23,7 +24,7 @@ def bad_step(rank: int, world_size: int, case: Case, where: str) -> dict[str, An
         if bad and rank == world_size - 1:
             type(objective).forward = lambda self, batch: broken(right(self, batch), where)
         batches = harness.micro_batches(step, rank=place, ranks=places, size=2)
-        results.append(engine.train_step(batches, lr=1e-3))
+        results.append(engine.train_step(batches, lr=1e-3, judge=judge))
         type(objective).forward = right
         states.append((engine.state().counters["adam_step"], harness.boxes(engine, "")))
     return {
@@ -35,8 +36,14 @@ def bad_step(rank: int, world_size: int, case: Case, where: str) -> dict[str, An
     }
 
 
+def judge(loss: torch.Tensor, grad_norm: torch.Tensor) -> torch.Tensor:
+    return torch.maximum(not_finite(loss, grad_norm), (grad_norm > 1000).float())
+
+
 def broken(loss: Loss, where: str) -> Loss:
     total = loss.total
+    if where == "spike":
+        return loss._replace(total=total + 1e6 * (total - total.detach()))
     if where == "loss":
         return loss._replace(total=total + torch.inf)
     return loss._replace(
@@ -54,7 +61,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("where", ["loss", "gradient"])
+@pytest.mark.parametrize("where", ["loss", "gradient", "spike"])
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.slow] if "zero 2" in name else []) for name in CASES]
 )
