@@ -92,8 +92,8 @@ class JsonlTracker:
         assert self._file is not None, "drop_after() before start()"
         path = Path(self._file.name)
         self._file.close()
-        with whole_file(path) as temporary, path.open("rb") as lines:
-            temporary.write_bytes(b"".join(_marked(line, step) for line in lines))
+        with whole_file(path) as temporary, path.open("rb") as source, temporary.open("wb") as target:
+            target.writelines(_marked(line, step) for line in source)
         self._file = path.open("ab")
 
     def close(self, status: str) -> None:

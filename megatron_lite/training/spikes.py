@@ -14,6 +14,7 @@ checkpoint. Whenever the job is killed, the next one either finds that, or comes
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -65,11 +66,13 @@ class Trained(Protocol):
     runtime: Any
     position: Any
     schedule: Any
-    schedule_from: Any  # Callable[[Progress], Schedule]
     spikes: SpikeGuard
     store: Any
     tracker: Any
     metrics: Any
+
+    @property
+    def schedule_from(self) -> Callable[[Progress], Any]: ...
 
     def restore(self, path: Any) -> None: ...
 
