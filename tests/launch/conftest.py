@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.launch.slurm_cluster import SlurmCluster, missing
+from tests.launch.slurm_job import Job
 
 
 @pytest.fixture(scope="session")
@@ -26,3 +27,12 @@ def slurm() -> Iterator[SlurmCluster]:
     finally:
         cluster.stop()
         shutil.rmtree(root, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(slurm: SlurmCluster, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A two-node run that nothing disturbed."""
+    directory = tmp_path_factory.mktemp("slurm") / "whole"
+    job = Job(slurm, tiny_data, directory)
+    assert job.wait() == "COMPLETED", job.story()
+    return directory

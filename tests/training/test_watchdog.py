@@ -262,5 +262,5 @@ def test_a_killed_rank_leaves_a_message(tiny_data, tmp_path):
             break
     assert local_run.finish(job, 60) == 1
     reason = runs.status(run)["reason"]
-    assert re.match(r"rank 0 lost another rank in \w+, see who ended first", reason), reason
+    assert re.match(r"rank 0 lost another rank in \w+, see who ended first", reason), local_run.output(run)
     assert reason in local_run.output(run)
