@@ -27,7 +27,7 @@ _NO_LOCKS_HERE = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, e
 class FileLock:
     """Exclusive use of what the config names by `key`=`value`; a context manager.
 
-    path: the lock file, which tells others who holds it.
+    path: the lock file, which contains the name of the holder.
     waiting: called with the holder's name before this process waits for its end; None: it is refused instead.
     `acquire` then raises ValueError naming key, value and the host and process that hold it.
     """
