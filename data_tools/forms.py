@@ -1,4 +1,5 @@
-"""What a file is, by its name and its first bytes: JSON lines, Parquet or text, compressed or not, or why it cannot be read.
+"""The format of a file, by its name and its first bytes: JSON lines, Parquet or text, compressed or not, or why it cannot be
+read.
 
 Notable features:
 - compression is recognized by its first bytes, so a wrong suffix does no harm; a compressed stream that ends too early raises

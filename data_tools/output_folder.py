@@ -1,4 +1,4 @@
-"""Which files in the output folder are ours. Nothing else in it is replaced or removed.
+"""Keeps track of the files in the output folder that `prepare` wrote. No other file is replaced or removed.
 
 `<output>/recipe.json` is written before anything else. It names the recipe, its sources and every published file, so that a folder
 of the user's, a corpus of another recipe and a file added by hand are recognized.

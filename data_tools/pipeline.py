@@ -1,4 +1,4 @@
-"""The steps of a recipe in order: which step reads the folder of which, and what their folders are called.
+"""The steps of a recipe in order, their input folders and the names of their output folders.
 
     read -> normalize (lines, normalize) -> filter -> exact -> near -> decontaminate -> tokenizer -> tokenize
 

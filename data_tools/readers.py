@@ -1,10 +1,10 @@
-"""Rows of a piece, one at a time, with the place of every row that cannot be used.
+"""Rows of a `Piece`, one at a time, with the location of every row that cannot be used.
 
 Notable features:
 - lines are read as bytes with a limit, so a line of a gigabyte costs no more memory than an ordinary one and is reported, not loaded
 - a row is either `Row` (its columns and where it is) or `BadRow` (where and why); the caller decides what to do with either
 - only the columns that the recipe names are looked at: NaN, invalid UTF-8 or an odd type in another column changes nothing
-- a damaged compressed file is told with the last line that was still whole
+- a damaged compressed file is reported with its last complete line
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""From a source of the recipe to pieces that tasks can read by themselves.
+"""Splits a source of the recipe into `Piece`s, which tasks can read independently.
 
 Uncompressed JSON lines are cut into byte ranges and Parquet into row groups, so one large file feeds many workers; a compressed file, a
 folder of texts or a hub dataset is read by one task a file (a hub dataset: a shard). A source with a row limit is one piece.

@@ -1,4 +1,4 @@
-"""Files that are either whole or not there, and a full disk that says so.
+"""Atomic writes of files and folders, and clear errors for a full disk.
 
 Notable features:
 - `atomic_path` gives a temporary name in the same folder; the final name appears by one rename after an fsync
@@ -22,7 +22,8 @@ import numpy as np
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`; renamed to it when the block ends well and the bytes are on the disk, removed when it does not."""
+    """A temporary path next to `path`. If the block succeeds, it is synced to disk and renamed to `path`; otherwise it is
+    removed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
@@ -73,7 +74,7 @@ def fsync(path: Path) -> None:
 
 
 def explain_os_error(error: OSError, path: Path) -> Exception:
-    """`error` itself, or a ValueError with the way out when the disk or quota is full."""
+    """`error` itself, or a ValueError that says what to do if the disk or quota is full."""
     short = error.errno is None and "requested and" in str(error)  # numpy's own, when fewer bytes were taken
     if short or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return ValueError(

@@ -1,9 +1,10 @@
-"""Calls on a thread of their own, for what only watches a training: it must neither delay nor end it.
+"""Calls on a separate thread, for observers of a training run, which must neither delay nor end it.
 
 Notable features:
-- `Background.call` returns at once. The calls run one after the other, in the order in which they were asked for.
-- The first call that raises, hangs past the end or falls too far behind is the last one: `on_loss` hears why, once.
-- The thread is a daemon: a call that never returns does not keep the process.
+- `Background.call` returns at once. The calls run one after the other, in the order of submission.
+- No further calls are made after one that raises, hangs past the end or falls too far behind; `on_loss` is called once with
+  the reason.
+- The thread is a daemon, so a call that never returns does not keep the process alive.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ BACKLOG = 10_000  # calls that may wait: a night of log rows
 
 
 class Lost:
-    """What a job has lost of what watches it: each is said once on standard error, and kept for status.json."""
+    """The observers that a job has lost: each is reported once on standard error, and kept for status.json."""
 
     def __init__(self) -> None:
         self.reasons: list[str] = []
@@ -32,7 +33,7 @@ class Lost:
 
 
 class Background:
-    """See above. name: of what is lost, in the message. Any thread may call, one at a time."""
+    """See above. name: of the observer, for messages. Any thread may call, one at a time."""
 
     def __init__(self, name: str, *, on_loss: Callable[[str], None], backlog: int = BACKLOG) -> None:
         self.name, self._on_loss = name, on_loss
@@ -43,12 +44,12 @@ class Background:
         self._thread.start()
 
     def call(self, action: Callable[[], object]) -> None:
-        """Ask for `action()`; what it returns is dropped."""
+        """Submit `action()`; its result is dropped."""
         if not self._lost and not self._finished:
             self._put(action)
 
     def end(self) -> None:
-        """Let the thread end after what it has been asked for. Later calls are dropped."""
+        """Let the thread end after the submitted calls. Later calls are dropped."""
         if not self._finished:
             self._finished = True
             self._put(None)
@@ -84,7 +85,8 @@ class Background:
 
 
 def within(seconds: float, action: Callable[[], object], *, name: str, on_loss: Callable[[str], None]) -> bool:
-    """Call `action` and wait for it at most `seconds`; returns whether it succeeded. An error, or its silence, goes to `on_loss`."""
+    """Call `action` and wait for it at most `seconds`; returns whether it succeeded. An error or a timeout goes to
+    `on_loss`."""
     background = Background(name, on_loss=on_loss)
     background.call(action)
     return background.finish(time.monotonic() + seconds)

@@ -34,7 +34,8 @@ _WAYS_OUT = {
 
 
 def error_text(error: BaseException) -> str:
-    """One line for a person: a ValueError or CheckpointError speaks for itself, an OSError becomes file, reason and way out."""
+    """One line for the user: the message of a ValueError or CheckpointError; for an OSError the file, the reason and how to
+    fix it."""
     if isinstance(error, CheckpointError | ValueError):
         return str(error)
     if isinstance(error, OSError) and error.strerror:

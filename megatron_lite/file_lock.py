@@ -1,7 +1,7 @@
-"""One process at a time on a folder: a lock file, held with flock while the process lives.
+"""A lock file that allows one process at a time to use a folder, held with flock while the process lives.
 
-The kernel frees the lock when the process ends, however it ends, so a lock file that was left behind never
-blocks. File systems without locks (some network and FUSE ones) give a warning and no protection.
+The kernel releases the lock when the process ends in any way, so a stale lock file never blocks. File systems without locks
+(some network and FUSE ones) give a warning and no protection.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _NO_LOCKS_HERE = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, e
 class FileLock:
     """Exclusive use of what the config names by `key`=`value`; a context manager.
 
-    path: the lock file, which tells others who holds it.
+    path: the lock file, which contains the name of the holder.
     waiting: called with the holder's name before this process waits for its end; None: it is refused instead.
     `acquire` then raises ValueError naming key, value and the host and process that hold it.
     """
@@ -94,7 +94,7 @@ class FileLock:
             fcntl.flock(file, fcntl.LOCK_EX)
 
     def release(self) -> None:
-        """Let go. The file stays, unless the directory was made for it and nothing else was written there."""
+        """Release the lock. The file stays, unless the directory was created for it and nothing else was written there."""
         if self._file is None:
             return
         if self._made and os.listdir(self.path.parent) == [self.path.name]:

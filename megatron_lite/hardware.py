@@ -11,7 +11,7 @@ import torch
 
 @dataclass(frozen=True)
 class Peak:
-    """The dense FLOP/s of one device by its data sheet; None when nobody knows."""
+    """The dense FLOP/s of one device according to its data sheet; None if unknown."""
 
     flops: float | None
     source: str
@@ -47,8 +47,8 @@ def device_peak_flops(device: torch.device | str, dtype: str = "bf16") -> Peak:
     """The peak for `dtype` (bf16, fp16, fp8 or fp32) on `device`.
 
     GPU: from the data sheets; fp32 means TF32 (half of bf16) where `torch.get_float32_matmul_precision()` allows
-    it. An unknown GPU, or a part of one (MIG), has no peak: one warning, and MFU stays null. Nor has a CPU, of which
-    other processes take their share: a matmul timed twice within an hour was found to differ by a factor of two.
+    it. An unknown GPU, or a part of one (MIG), has no peak: there is one warning, and MFU is null. A CPU has no peak either,
+    because other processes share it: two timings of a matmul within an hour differed by a factor of two.
     Raises ValueError for an unknown dtype.
     """
     if dtype not in ("bf16", "fp16", "fp8", "fp32"):

@@ -1,8 +1,8 @@
-"""Casting a weight to a smaller dtype, refusing what the smaller dtype cannot hold.
+"""Casting a weight to a smaller dtype, with an error if that dtype cannot represent its values.
 
-Rounding is what a cast is for. Two things are not rounding: a finite value that becomes infinite (fp16 ends at 65,504), and values that
-become zero in such numbers that the tensor's scale is below the dtype's smallest number (fp16: 6e-8). A few small values always
-become zero and are within the rounding of their neighbors, so only a share of them is refused.
+Rounding is expected. Two cases are errors: a finite value that becomes infinite (the largest fp16 value is 65,504), and so
+many values that become zero that the scale of the tensor must be below the dtype's smallest number (fp16: 6e-8). A few small
+values always become zero, within the rounding error of their neighbors, so zeros are only an error above a certain share.
 """
 
 from __future__ import annotations

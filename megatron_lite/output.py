@@ -1,9 +1,9 @@
-"""Standard output and standard error of a job that must go on when nobody reads them any more.
+"""Standard output and standard error of a job that must continue when they are no longer read.
 
-A pipe may be closed (`| head`) or full (a pager that waits), a disk may be full (`> log`), and everything prints: the console tracker,
-warnings of torch, libraries. Notable features:
-- Text is written by a thread, straight to the file descriptor, so that no print waits and no lock is held when Python ends.
-- A stream that cannot be written leads to /dev/null from then on, for C++ code and for Python's own flush at its end too.
+A pipe may be closed (`| head`) or full (a pager that waits), or a disk may be full (`> log`), and many parts print: the
+console tracker, torch's warnings, libraries. Notable features:
+- A thread writes the text straight to the file descriptor, so that no print blocks and no lock is held when Python exits.
+- A stream that cannot be written is redirected to /dev/null, also for C++ code and for Python's own flush at exit.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""How ranks agree on results and errors, over a gloo group that nothing else uses.
+"""How ranks agree on results and errors, over a dedicated gloo group.
 
 Notable features
-- One primitive: every rank does its part, then all learn whether one failed; either every rank continues or
-  every rank raises the same `CheckpointError`. No collective is called on some of the ranks only.
-- What travels does not grow with the number of ranks while all goes well: one flag is reduced. Texts are
-  gathered, cut to `TEXT` characters each, only when a rank has something to say.
-- A rank that does not come is named, with the phase it was missed in, by gloo's monitored barrier.
+- One primitive: every rank does its part, then all ranks learn whether any failed. Either every rank continues or every rank
+  raises the same `CheckpointError`. No collective is called on only some of the ranks.
+- Without errors the communication does not grow with the number of ranks: one flag is reduced. Error messages are gathered,
+  truncated to `TEXT` characters each, only if a rank has one.
+- A rank that does not arrive is named, with the phase, by gloo's monitored barrier.
 - Without a group (one process) the same code runs without any communication.
 """
 
@@ -100,7 +100,8 @@ class Ranks:
         return {rank: found for rank, found in enumerate(everyone) if found is not None}
 
     def _together(self, phase: str, own: str | None, collective: Callable[[], Any]) -> None:
-        """A collective, once every rank has come. `own` is this rank's failure, to be told even when others are lost."""
+        """A collective, after every rank has arrived. `own` is this rank's failure, which is reported even if other ranks
+        are lost."""
         try:
             dist.monitored_barrier(self.group, timeout=self.timeout, wait_all_ranks=True)
             collective()

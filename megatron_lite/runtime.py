@@ -3,9 +3,10 @@
 Notable features:
 - the only file that reads `os.environ`;
 - one process needs no process group: `start()` opens one only when a launcher says that there are several ranks;
-- where the host's own name leads nowhere, gloo is told which network interface to use, since it would bind to loopback;
-- an image's wish to compute fp32 in TF32 is not followed;
-- signals are only noted down here; the loop asks for `Signals.number` between two steps, so that nothing is interrupted.
+- if the host's own name does not resolve to a usable address, gloo gets the network interface to use, because it would bind
+  to loopback;
+- an image's setting to compute fp32 in TF32 is overridden;
+- signal handlers only record the signal; the loop reads `Signals.number` between two steps, so that no step is interrupted.
 """
 
 from __future__ import annotations
@@ -187,8 +188,8 @@ def set_deterministic(enabled: bool) -> None:
 class Signals:
     """Notes SIGTERM, SIGINT and SIGUSR1 while it is open, and gives the old handlers back at the end.
 
-    A second SIGINT raises KeyboardInterrupt, so that an impatient person gets out. SIGTERM may come often: a scheduler sends it to
-    every process, and the launcher passes it on once more; so does a Ctrl-C's SIGINT, hence the second of grace.
+    A second SIGINT raises KeyboardInterrupt, to stop at once. SIGTERM may arrive several times: a scheduler sends it to
+    every process, and the launcher forwards it. The SIGINT of a Ctrl-C does too, so a second one counts only after a second.
     """
 
     watched = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)

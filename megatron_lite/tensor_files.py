@@ -1,8 +1,8 @@
-"""Tensors on disk, read slice by slice: what every source of weights offers, and the two functions that read its bytes.
+"""Tensors on disk, read slice by slice: the interface of all weight sources, and the two functions that read bytes.
 
 Notable features
-- `read_slice` is the one way in which the values of a tensor reach memory, `block_digest` the one in which a file is read
-  to be hashed: by blocks, so that several processes share even a single file.
+- All tensor values are read by `read_slice`, and all hashes are computed by `block_digest`. It works block by block, so that
+  several processes can share even a single file.
 - `TensorFiles` keeps few files open: a mapped file counts as this process's memory.
 """
 

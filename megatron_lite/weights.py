@@ -1,9 +1,9 @@
 """Where weights come from: a run directory, one of its checkpoints, or a Hugging Face folder.
 
 Notable features:
-- `open_weights` reads headers and verifies, once, the ranks sharing the files; values are read slice by slice when asked for, so
-  that a rank reads what it holds, and a converted or evaluated model is never in memory twice.
-- Evaluate, generate, convert, weights-only starts and `megatron_lite.load` all go through it and so take the same paths.
+- `open_weights` reads headers and verifies the files once, with the work divided over the ranks. Values are read slice by
+  slice on demand, so a rank reads only what it holds, and a converted or evaluated model is never in memory twice.
+- Evaluate, generate, convert, weights-only starts and `megatron_lite.load` all use it and accept the same paths.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ class Weights:
 
     tensors: the weights by the names of the decoder's parameters. optimizer: kind -> the optimizer's tensors by the same names,
     when they were asked for and are there.
-    extra: what a Hugging Face folder says beside the model (padding token, several end tokens, generation config), also of a
-    checkpoint that was converted from one; `export_folder` writes it back.
+    extra: other fields of a Hugging Face folder (padding token, several end tokens, generation config), also for a
+    checkpoint that was converted from one; `export_folder` writes them back.
     """
 
     path: Path

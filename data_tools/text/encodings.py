@@ -1,4 +1,4 @@
-"""From bytes to text, and strings that hold what is not a character."""
+"""From bytes to text, and strings that contain bytes which are not valid characters."""
 
 from __future__ import annotations
 

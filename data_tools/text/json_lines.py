@@ -1,4 +1,4 @@
-"""One line of JSON as its columns, forgiving in every column but the text.
+"""Parses one line of JSON into its columns, and tolerates errors in every column but the text.
 
 orjson is fast and strict. Where it refuses a line (NaN, half a surrogate pair, invalid UTF-8, a control character), the standard library
 reads it, and only the text column decides whether the row can be used.

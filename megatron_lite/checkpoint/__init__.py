@@ -1,4 +1,4 @@
-"""Checkpoints in global names and shapes: safetensors and JSON, whole or not there, for any layout."""
+"""Checkpoints with global names and shapes: safetensors and JSON, written atomically, for any layout."""
 
 from megatron_lite.checkpoint.opening import Verifier, describe, find_checkpoint, load_tensors
 from megatron_lite.checkpoint.store import CheckpointConfig, CheckpointStore

@@ -1,7 +1,7 @@
-"""The directory `checkpoints/`: which steps are there, which may go, and how one appears and disappears at
-once.
+"""The directory `checkpoints/`: which steps exist, which may be deleted, and how checkpoints are published and deleted
+atomically.
 
-Names: `step_XXXXXXXX` is a whole checkpoint. Everything that begins with `.tmp-` is on its way in or out:
+Names: `step_XXXXXXXX` is a complete checkpoint. Everything that begins with `.tmp-` is being written or deleted:
     `.tmp-step_X` is being written, `.tmp-delete-step_X` being deleted, `.tmp-replaced-step_X` was replaced
     by a newer save of the same step, `.tmp-abandoned-step_X` is after the step a run went back to.
 """
@@ -33,7 +33,7 @@ def list_steps(directory: Path) -> list[int]:
 
 
 def expendable(steps: Collection[int], *, last: int, keep: int, keep_every: int | None) -> list[int]:
-    """The steps that retention lets go, ascending.
+    """The steps that retention does not keep, ascending.
 
     Kept are the `keep` newest up to `last`, the step saved last, and every multiple of `keep_every`. Steps
     after `last` belong to a history that a run went back behind; they count for nothing and are left alone.
@@ -64,7 +64,7 @@ def prune(directory: Path, *, last: int, keep: int, keep_every: int | None, dama
 
 
 def remove(directory: Path, step: int) -> None:
-    """Delete a checkpoint: gone from sight at once, then from the disk."""
+    """Delete a checkpoint: first rename it away atomically, then delete its files."""
     hidden = _move(directory, step_name(step), f".tmp-delete-{step_name(step)}")
     shutil.rmtree(hidden, ignore_errors=True)
 
@@ -84,7 +84,7 @@ def abandon_after(directory: Path, step: int) -> list[int]:
 
 
 def publish(temporary: Path, final: Path) -> None:
-    """Rename a whole checkpoint into sight, replacing one of the same step, and make that durable."""
+    """Rename a complete checkpoint to its final name, replacing one of the same step, durably."""
     directory = final.parent
     replaced = None
     if final.exists():
@@ -97,7 +97,7 @@ def publish(temporary: Path, final: Path) -> None:
 
 
 def recover(directory: Path) -> None:
-    """Put a replaced checkpoint back whose successor never came into sight."""
+    """Restore a replaced checkpoint whose successor was never published."""
     if directory.is_dir():
         for entry in list(directory.glob(f"{_REPLACED}*")):
             final = directory / entry.name.removeprefix(_REPLACED)
@@ -126,7 +126,7 @@ def _move(directory: Path, name: str, hidden: str) -> Path:
 
 
 def size_problem(file: Path, entry: dict[str, Any]) -> str | None:
-    """What is wrong with one file, but for its values: it is missing or has another size."""
+    """What is wrong with one file apart from its values: it is missing or has another size."""
     try:
         size = file.stat().st_size
     except OSError as error:

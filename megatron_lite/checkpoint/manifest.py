@@ -167,7 +167,7 @@ def _with_defaults(manifest: dict[str, Any]) -> dict[str, Any]:
 
 
 def identity(manifest: dict[str, Any]) -> str:
-    """What tells a checkpoint from others wherever it lies: a hash of its position and of its files' hashes."""
+    """An identity of a checkpoint that does not depend on its path: a hash of its position and of its files' hashes."""
     what = {key: manifest[key] for key in ("step", "consumed_samples", "files")}
     return _checksum(what)[:16]
 
@@ -249,7 +249,7 @@ def tensor_differences(saved: dict[str, Any], pieces: Mapping[str, Piece], *, ex
 
 
 def tensor_entry(piece: Piece) -> dict[str, Any]:
-    """What a manifest says of a tensor itself."""
+    """The manifest's entry for a tensor."""
     return {"shape": list(piece.global_shape), "dtype": str(piece.dtype).removeprefix("torch.")}
 
 

@@ -1,9 +1,9 @@
-"""Finding a checkpoint and verifying it, once, the work shared over the ranks.
+"""Finding a checkpoint and verifying it once, with the work divided over the ranks.
 
 Notable features
 - Rank 0 reads the manifest, looks at the directory and the sizes, and tells the others; each rank hashes its
   share of the files. One verdict for all.
-- What was verified stays verified as long as no file of it is replaced or written.
+- A verified checkpoint is not verified again unless one of its files is replaced or written.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class Verifier:
         return None
 
     def find(self, path: str | Path, *, prefixes: tuple[str, ...] = ("",)) -> CheckpointTensors:
-        """The checkpoint that a person means: the directory of one, or a run directory's newest one that is not damaged.
+        """The checkpoint that a path means: a checkpoint directory itself, or the newest undamaged one of a run directory.
 
         Raises ValueError when there is none, CheckpointError when the named one is damaged.
         """
@@ -99,7 +99,7 @@ class Verifier:
         raise ValueError(not_found(path))
 
     def forget(self, path: Path) -> None:
-        """Verify it anew: it was written."""
+        """Forget that the checkpoint was verified, because it was written."""
         self._verified.pop(path, None)
         self.damaged.discard(path)
 
@@ -167,7 +167,7 @@ def find_checkpoint(path: str | Path) -> Path:
 
 
 def not_found(path: Path) -> str:
-    """What to say where `path` is none of the things that `Verifier.find` looks for."""
+    """The error message if `path` is none of the things that `Verifier.find` looks for."""
     return f"{path} is not a checkpoint and not a run directory with a valid one in checkpoints/"
 
 

@@ -2,8 +2,8 @@
 
     8 bytes: length n of the header | n bytes: JSON {name: {dtype, shape, data_offsets}, __metadata__} | the tensors
 
-The `safetensors` package builds the whole file in memory first, holding Python's lock: half a second for 256 MiB, in
-which a training loop beside a background save would stand still. Here nothing is copied, and hashing and writing
+The `safetensors` package builds the whole file in memory first, holding Python's lock: half a second for 256 MiB, during
+which a background save would block the training loop. Here nothing is copied, and hashing and writing
 release the lock. The package reads the result, which the tests check.
 Format: https://huggingface.co/docs/safetensors
 """

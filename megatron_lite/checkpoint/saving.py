@@ -1,4 +1,4 @@
-"""The protocol that makes a checkpoint whole or not there.
+"""The protocol that makes a save atomic.
 
     prepare    rank 0 clears leftovers and makes .tmp-step_X
     replicas   shards that several tensor-parallel ranks hold are compared

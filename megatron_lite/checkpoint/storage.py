@@ -1,11 +1,11 @@
-"""Which rank writes which shards into which file, and writing them.
+"""Deciding which rank writes which shards into which file, and writing them.
 
 Notable features
 - The plan is a local decision: tensors that are cut alike form groups, and the shards of one group with the
   same number make one file, `<group>-<number>.safetensors`. Ranks that hold copies of the same shards take
   the groups in turn. Names, shapes and degrees are the same everywhere, so all ranks arrive at one plan.
-- A group holds one kind of tensor (`model`, `exp_avg`, ...), so that whoever reads weights leaves the
-  optimizer's files alone, and about `file_bytes` a file, so that the ranks can share the verifying.
+- A group holds one kind of tensor (`model`, `exp_avg`, ...), so that readers of weights need not open the optimizer's files,
+  and about `file_bytes` a file, so that the ranks can share the verifying.
 - Tensors that are made when needed are made one at a time.
 - What is hashed is what the program meant to write, not what the disk gives back.
 """

@@ -1,4 +1,4 @@
-"""The checkpoints of a run: saving in the foreground or behind, finding the newest valid one, loading.
+"""The checkpoints of a run: saving in the foreground or background, finding the newest valid one, loading.
 
 How a checkpoint becomes whole is in `saving.py`, how it is found and verified in `opening.py`: all ranks
 load the same step, or all fall back to the same older one.
@@ -44,7 +44,7 @@ Tensors = Mapping[str, Piece | torch.Tensor]
 
 @dataclass
 class CheckpointConfig:
-    """When checkpoints are written, how, and which stay."""
+    """When checkpoints are written, how, and which are kept."""
 
     every: int = 1000  # steps between checkpoints; 0: none but those the caller asks for
     keep: int = 3  # the newest that stay
@@ -222,7 +222,7 @@ class CheckpointStore:
     def load(self, step_or_path: int | str | Path, tensors: Tensors, *, partial: bool = False) -> dict[str, Any]:
         """Verify a checkpoint, fill `tensors` in place, return its manifest.
 
-        partial: the checkpoint may hold tensors that nobody asks for (weights without the optimizer).
+        partial: the checkpoint may hold tensors that are not in `tensors` (weights without the optimizer).
         Raises CheckpointError when it is damaged, ValueError when it is of another model; on every rank.
         """
         self.wait()

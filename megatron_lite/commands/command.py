@@ -23,8 +23,8 @@ def run_command(
     """Compose the config of `mlite <name>` from the command line, call `work(config)` and exit with what it returns.
 
     compose: from overrides to the config, where `compose_config` alone does not do.
-    Exit codes: 2 for an error of the user's, told in one line; 1 for work that began and failed (the same command continues from
-    what was finished) and for missing memory; 130 after Ctrl-C.
+    Exit codes: 2 for a user error, printed in one line; 1 for work that began and failed (the same command continues from
+    what was finished) and for running out of memory; 130 after Ctrl-C.
     """
     arguments = sys.argv[1:]
     if {"-h", "--help"} & set(arguments):

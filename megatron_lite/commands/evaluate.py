@@ -1,7 +1,7 @@
 """`mlite evaluate`: loss, perplexity and bits per byte by source on held-out data.
 
-A run's own data, sequence length, windows, precision, micro-batch size and threads hold unless the command line says otherwise: on the
-layout of the training its numbers are the training's to the last digit.
+Data, sequence length, windows, precision, micro-batch size and threads are those of the run unless the command line
+overrides them. At the layout of the training run the losses equal those that it logged, to the last digit.
 
 python -m megatron_lite evaluate checkpoint=runs/smoke
 python -m megatron_lite evaluate checkpoint=runs/smoke data.validation.windows=1000
@@ -44,7 +44,7 @@ from megatron_lite.weights import Weights, open_weights, trained_with
 
 @dataclass
 class EvaluateConfig:
-    """`mlite evaluate`: of what `checkpoint` was trained with, the keys that hold unless given (see `compose_evaluate`)."""
+    """`mlite evaluate`. Keys that are not given are taken from the run of `checkpoint` (see `compose_evaluate`)."""
 
     checkpoint: str = "???"
     data: DataConfig = field(default_factory=DataConfig)
@@ -80,8 +80,8 @@ def main() -> None:
 def compose_evaluate(overrides: list[str]) -> EvaluateConfig:
     """The config of `mlite evaluate` with `overrides`, over what the run that `checkpoint` names was trained with.
 
-    The choice `checkpoint` of the groups data and precision, which is the default, is the run's own; another `data` is read in windows
-    like those of the training. Raises ConfigError as `compose_config` does.
+    `data=checkpoint` and `precision=checkpoint`, the defaults, are those of the run. Another `data` is read in windows like
+    those of the run. Raises ConfigError as `compose_config` does.
     """
     named = [override for override in overrides if key_of(override) == "checkpoint"]
     run = trained_with(compose_config("evaluate", EvaluateConfig, named).checkpoint)
@@ -111,7 +111,8 @@ def evaluate(config: EvaluateConfig) -> int:
 
 @dataclass(frozen=True)
 class Measured:
-    """path: what was read. losses: of each held-out source, in nats a counted token. bits_per_byte: the same a byte of its text."""
+    """path: what was read. losses: for each held-out source, in nats per counted token. bits_per_byte: the same loss per
+    byte of text."""
 
     path: Path
     losses: dict[str, float]

@@ -33,7 +33,7 @@ from megatron_lite.weights import Weights, open_weights
 class GenerateConfig:
     """`mlite generate`: one `prompt`, or a `prompt_file` with one a line; "-" reads standard input.
 
-    batch_size: prompts of a file that are continued together; with 1 the text is written while it is made.
+    batch_size: prompts of a file that are continued together; with 1 the text is printed while it is generated.
     """
 
     checkpoint: str = "???"

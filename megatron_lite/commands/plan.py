@@ -1,4 +1,4 @@
-"""`mlite plan`: how large a model is, and what a tensor-parallel rank holds of it. Builds it without memory.
+"""`mlite plan`: the size of a model, and its shapes on a tensor-parallel rank. Builds it on the meta device, without memory.
 
 python -m megatron_lite plan model=nemotron_nano2_12b
 python -m megatron_lite plan model=nemotron4_15b parallel.tp=8
@@ -26,7 +26,8 @@ from megatron_lite.parallel.plans import apply_plan, check_divisible, decoder_pl
 
 @dataclass
 class PlanConfig:
-    """`mlite plan`: a model, and of `parallel` what tensor parallelism does to it. seq_len: for the FLOPs of a token."""
+    """`mlite plan`: a model and its tensor parallelism; other keys of `parallel` have no effect on it. seq_len: for the
+    FLOPs per token."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)

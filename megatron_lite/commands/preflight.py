@@ -2,8 +2,8 @@
 
 torchrun --nproc-per-node 2 -m megatron_lite preflight experiment=smoke_cluster
 
-It takes the words of `mlite train`, checks the config for all ranks, compares and measures (`training/preflight.py`), prints two
-tables, and ends with 1 if a host is out of line.
+It takes the arguments of `mlite train`, checks the config for all ranks, compares and measures the nodes
+(`training/preflight.py`), prints two tables, and exits with 1 if a host differs.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ WAIT_SECONDS = 180.0  # a network that does not carry a collective in this time 
 
 
 def main() -> None:
-    """Parse, check, exit: 0 when all is well, 1 when a host is out of line, 2 for a wrong config."""
+    """Parse, check, exit: 0 if all is well, 1 if a host differs, 2 for an invalid config."""
     run_command("train", RunConfig, "Check the nodes of a run: same software, same speed, one file system.", preflight)
 
 
 def preflight(run: RunConfig) -> int:
-    """Check the ranks that run this. Raises WorkFailedError on rank 0 if one is out of line."""
+    """Check the ranks that run this. Raises WorkFailedError on rank 0 if a host differs."""
     with all_ranks(timeout_seconds=WAIT_SECONDS) as (runtime, ranks):
         validate(run, runtime.world_size)
         build_schedule(run)

@@ -19,8 +19,7 @@ from megatron_lite.runtime import Runtime, start, stop
 def all_ranks(*, timeout_seconds: float = 1800.0) -> Iterator[tuple[Runtime, Ranks]]:
     """This process and the ranks that a launcher started beside it. timeout_seconds: how long one waits for the others.
 
-    Inside, an error of the user's is one that all ranks raise (`Ranks.attempt` sees to that): rank 0 tells it, the others
-    just end.
+    Inside, all ranks raise the same user error (`Ranks.attempt` ensures this); rank 0 prints it and the others just exit.
     """
     runtime = start(timeout_seconds=timeout_seconds)
     try:

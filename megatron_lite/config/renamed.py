@@ -1,7 +1,7 @@
 """Keys that have been renamed: old dotted key -> new dotted key, for old checkpoints, old YAML files and old habits.
 
-Pure data and pure functions. A stored config is brought up to date silently (`upgraded`); a person who types an old key is told the
-new one (`renamed_key`).
+Pure data and pure functions. A stored config is brought up to date silently (`upgraded`); a user who types an old key gets
+an error with the new one (`renamed_key`).
 """
 
 from __future__ import annotations

@@ -1,5 +1,4 @@
-"""From the configured weights to exact shares of the blend, phase by phase, with the phases' ends as sample
-numbers.
+"""From the configured weights to exact shares of the blend for each phase, with the ends of phases as sample numbers.
 
 Shares are fractions: a weight is the fraction that its decimal text says (0.7 is 7/10), so counts are exact
 however far the run goes. Only the shares of tokens^alpha are rounded, once, to multiples of 10^-9.
@@ -45,9 +44,8 @@ def resolve(
     Args:
         tokens: source name -> its number of tokens.
         total_samples: samples of the whole run, of which `until_fraction` is a fraction.
-        kept: `boundaries` of the run's first start. A fraction that is in it keeps its sample number,
-        whatever
-            the horizon is now.
+        kept: `boundaries` of the run's first start. A fraction that is in it keeps its sample number, whatever the length of
+        the run is now.
 
     Raises:
         ValueError: a phase ends before it begins.

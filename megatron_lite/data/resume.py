@@ -1,4 +1,4 @@
-"""May a run continue with this data? Only if every sample that it has read stays the same.
+"""Checks whether a run may continue with changed data: every sample that it has already read must stay the same.
 
 A checkpoint keeps `Blend.state()`. Phases that begin at or after `consumed_samples` may be added or changed,
 with new sources too; everything that would change a sample already read is refused, naming the first sample that differs.
@@ -23,8 +23,8 @@ def resume_blend(
 ) -> Blend:
     """The blend with which a run continues.
 
-    Fractions of the horizon that became sample numbers at the first start keep them, whatever the horizon is
-    now; to move the start of a phase that has not begun, write `until_samples`.
+    Fractions of the run's length that became sample numbers at the first start keep them, whatever the length is now; to
+    move the start of a phase that has not begun, write `until_samples`.
 
     Args:
         blend: opened from the present config.

@@ -21,8 +21,8 @@ from megatron_lite.atomic import whole_file
 class TokenizerIdentity:
     """What the data and the run's tokenizer must agree on. fingerprint: a hash; vocab_size: the largest id + 1.
 
-    token_bytes: (vocab_size,) bytes of text that each id stands for (`token_bytes.token_bytes`), None where nobody asks for bits
-    per byte.
+    token_bytes: (vocab_size,) bytes of text that each id stands for (`token_bytes.token_bytes`), None if bits per byte are
+    not needed.
     """
 
     fingerprint: str

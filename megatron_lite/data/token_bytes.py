@@ -1,4 +1,4 @@
-"""How much text a token stands for, in bytes of UTF-8: what turns a loss into bits per byte.
+"""How much text a token represents, in bytes of UTF-8, to convert a loss into bits per byte.
 
     bits per byte = loss / ln 2 / (bytes / tokens)
 
@@ -7,7 +7,7 @@ with different tokenizers (Gao et al., The Pile, https://arxiv.org/abs/2101.0002
 
 Notable features:
 - Bytes are counted id by id from one table, so a window may begin or end inside a character.
-- Special tokens stand for no text: the end of a document, where it counts, costs bits and adds no bytes.
+- Special tokens represent no text: an end-of-document token that is counted costs bits but adds no bytes.
 """
 
 from __future__ import annotations

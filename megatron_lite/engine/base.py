@@ -1,4 +1,4 @@
-"""What the trainer asks of an engine, and what every engine does alike.
+"""The interface between trainer and engine, and what all engines share.
 
 An engine owns the wrapped objective and the optimizer; what it trains is `objective.decoder`. Losses are sums; they are
 divided once, by the number of counted tokens in the whole global batch, before backward, so that neither accumulation nor
@@ -57,11 +57,11 @@ class Engine(Protocol):
         or filled and loaded; and the counters (`adam_step`: optimizer updates done)."""
 
     def load_state(self, state: State) -> None:
-        """Take over shards that `state` gave and that were filled since (all, or only some), and the counters."""
+        """Load shards that `state` returned and that were filled since (all, or only some), and the counters."""
 
 
 class EngineConfig(Protocol):
-    """The `engine` section of a run: an engine's settings, and how one is made. A dataclass, registered as a schema."""
+    """The `engine` section of a run: an engine's settings, and how to build it. A dataclass, registered as a schema."""
 
     name: ClassVar[str]
 
@@ -73,7 +73,8 @@ class EngineConfig(Protocol):
         """Raise ValueError naming the key if a value is invalid."""
 
     def distribute(self, mesh: Mesh, dtype: torch.dtype) -> Distribute:
-        """What divides the objective over the data-parallel ranks while it is assembled, to compute in `dtype`."""
+        """The function that shards the objective over the data-parallel ranks during assembly, for computation in
+        `dtype`."""
 
     def build(
         self,

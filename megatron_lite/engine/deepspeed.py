@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO 1, 2 and 3 behind the same face as FSDP2. The one file that imports `deepspeed`.
+"""DeepSpeed ZeRO 1, 2 and 3 behind the same interface as FSDP2. The only file that imports `deepspeed`.
 
     stage   sharded over the data-parallel ranks            (Rajbhandari et al. 2020, arXiv 1910.02054)
     1       master weights and Adam's moments
@@ -6,11 +6,11 @@
     3       and the weights themselves, gathered module by module
 
 Notable features:
-- Learning rate, loss scale and skipping are ours: the loss is divided by the global token count before backward, and one
-  decision, the same on every rank, leaves out a step whose loss or gradient is not finite.
+- Learning rate, loss scaling and skipping are not left to DeepSpeed: the loss is divided by the global token count before
+  backward, and all ranks skip a step together if its loss or gradient is not finite.
 - DeepSpeed learns of tensor parallelism through an `mpu`; its norm counts what tensor parallelism did not cut once.
 - torch's AdamW runs on DeepSpeed's flat fp32 partitions: no C++ compiler is needed at run time.
-- DeepSpeed knows one dtype for all weights: a module that must compute in fp32 is shown its master weights.
+- DeepSpeed uses one dtype for all weights: a module that must compute in fp32 uses its master weights instead.
 - DeepSpeed cuts flat buffers, not rows. `state` gathers parameter by parameter and keeps this rank's rows; `load_state`
   brings the rows back together, one parameter at a time.
 """

@@ -9,7 +9,7 @@ Notable features:
   first that is complete, is reduced beside the rest of backward. (When they are one tensor, it is gathered first and reduced last.)
 - Gradients are reduced on the last micro-batch only, as a sum: the loss was divided by the global token count before. Until then
   they are kept unsharded in fp32: with several micro-batches, 4 bytes for every parameter of a tensor-parallel shard.
-- Clipping, the finite check and the update stay on the device: nothing in a step waits for a number.
+- Clipping, the finite check and the update stay on the device: no step waits for a host sync.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ class FsdpConfig:
 
 
 def computing(dtype: torch.dtype, objective: nn.Module) -> AbstractContextManager[None]:
-    """Inside, `objective` computes in `dtype`: FSDP2 sees to that by itself, on one process parameters are cast here."""
+    """Inside, `objective` computes in `dtype`: FSDP2 does this itself; in a single process the parameters are cast here."""
     return nullcontext() if isinstance(objective, FSDPModule) else computing_in(dtype, objective)
 
 
@@ -182,7 +182,7 @@ class FsdpEngine:
         return State(pieces, {"adam_step": self.optimizer.adam_step})
 
     def load_state(self, state: State) -> None:
-        """See `Engine`. The pieces are the live tensors: filled, they are loaded."""
+        """See `Engine`. The pieces are the live tensors: filling them loads the state."""
         self.optimizer.adam_step = state.counters["adam_step"]
 
     def _begin_micro_batch(self, *, last: bool) -> None:

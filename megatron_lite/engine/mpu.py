@@ -1,4 +1,4 @@
-"""Megatron's `mpu` (model parallel unit), which DeepSpeed asks who shares a layer's matrices and who sees other samples.
+"""Megatron's `mpu` (model parallel unit), from which DeepSpeed gets the tensor-parallel and the data-parallel group.
 
 The names are DeepSpeed's. One process is the case of two groups of one.
 """

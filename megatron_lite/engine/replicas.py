@@ -1,11 +1,12 @@
-"""Parameters that tensor parallelism does not cut stay the same bits on all its ranks.
+"""Keeps parameters that tensor parallelism replicates bit-identical on all tensor-parallel ranks.
 
-Each tensor-parallel rank reduces the gradients of these parameters (norms, biases) over data-parallel ranks of its own. NCCL
-promises equal bits to the ranks of one call, not to two communicators: with NVLink SHARP their sums may differ in the last
-digit, and copies that were updated apart would never meet again. So all ranks take the first one's gradient.
+Each tensor-parallel rank reduces the gradients of these parameters (norms, biases) over its own data-parallel group. NCCL
+guarantees equal bits on the ranks of one call, but not between two communicators: with NVLink SHARP the sums may differ in
+the last digit, and copies that are updated differently would stay different forever. So all ranks use the gradient of the
+first tensor-parallel rank.
 
-A larger difference is a gradient that was not summed over all ranks. It is noted on the device and raised when somebody asks, so
-that no step waits for it.
+A larger difference means that a gradient was not summed over all ranks. It is recorded on the device and raised by `check`,
+so that no step waits for it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Rows of a tensor over the data-parallel ranks, which DeepSpeed does not know: it cuts flat buffers."""
+"""Rows of a tensor over the data-parallel ranks, for DeepSpeed, which only shards flat buffers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Plain single-device PyTorch models: read them top to bottom beside the paper.
+"""Plain single-device PyTorch models, to be read side by side with the papers.
 
 Nothing here knows about processes, engines or config frameworks; parallelism is applied from outside.
 """

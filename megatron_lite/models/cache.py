@@ -1,4 +1,4 @@
-"""What a model remembers of the tokens before, in generation: one `LayerCache` for each layer that needs one.
+"""The cache of previous tokens in generation: one `LayerCache` for each layer that needs one.
 
 `Decoder.new_cache` makes it from the layer table. An attention layer keeps the keys and values of all tokens, a state-space layer a
 state whose size does not depend on their number.
@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 class LayerCache:
-    """What one layer remembers. Each type of layer has its own kind."""
+    """The cache of one layer. Each layer type has its own subclass."""
 
     def nbytes(self) -> int:
         """Bytes of memory that it takes."""
@@ -75,7 +75,7 @@ def _right_aligned(rows: Sequence[Tensor], lengths: Sequence[int], capacity: int
 
 
 class Cache:
-    """What all layers of a decoder remember of the tokens so far. layers: one entry for each, None: nothing.
+    """The caches of all layers of a decoder. layers: one entry for each layer; None if it needs none.
 
     length: how many tokens were seen; of the longest sequence of a batch. starts_B: where each sequence of a batch begins; None: all at 0.
     """

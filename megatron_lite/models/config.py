@@ -1,8 +1,8 @@
-"""The description of a model: sizes and choices, nothing about how or where it runs.
+"""The config of a model: sizes and choices, nothing about how or where it runs.
 
-The keys hold what all model families need, also those that are not built yet: a checkpoint's manifest stores this tree, so a key
-is never renamed, and a later key is only added, with a default that means "as before". A key that is not built yet is refused
-unless it has its default.
+It has keys for all planned model families. A checkpoint's manifest stores this tree, so keys are never renamed, and new keys
+are only added with a default that means "as before". Keys that are not implemented yet are refused unless they have their
+default.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The causal convolution in front of a state-space recurrence: each channel alone, over its last K inputs.
+"""The causal convolution in front of a state-space recurrence: depthwise, over the last K inputs of each channel.
 
     y_t = bias + sum_k weight_k x_{t - K + 1 + k}
 

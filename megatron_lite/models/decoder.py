@@ -1,4 +1,4 @@
-"""The decoder: embedding, residual layers as the pattern says, final norm, head.
+"""The decoder: embedding, residual layers as defined by the pattern, final norm, head.
 
 Every residual layer is pre-norm:  x <- x + mixer(norm(x)).  A symbol of the pattern says which mixer; a
 transformer block is two of them (`*-`). Positions, documents and cache are handed to the layers as arguments.

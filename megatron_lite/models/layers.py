@@ -22,12 +22,12 @@ def _none(config: ModelConfig, seq_len: int) -> float:
 
 @dataclass(frozen=True)
 class LayerType:
-    """What one symbol stands for.
+    """The layer type of one symbol.
 
     build: the mixer, whose forward(x_BTD, context) gives (B, T, D).
     check: raises ValueError naming a key of the config that such a layer cannot have.
     flops: training FLOPs of one token beyond 6 for each parameter, of (config, sequence length).
-    cache: what such a layer remembers in generation, for so many tokens; None: nothing.
+    cache: makes the layer's cache for generation, for a number of tokens; None if it needs none.
     """
 
     name: str

@@ -1,9 +1,8 @@
 """The two layers that hold matrices: `Linear` and `Embedding`.
 
 Like `torch.nn.Linear` and `torch.nn.Embedding`, with two differences: the constructor leaves the memory as
-it is (a model is built on the meta device, cut up, materialized and only then initialized), and every module
-can say how its parameters want to be drawn (`initial`), so that the drawing itself can be the same on every
-layout.
+it is (a model is built on the meta device, sharded, materialized and only then initialized), and every module defines the
+distributions of its parameters (`initial`), so that the initial values are the same at every layout.
 
 Both take their sizes from the weight, never from a stored count: a tensor-parallel module only holds a smaller
 weight.

@@ -12,7 +12,7 @@ contiguous range of rows everywhere, and the module finds the number of groups i
 128 rows for FP8 a group of Nemotron Nano 2 has 2 x 1280 + 2 x 128 = 22 x 128 rows before its 16 of dt: where blocks are cut group by
 group, dt has one of its own.)
 
-Convolution and scan take a state and return one, so that a sequence goes on in a later call.
+Convolution and scan take a state and return one, so that a later call can continue the sequence.
 
 Shapes: B batch, T sequence, D hidden, G groups, R heads of a group, H = G R heads, P head dim, N state, K taps, W = G (R P + 2 N)
 channels of the convolution (`conv.py`).
@@ -75,7 +75,7 @@ class Mamba2(nn.Module):
 
 @dataclass
 class StateCache(LayerCache):
-    """What the layer remembers: the last K - 1 inputs of the convolution (B, K - 1, W), the scan's state (B, H, P, N)."""
+    """The state of the layer: the last K - 1 inputs of the convolution (B, K - 1, W), the scan's state (B, H, P, N)."""
 
     conv: Tensor | None = None
     ssm: Tensor | None = None

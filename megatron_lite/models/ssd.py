@@ -14,10 +14,11 @@ attention with the decay in the softmax's place, and one state is passed from ch
 
 Notable features:
 - A decay is the exponential of a sum of its own steps (`decays`), never of the difference of two running sums: after a strong decay
-  such a difference has no digits left in fp32. It is masked before the exponential, which so never overflows.
-- A state belongs to the document of the token that made it: it does not decay into another document, it ends.
+  such a difference has no digits left in fp32. It is masked before the exponential, so the exponential never overflows.
+- A state belongs to the document of the token that produced it, and is reset at a document boundary.
 - Any length: the last chunk is filled up with steps of dt = 0, which change no state.
-- Backward computes the chunks anew from the inputs (`checkpoint`): the Q x Q decays of each head are never kept, and those of one
+- Backward recomputes the chunks from the inputs (`checkpoint`): the Q x Q decays of each head are never kept, and those of
+  one
   segment of chunks only are in memory at a time.
 
 Shapes: B batch, T sequence, C chunks, Q tokens of a chunk, H heads in G groups of R, P head dim, N state.

@@ -1,1 +1,2 @@
-"""What is minimized. An objective wraps the decoder; the engine wraps the objective, so heads and losses see whole weights."""
+"""Training objectives. An objective wraps the decoder and the engine wraps the objective, so head and loss see whole
+weights."""

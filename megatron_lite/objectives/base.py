@@ -1,6 +1,6 @@
-"""What an objective is: a module around the decoder that turns a batch into sums.
+"""The base of objectives: modules around the decoder that map a batch to sums.
 
-The engine divides by the number of counted tokens of the whole global batch, so nothing here ever takes a mean.
+The engine divides by the number of counted tokens of the whole global batch, so objectives never compute a mean.
 
 Shapes: B batch, T sequence, D hidden, N = B*T.
 """

@@ -6,8 +6,9 @@ Notable features:
 - WSD (warm-up, stable, decay; Hu et al. 2024): lr = max until the decay starts, then min + c(r) (max - min) with r the
   fraction of the decay that is done and c one of the shapes in `DECAY_SHAPES`.
 - cosine is the same with the decay over everything after the warm-up.
-- `train` gives the length of a run in steps or in tokens. The other unit is projected from where the run stands and the batch sizes
-  that are still to come (`Projection`), so a batch size that was changed on the way moves neither the end nor the last learning rate.
+- `train` gives the length of a run in steps or in tokens. The other unit is projected from the current position and the
+  remaining batch sizes (`Projection`), so a change of the batch size during a run changes neither its end nor its final
+  learning rate.
 """
 
 from __future__ import annotations
@@ -178,7 +179,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Projection:
-    """The steps that are still to come: from `start` on, with the batch sizes and the sequence length of now.
+    """The remaining steps: from `start` on, with the current batch sizes and sequence length.
 
     What was consumed before `start` is taken as it is, whatever the sizes were then. Positions behind `start` give `start`.
     """
@@ -188,14 +189,14 @@ class Projection:
     seq_len: int
 
     def at_step(self, step: int) -> Progress:
-        """Where the run stands when `step` steps are done in all."""
+        """The position of the run after `step` steps in total."""
         more = max(0, step - self.start.step)
         samples = self.batch.samples(more, start=self.start.consumed_samples)
         tokens = self.start.consumed_tokens + (samples - self.start.consumed_samples) * self.seq_len
         return Progress(self.start.step + more, samples, tokens)
 
     def at_tokens(self, tokens: int) -> Progress:
-        """Where the run stands after the first step that makes the consumed tokens at least `tokens`."""
+        """The position of the run after the first step with which at least `tokens` tokens are consumed."""
         more = max(0, -(-(tokens - self.start.consumed_tokens) // self.seq_len))  # samples
         steps = self.batch.steps(self.start.consumed_samples + more, start=self.start.consumed_samples)
         return self.at_step(self.start.step + steps)

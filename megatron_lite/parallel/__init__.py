@@ -1,1 +1,1 @@
-"""Tensor, sequence and data parallelism, applied from outside to models that know nothing of it."""
+"""Tensor, sequence and data parallelism, applied from outside to models that know nothing about it."""

@@ -1,4 +1,4 @@
-"""The recipe: from a model's config to this process's part of it, with memory and values.
+"""From a model's config to this process's part of the model, allocated and initialized: all steps in order.
 
     decoder = Decoder(config)            on the meta device: shapes, no memory
     parallelize(decoder, ...)            cut by the plan, then recompute and compile each layer
@@ -6,8 +6,9 @@
     module = wrap(decoder)               the objective around it, if there is one
     distribute(module, materialize)      the engine shards over the data-parallel ranks, memory and values come in between
 
-Training, evaluation, generation, `megatron_lite.load` and weights-only starts are this one call with another `fill`. A fill
-sees one shard at a time and reads or draws that shard only, so no process ever holds, or reads, more than its part.
+Training, evaluation, generation, `megatron_lite.load` and weights-only starts all make this call, with different `fill`
+functions. A fill gets one shard at a time and reads or draws only that shard, so no process ever holds, or reads, more than
+its part.
 """
 
 from __future__ import annotations

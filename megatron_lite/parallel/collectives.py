@@ -1,4 +1,4 @@
-"""Collectives that know their own gradient: the seams between replicated, sharded and partial tensors.
+"""Differentiable collectives, which convert between replicated, sharded and partial tensors.
 
     function                  forward                     backward
     copy_in                   identity                    all-reduce        (f of Megatron-LM, section 3)

@@ -4,8 +4,8 @@ For hidden state x_n and target t_n,  loss = sum_n m_n (log sum_v exp(x_n . w_v)
 d loss / d logit_nv = m_n (softmax(logit_n)_v - [v = t_n]).
 
 Notable features:
-- Tokens x vocabulary is never in memory, neither forward nor backward: at Nemotron-4's 4,096 tokens and 256,000
-  words the fp32 logits alone would be 4.2 GB. One chunk of tokens is projected, reduced and thrown away.
+- Tokens x vocabulary is never in memory, neither forward nor backward: at Nemotron-4's 4,096 tokens and a vocabulary of
+  256,000 the fp32 logits alone would be 4.2 GB. The logits of one chunk of tokens are computed, reduced and discarded.
 - The loss is a sum, so the gradient that arrives from above is one number. Both gradients are therefore computed in
   the forward pass, while a chunk's logits are at hand, and backward only scales them: every logit is computed once.
 - Vocabulary-parallel (Megatron-LM, Shoeybi et al. 2019, section 3): each rank holds rows `vocab_start..` of the
@@ -56,7 +56,7 @@ def cross_entropy_sum(
 
     With `group`, the weight holds rows `vocab_start..` of the global weight and all ranks pass the same tokens. The
     loss is complete on every rank and so is the weight's gradient, but **the gradient of `x_ND` is this rank's partial
-    sum**: whoever hands in `x_ND` sums it over `group` (`collectives.copy_in`, or `collectives.sequence_gather` under
+    sum**: the caller sums it over `group` (`collectives.copy_in`, or `collectives.sequence_gather` under
     sequence parallelism; the tensor-parallel final norm does so).
 
     Raises ValueError when shapes disagree.

@@ -1,18 +1,17 @@
 """Local shard <-> global tensor: which slice of a named global tensor a rank holds.
 
 A checkpoint knows only global names and global shapes. Every rank describes what it holds as `Piece`s: a
-plain local tensor, the shape of the global tensor, and how the global tensor was cut. Saving writes each
-shard once (its copies share the work), loading fills each shard from whatever slices the files hold: that
-is all of resharding.
+plain local tensor, the shape of the global tensor, and how the global tensor was cut. Saving writes each shard once (ranks
+with copies share the work), and loading fills each shard from the slices in the files. No other resharding code is needed.
 
 Notable features
-- No mesh, no DTensor, no process group: three pairs of numbers (`Layout`) say which rank this is, so one
-  process is the case of three ones, and a piece may live on any device (CPU staging and CPU offload beside
+- No mesh, no DTensor, no process group: three pairs of numbers (`Layout`) define the rank; in a single process all degrees
+  are 1. A piece may be on any device (CPU staging and CPU offload beside
   a mesh of GPUs).
 - Tensor parallelism cuts first, data parallelism cuts the rows of what is left: what FSDP2 does to the
   local parameters of a tensor-parallel module. DTensor writes it [_StridedShard(0, split_factor=tp),
   Shard(0)], [Shard(0), Shard(1)] or [Shard(0), Replicate()]; the tests compare this file with it.
-- The cuts alone say which shards there are (`shards_within`): nobody has to list them.
+- The cuts alone determine the shards (`shards_within`), so no list of shards is stored.
 
 A dimension of n rows cut c ways is cut as `torch.chunk` does: part i is rows
 [min(i s, n), min((i + 1) s, n)) with s = ceil(n / c). The last parts may be shorter or empty.

@@ -34,7 +34,7 @@ from megatron_lite.parallel.reclass import reclass
 
 @dataclass(frozen=True)
 class TensorParallel:
-    """What a tensor-parallel module knows: its place, its group, and how the residual stream is laid out between modules.
+    """The rank, the group and the layout of the residual stream that a tensor-parallel module needs.
 
     Without sequence parallelism the residual stream (B, T, D) is replicated; with it each rank holds (B, T/tp, D).
     """
@@ -87,7 +87,7 @@ class ShardInfo:
 
 
 class TensorParallelModule(nn.Module):
-    """What all of them have.
+    """The base of all tensor-parallel modules.
 
     tp_dims: parameter -> the dimension along which it was cut. plain_forward: the model's own forward, of (module, x).
     """

@@ -1,10 +1,10 @@
-"""Which process does what: the grid pp x dp_replicate x dp_shard x cp x tp.
+"""The mesh of processes: pp x dp_replicate x dp_shard x cp x tp.
 
 Notable features:
 - Tensor parallelism is the innermost dimension: its ranks are neighbors, so it stays inside a node as long as tp is at
   most the number of GPUs there. dp_shard comes next, dp_replicate (HSDP, arXiv 2304.11277 section 3.2.2) is outside it.
-- The data-parallel degree is derived from the number of processes; what does not fit is refused with the numbers and a
-  degree that would.
+- The data-parallel degree is derived from the number of processes. Degrees that do not fit are refused, with a suggestion
+  that does.
 - One process is the mesh whose degrees are all 1: it has no groups and needs no process group.
 
 rank = (((pp rank x dp_replicate + replica) x dp_shard + shard rank) x cp + cp rank) x tp + tp rank.
@@ -121,7 +121,7 @@ _AXES = ("pp", "dp_replicate", "dp_shard", "tp")
 
 @dataclass(frozen=True)
 class Mesh:
-    """This process's place in the grid and the groups it speaks to.
+    """This process's position in the mesh and its process groups.
 
     device: where this process's tensors are. device_mesh: the groups, over `_AXES`; None for one process.
     """

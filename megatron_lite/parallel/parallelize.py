@@ -1,4 +1,5 @@
-"""From a plain decoder to this process's part of it: cut by the plan, then recompute and compilation, layer by layer.
+"""From a plain decoder to this process's part of it: apply the tensor-parallel plan, then recompute and compilation, layer
+by layer.
 
 Works on the meta device, where it costs neither memory nor communication.
 """

@@ -1,4 +1,4 @@
-"""Which module becomes what under tensor parallelism, as data.
+"""Tensor-parallel plans: what each module becomes, as data.
 
 A plan maps a name below the module to an entry, or to several that are applied in order:
 
@@ -85,7 +85,7 @@ FINAL = (replicated_norm, copy_in_order)
 
 @dataclass(frozen=True)
 class MixerPlan:
-    """How a mixer is cut. must_divide: what the degree has to divide, as the config's key -> its number."""
+    """How a mixer is sharded. must_divide: config key -> value, for the values that the degree has to divide."""
 
     plan: Plan
     must_divide: Callable[[ModelConfig], dict[str, int]]

@@ -1,4 +1,4 @@
-"""One way to change what a module does from outside: make it, in place, a subclass of what it was.
+"""Changing what a module does from outside: its class is replaced, in place, by a subclass.
 
 FSDP2 does the same. The module keeps its name, its parameters and their names, so checkpoints, optimizer and engines see
 no difference; only methods are overridden. Tensor parallelism and recompute go through here.
@@ -15,7 +15,7 @@ from torch import nn
 def reclass(module: nn.Module, mixin: type[nn.Module], **attributes: Any) -> None:
     """Give `module` the class (mixin, its own class) and the attributes, in place.
 
-    Mixins stack: the one that came last runs first and reaches the others by `super()`.
+    Mixins stack: the last one added runs first and calls the others through `super()`.
     """
     module.__class__ = _subclass(mixin, type(module))  # type: ignore[arg-type]
     for name, value in attributes.items():

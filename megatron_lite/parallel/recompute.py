@@ -1,4 +1,4 @@
-"""Activation recompute: keep less in forward, compute it again in backward.
+"""Activation recompute: keep fewer activations in forward and compute them again in backward.
 
     none       keep everything
     selective  keep what matrix products and fused attention computed; recompute the cheap rest (norms, activations,

@@ -1,1 +1,1 @@
-"""Number formats of training: which dtype computes, which dtype keeps."""
+"""Number formats of training: the dtype of computation and the dtype of stored state."""

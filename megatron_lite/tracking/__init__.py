@@ -36,7 +36,7 @@ def build_tracker(
     """The record and the observers of `config`.
 
     main_process: False on all ranks but one; they get a tracker that does nothing.
-    on_loss: hears of an observer that is left out; by default it is warned of.
+    on_loss: called when an observer is disabled; by default a warning is printed.
     Raises ValueError if a value is invalid or a package is missing.
     """
     config.validate()

@@ -72,7 +72,7 @@ class WandbTracker:
 
 
 def lacks_login() -> bool:
-    """Whether W&B would have to ask for an API key, which nobody may be there to type."""
+    """Whether W&B would prompt for an API key, which an unattended job cannot answer."""
     import wandb
 
     settings = wandb.setup().settings

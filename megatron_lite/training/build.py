@@ -154,7 +154,7 @@ def build_trainer(
     point: ResumePoint | None,
     lost: Lost,
 ) -> Trainer:
-    """A trainer at the position of `point`, or at the start; `lost` hears of observers that fail.
+    """A trainer at the position of `point`, or at the start. `lost` collects observers that fail.
 
     Raises ValueError for anything in the config, the data or the checkpoint that does not fit together.
     """

@@ -1,4 +1,4 @@
-"""Who is to blame for a hang, from what every rank noted about itself. Pure functions of notes.
+"""Which ranks cause a hang, from the notes that every rank publishes about itself. Pure functions of these notes.
 
     on a CPU    a rank that is in none of torch's collectives keeps the others waiting: its stack says so
     on a GPU    a stack says little: backward runs in another thread, and a host that waits for a GPU does so wherever the queue of

@@ -1,4 +1,4 @@
-"""What a finished run says about going on."""
+"""Hints on how to continue a finished run."""
 
 from __future__ import annotations
 

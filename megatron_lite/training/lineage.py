@@ -1,10 +1,10 @@
-"""Which checkpoint was led to by which `resume=<path>`, so that the same command goes on where its last job stopped.
+"""Which checkpoints descend from which `resume=<path>`, so that the same command continues where its last job stopped.
 
-A manifest's `lineage` lists the times that its run was taken back or branched off with `resume=<path>`, oldest first. A checkpoint
-descends from a path if one of these entries is of that path: it was named like that, or it was the same checkpoint under another
-path. So the first job of a command goes to the path and drops what comes after it, and every later one goes on from what it left,
-even when the checkpoint at the path is gone by then. `resume_again=<word>` is the same with a word to it: a word that is not in the
-lineage yet goes back once more.
+A manifest's `lineage` lists, oldest first, each time that its run went back or branched off with `resume=<path>`. A
+checkpoint descends from a path if one of these entries matches it: the same path, or the same checkpoint under another path.
+So the first job of a command goes back to the path and drops the later checkpoints, and every later job continues from the
+checkpoints of the first, even if the checkpoint at the path has been deleted. `resume_again=<value>` adds a value to the
+entry: a value that is not in the lineage yet goes back once more.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ ONCE = "false"  # the word of `resume_again` for the first time
 
 @dataclass(frozen=True)
 class Origin:
-    """What `resume=<path>` names. path: absolute. checkpoint: its identity, None where the path is a run's or leads nowhere."""
+    """What `resume=<path>` names. path: absolute. checkpoint: its identity; None if the path is a run directory or does not
+    exist."""
 
     path: str
     checkpoint: str | None
@@ -30,7 +31,7 @@ class Origin:
 
     @classmethod
     def named(cls, path: str, word: str) -> Origin:
-        """Reads the manifest at `path`, if there is one; damage is found where it is loaded."""
+        """Read the manifest at `path`, if there is one. Damage is reported later, when the checkpoint is loaded."""
         checkpoint = None
         if (Path(path) / MANIFEST).exists():
             with suppress(CheckpointError):
@@ -38,11 +39,11 @@ class Origin:
         return cls(str(Path(path).resolve()), checkpoint, word.lower())
 
     def entry(self, step: int) -> dict[str, Any]:
-        """The entry of a lineage: from here on a run was led by this path, to the checkpoint of `step`."""
+        """The lineage entry that says that a run followed this path to the checkpoint of `step`."""
         return {"path": self.path, "checkpoint": self.checkpoint, "word": self.word, "step": step}
 
     def is_in(self, lineage: list[dict[str, Any]]) -> bool:
-        """Whether a run with this lineage descends from here, by this word; without one, by any."""
+        """Whether a run with this lineage descends from this origin with the given `resume_again` value (None: with any)."""
         return any(
             (entry.get("path") == self.path or (self.checkpoint and entry.get("checkpoint") == self.checkpoint))
             and self.word in (ONCE, entry.get("word"))

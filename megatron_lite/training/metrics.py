@@ -8,7 +8,7 @@ table 2, and PaLM, appendix B) and `peak` the dense FLOP/s of one device (`devic
 
 Notable:
   - no host sync between logged steps: results stay on the device, and one transfer fetches an interval's worth;
-  - with `log_every` > 1 a row speaks for its interval: `loss` is the mean over the interval's valid tokens,
+  - with `log_every` > 1 a row summarizes its interval: `loss` is the mean over the interval's valid tokens,
     `grad_norm` the plain mean, `step_seconds` the mean, the speeds are totals over totals. Skipped steps
     (non-finite loss or gradient) are left out of loss and norm and counted in `skipped_steps`; if every step
     was skipped, the row shows the last one's values;

@@ -1,12 +1,13 @@
-"""Whether a signal asks the job to save and stop: a question to all ranks, asked every few steps.
+"""Agreement between all ranks, every few steps, on whether a signal asks the job to save and stop.
 
-A signal may reach one rank only, and all ranks must stop after the same step, so they have to agree. Asking after every step would
-be an all-reduce over all hosts in every step, behind which no host could run ahead. Notable features:
-- One all-reduce carries the signal and the time of the slowest step and validation batch since the last question. From these times
-  every rank computes the same next question, so that no other message is needed.
-- A signal is noticed within max(one step, `REACTION_SECONDS`). Questions are planned for half of that time: the steps until the next
-  one may take twice as long as the slowest one since the last.
-- The first step is followed by a question. From one question to the next the number of steps at most doubles: on a GPU, where the
+A signal may reach a single rank only, and all ranks must stop after the same step, so they have to agree. Checking after
+every step would need an all-reduce over all hosts in every step, which would keep every host from running ahead of its
+device. Notable features:
+- One all-reduce carries the signal and the time of the slowest step and validation batch since the last check. From these
+  times every rank computes when the next check is, so no other message is needed.
+- A signal is noticed within max(one step, `REACTION_SECONDS`). Checks are planned for half of that time, so the steps until
+  the next one may take twice as long as the slowest one since the last check.
+- There is a check after the first step. From one check to the next the number of steps at most doubles: on a GPU, where the
   host runs ahead, the first steps look faster than they are.
 """
 
@@ -24,10 +25,10 @@ KINDS = ("step", "validation batch")
 
 
 class Preemption:
-    """Asks the ranks for signals; `requested_after` is called at the same places on every rank.
+    """Checks all ranks for signals. Every rank must call `requested_after` at the same points.
 
     signal: the name of the signal that was agreed on, e.g. SIGTERM; None until then. The same on every rank.
-    step_seconds: the slowest step between the last two questions, on the slowest rank; 0 before the first.
+    step_seconds: the slowest step between the last two checks, on the slowest rank; 0 before the first.
     """
 
     def __init__(self, runtime: Runtime, signals: Signals, *, clock: Callable[[], float] = time.monotonic) -> None:
@@ -44,7 +45,8 @@ class Preemption:
         return self._agreed["step"] if math.isfinite(self._agreed["step"]) else 0.0
 
     def requested_after(self, kind: str) -> bool:
-        """Whether the job is to stop, now that a step or a validation batch is done. Asks the other ranks when it is time to."""
+        """Whether the job has to stop after this step or validation batch. Checks with the other ranks when a check is
+        due."""
         now = self._clock()
         self._slowest[kind] = max(self._slowest[kind], now - self._began)
         self._began = now
@@ -56,7 +58,8 @@ class Preemption:
         return self.signal is not None
 
     def resume(self) -> None:
-        """After a save: its time belongs to no step, and a signal may have come in it, so the next step is followed by a question."""
+        """Call it after a save: the time of the save is not counted as a step, and because a signal may have arrived during
+        it, the next step is followed by a check."""
         self._began = self._clock()
         self._expected = math.inf
 

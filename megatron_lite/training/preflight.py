@@ -1,10 +1,11 @@
-"""What can be known about the nodes of a run before it starts: are they the same, fast, connected, and on one file system?
+"""Checks of the nodes of a run before it starts: are they identical, fast, connected, and on one shared file system?
 
 Notable features:
-- every rank measures, rank 0 judges: `measure` returns one Report a rank there, `out_of_line` says which host differs;
+- every rank measures and rank 0 compares: there `measure` returns one Report per rank, and `out_of_line` names the hosts
+  that differ;
 - speeds are compared with the fastest of the same kind, so that no table of expected values is needed;
-- a ring between the nodes (every rank sends to its neighbor's, all at once) shows which link is slow; collectives only show
-  that one is.
+- a ring between the nodes (every rank sends to the next node, all at once) shows which link is slow; collectives only show
+  that some link is.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ import torch.distributed as dist
 from megatron_lite.ranks import Ranks
 from megatron_lite.runtime import Runtime
 
-# A host is out of line below this part of the fastest one's speed. Matmuls differ by a few percent between GPUs of one kind (clocks,
-# temperature), file systems by whoever else writes.
+# A host is reported below this fraction of the fastest host's speed. Matmuls differ by a few percent between GPUs of the
+# same model (clocks, temperature), file systems by the load from other users.
 SLOW = {"matmul": 0.85, "link": 0.6, "write": 0.3}
 UNITS = {"matmul": "TFLOP/s", "link": "GB/s", "write": "GB/s"}
 CLOCK_SECONDS = 1.0  # between two hosts: time stamps of logs and checkpoints, certificates

@@ -19,7 +19,7 @@ _jobs = itertools.count()  # one process group may serve several jobs, one after
 
 
 class RankNotes:
-    """Notes of all ranks in the process group's store. Every call is short, and none needs another rank to be alive."""
+    """Notes of all ranks in the process group's store. Every call is short and works even if other ranks are dead."""
 
     def __init__(self, rank: int, ranks: int) -> None:
         self.rank, self.ranks = rank, ranks
@@ -42,12 +42,13 @@ class RankNotes:
         return self._get(f"{kind}/{rank}")
 
     def fail(self, note: dict[str, Any]) -> None:
-        """Tell all ranks of a failure. The first one of a job is kept; a later one is mostly its consequence."""
+        """Report a failure to all ranks. Only the first one of a job is kept, because later ones are usually its
+        consequences."""
         with contextlib.suppress(RuntimeError):
             self._store.compare_set("failure", "", json.dumps(note))
 
     def failure(self) -> dict[str, Any] | None:
-        """The first failure of which a rank has told."""
+        """The first failure that a rank has reported."""
         return self._get("failure")
 
     def _get(self, key: str) -> dict[str, Any] | None:
@@ -84,7 +85,8 @@ class RankNotes:
         return self._store.add("reporters", 1) == 1
 
     def report(self) -> None:
-        """The verdict is written, the other ranks may end: the launcher ends all ranks as soon as one has ended."""
+        """Report that the verdict is written, so that the other ranks may exit: the launcher ends all ranks as soon as one
+        has exited."""
         self._store.add("reported", 1)
 
     def is_reported(self) -> bool:
@@ -106,7 +108,8 @@ class RankNotes:
 
 
 class Others:
-    """Whether another rank has failed: it says so, or its heartbeat stops. Each rank listens to the next one's, in a ring."""
+    """Whether another rank has failed: it reports a failure, or its heartbeat stops. Each rank watches the heartbeat of the
+    next one, in a ring."""
 
     def __init__(self, notes: RankNotes, *, lost_seconds: float) -> None:
         self._notes, self._lost_seconds = notes, lost_seconds
@@ -116,7 +119,8 @@ class Others:
         self._failed_since: float | None = None
 
     def have_failed(self, now: float, *, patience: float) -> bool:
-        """Whether a rank failed more than `patience` seconds before `now`; tells all ranks of the next one if that is lost."""
+        """Whether a rank failed more than `patience` seconds before `now`. If the next rank in the ring is lost, this is
+        reported to all ranks."""
         self._listen(now)
         if self._failed_since is None and self._notes.failure() is not None:
             self._failed_since = now

@@ -33,7 +33,7 @@ class Reported(Protocol):
 
 @contextmanager
 def reported(trainer: Reported) -> Iterator[None]:
-    """Write to status.json and the trackers that the job runs, and how it ended, whatever happens.
+    """Write to status.json and the trackers that the job is running and, whatever happens, how it ended.
 
     Raises TrainingFailedError for what a user can repair: a lost rank, a full disk, a value that does not fit.
     """

@@ -1,9 +1,11 @@
-"""Where a job begins: at the newest checkpoint of its run, at a named one, at other weights, or afresh; and whether it may.
+"""Where a job starts: at the newest checkpoint of its run, at a named checkpoint, from other weights, or from scratch; and
+whether it is allowed to.
 
 Notable features:
-- `resume=auto|never|<path>` concerns this run, and a path is gone back to once (see `lineage`); `init_from=<path>` takes weights from
-  elsewhere and is never looked at again once the run has a checkpoint.
-- What would make another run of it (model, batch sizes, tokenizer; the data checks itself) is refused by name.
+- `resume=auto|never|<path>` is about the checkpoints of this run, and a command goes back to a path only once (see
+  `lineage`); `init_from=<path>` loads weights from elsewhere and is ignored once the run has a checkpoint.
+- Changes that would make it a different run (model, batch sizes, tokenizer; `data.resume` checks the data) are refused by
+  name.
 """
 
 from __future__ import annotations
@@ -31,14 +33,15 @@ from megatron_lite.weights import Weights, model_config, open_weights
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """checkpoint: what to load. led_by: the entry with which the lineage goes on, where `resume=<path>` leads there now."""
+    """checkpoint: what to load. led_by: the entry to append to the lineage if `resume=<path>` goes to that checkpoint
+    now."""
 
     checkpoint: Path
     led_by: dict[str, Any] | None = None
 
 
 def choose_checkpoint(run: RunConfig, store: CheckpointStore) -> ResumePoint | None:
-    """The checkpoint that `resume` means: None starts afresh. The same on every rank.
+    """The checkpoint that `resume` selects; None starts from scratch. The same on every rank.
 
     Raises ValueError when `resume=never` would write over a run.
     """
@@ -174,9 +177,8 @@ def lineage_of(manifest: dict[str, Any] | None, point: ResumePoint | None) -> li
 
 
 def report_changes(schedule: Schedule, *, before: Schedule | None, phases: Phases) -> None:
-    """Say what a length, batch size or schedule that is not the checkpoint's has changed.
-
-    That is where the ends of phases now are, which keep their sample numbers, and a learning rate that jumps.
+    """Report the effects of a length, batch size or schedule that differs from the checkpoint's: where the ends of phases
+    now are (they keep their sample numbers), and a learning rate that jumps.
     """
     total = schedule.end.consumed_samples
     for fraction, sample in phases.boundaries.items():

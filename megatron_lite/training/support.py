@@ -1,4 +1,4 @@
-"""Which features work together: the one table that validation refuses from and docs/support.md is printed from.
+"""Which features work together: the table behind both validation and docs/support.md.
 
     python -m megatron_lite.training.support > docs/support.md
 

@@ -1,11 +1,11 @@
-"""The training loop: when to step, log, validate, save and stop. How a step runs is the engine's business.
+"""The training loop: when to step, log, validate, save and stop. The engine runs the steps.
 
 Notable features:
 - `Trainer.fit` is the only loop, the same for every engine, layout and objective.
 - The state of a run is the engine's tensors and a few integers (`Position`); a checkpoint's manifest holds these and, for the
   record and for the checks at a resume, the config and the state of the blend.
-- Nothing in the loop waits for the device unless a row is written or a checkpoint is saved, and no step asks all hosts (see
-  `preemption`).
+- Nothing in the loop waits for the device unless a row is written or a checkpoint is saved, and the loop does not add a
+  collective over all hosts to every step (see `preemption`).
 - A signal is noticed during validation too: the checkpoint is saved at once and the validation is done from its start on resume.
 """
 
@@ -221,8 +221,8 @@ class Trainer:
     def validate(self, outcome: str) -> str:
         """Log the mean loss on the held-out batches of every source as one row.
 
-        A signal, before or during it, puts it off until the run is resumed. Returns the outcome that follows: `preempted`
-        instead of `running` and `finished`, for something is left to do.
+        A signal before or during validation postpones it until the run is resumed. Then `preempted` is returned instead of
+        `running` or `finished`, because the validation still has to be done.
         """
         self.position.validation_due = True
         losses = {}

@@ -1,4 +1,4 @@
-"""Finds ranks that hang and ranks that are slow: a thread in every rank of a training job, from its start to its end.
+"""A thread in every rank of a training job, from its start to its end, that finds hanging, failed and slow ranks.
 
     start:    enter("check run.dir", 0)  enter("prepare data", 0)  enter("build", 0)  enter("restore step_00000006", 0)
     loop:     enter("data", 7)  enter("train_step", 7)  enter("save", 7) ...
@@ -7,14 +7,14 @@
 Notable features:
 - Hang: when the loop has stayed in one phase for `timeout_seconds`, every rank that can writes the stacks of its threads and the
   flight recorder to <run.dir>/hang, the ranks compare notes, one of them names the culprit in status.json (see `hang`), all exit.
-- Failure: a rank that fails tells the others through the store, one that is killed or whose node is lost stops renewing its
-  heartbeat, which the rank before it sees. gloo raises on the other ranks, NCCL does not: they sit in a kernel that never ends. So a
-  rank that is still there a few seconds later ends itself, with the name of the first that failed.
+- Failure: a rank that fails reports this through the store; one that is killed or whose node is lost stops renewing its
+  heartbeat, which the previous rank notices. gloo then raises on the other ranks, but NCCL does not: they would wait forever
+  in a kernel. So a rank that is still running a few seconds later exits, naming the rank that failed first.
 - A rank whose interpreter is stuck (so that its watchdog thread cannot run either) is ended by faulthandler's C thread, stacks to
   stderr.
-- Slow: a rank's own time is the time that it does not spend waiting in a collective, sampled from its stack at every tick. Where
-  one rank's own time per step is `slow_factor` times the median, rank 0 warns. This sees the host only: a GPU that computes slowly
-  while its host runs ahead shows where the host waits for it.
+- Slow: a rank's own time is the time that it does not spend waiting in a collective, sampled from its stack at every tick. If
+  one rank's own time per step is `slow_factor` times the median, rank 0 prints a warning. This only measures the host: a
+  slow GPU whose host runs ahead becomes visible where the host waits for it.
 - No collective is used and nothing waits for the device. A single process has no watchdog.
 """
 
@@ -115,14 +115,14 @@ class Watchdog:
         return self._notes is not None and self._notes.is_reported()
 
     def fail(self, text: str) -> None:
-        """This rank fails with `text`, which the other ranks are told at once."""
+        """Report to the other ranks that this rank fails with `text`."""
         step, phase, _ = self._where
         self._leaving = True
         if self._notes is not None:
             self._notes.fail({"rank": self.runtime.rank, "step": step, "phase": phase, "text": text[:500]})
 
     def failed_first(self) -> str | None:
-        """The rank that failed first, where and why, if a rank has told of it."""
+        """The rank that failed first, where and why, if any failure has been reported."""
         failure = self._notes.failure() if self._notes is not None else None
         return failure_text(failure) if failure else None
 
@@ -252,7 +252,7 @@ class Watchdog:
             os._exit(EXIT_CODE)
 
     def _end_without_a_store(self, seconds: float) -> None:
-        """Nobody can be told or asked any more: the store's host, where rank 0 runs, is lost. Never returns."""
+        """The host of the store, where rank 0 runs, is lost, so no rank can be reached any more. Never returns."""
         step, phase, _ = self._where
         text = f"rank {self.runtime.rank} in step {step}, {phase}: no answer for {seconds:.0f} s from the process group's store, "
         text += "which the node of rank 0 holds"

@@ -1,7 +1,8 @@
 """Mamba-2/attention hybrids (Nemotron-H, Nemotron Nano 2) <-> transformers' NemotronHForCausalLM.
 
-Every symbol of the pattern is a layer of its own there too. config.json spells the pattern in one of three ways, by letters or by
-two sets of words, and gets the same one back; a model of ours is written with letters, which all readers know.
+In transformers, too, every symbol of the pattern is one layer. config.json spells the pattern in one of three ways, with
+letters or with two sets of words, and an export uses the spelling of the import. Models trained here are written with
+letters, which all readers know.
 
 `time_step_min` is the lower limit that transformers puts on dt (where it computes in chunks); it does not read `time_step_limit`.
 `chunk_size` changes how the scan is computed and not what it gives, so it is kept beside the model, as is what only initializes.

@@ -1,4 +1,4 @@
-"""Which families there are. A new family is one file beside this one and one entry here."""
+"""The registered families. A new family is one file next to this one and one entry here."""
 
 from __future__ import annotations
 
