@@ -21,6 +21,7 @@ from megatron_lite.models.mamba import GatedGroupNorm, Mamba2
 from megatron_lite.models.ssd import ssd
 
 BATCH, HEADS, GROUPS, WIDTH, STATES = 2, 6, 2, 3, 5
+SEGMENT = 96
 
 
 def token_loop(
@@ -39,14 +40,16 @@ def token_loop(
 
 
 def scan_inputs(length: int, strength: float, seed: int) -> tuple[list[Tensor], Tensor]:
-    """(x, dt, A, B, C, state) in float64 with dt A down to -`strength` a step, mostly far less; and documents."""
+    """(x, dt, A, B, C, state) in float64 with dt A down to -`strength` a step, mostly far less; and documents,
+    one of which begins with a segment."""
     draw = torch.Generator().manual_seed(seed)
     shapes = [(length, HEADS, WIDTH), (length, GROUPS, STATES), (length, GROUPS, STATES), (HEADS, WIDTH, STATES)]
     x, B, C, state = (torch.randn(BATCH, *shape, generator=draw, dtype=torch.float64) for shape in shapes)
     dt = torch.rand(BATCH, length, HEADS, generator=draw, dtype=torch.float64) ** 4
     A = -strength * (0.1 + 0.9 * torch.rand(HEADS, generator=draw, dtype=torch.float64))
-    documents = (torch.rand(BATCH, length, generator=draw) < 3 / length).long().cumsum(1)
-    return [x, dt, A, B, C, state], documents
+    begins = torch.rand(BATCH, length, generator=draw) < 3 / length
+    begins[0, SEGMENT : SEGMENT + 1] = True
+    return [x, dt, A, B, C, state], begins.long().cumsum(1)
 
 
 def values_and_gradients(
@@ -79,7 +82,7 @@ def test_a_long_sequence():
 @pytest.fixture(autouse=True)
 def short_segments(monkeypatch):
     """Segments that short sequences have several of."""
-    monkeypatch.setattr("megatron_lite.models.ssd.SEGMENT", 96)
+    monkeypatch.setattr("megatron_lite.models.ssd.SEGMENT", SEGMENT)
 
 
 def check_scan(length: int, chunk: int, strength: float, *, packed: bool, seed: int) -> None:

@@ -139,15 +139,16 @@ def test_the_set_is_small_and_complete() -> None:
 
 
 @pytest.mark.parametrize(
-    ("command", "words", "says"),
+    ("command", "ranks", "words", "says"),
     [
-        ("train", ["engine=deepspeed", "parallel.dp_replicate=2"], r"parallel\.dp_replicate=2"),
-        ("evaluate", ["engine=deepspeed"], "engine=deepspeed"),
-        ("generate", ["parallel.sequence_parallel=true", "parallel.tp=2"], r"parallel\.sequence_parallel=true"),
-        ("generate", [], "2 data-parallel processes"),
+        ("train", 2, ["engine=deepspeed", "parallel.dp_replicate=2"], r"parallel\.dp_replicate=2"),
+        ("train", 1, ["engine.cpu_offload=true"], r"engine\.cpu_offload=true with 1 process:"),
+        ("evaluate", 2, ["engine=deepspeed"], "engine=deepspeed"),
+        ("generate", 2, ["parallel.sequence_parallel=true", "parallel.tp=2"], r"parallel\.sequence_parallel=true"),
+        ("generate", 2, [], "2 data-parallel processes"),
     ],
 )
-def test_what_the_table_does_not_support_is_refused(command: str, words: list[str], says: str) -> None:
+def test_what_the_table_does_not_support_is_refused(command: str, ranks: int, words: list[str], says: str) -> None:
     if command == "train":
         run = compose_run(["experiment=smoke", *words])
         parallel, engine = run.parallel, run.engine
@@ -156,7 +157,7 @@ def test_what_the_table_does_not_support_is_refused(command: str, words: list[st
         config = compose_config(command, schema, ["checkpoint=x", *words])
         parallel, engine = config.parallel, getattr(config, "engine", None)
     with pytest.raises(ValueError, match=says):
-        support.refuse_unsupported(command, parallel=parallel, engine=engine, world_size=2)
+        support.refuse_unsupported(command, parallel=parallel, engine=engine, world_size=ranks)
 
 
 def test_the_page_is_printed_from_the_table() -> None:
