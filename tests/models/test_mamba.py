@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -71,6 +71,7 @@ def values_and_gradients(
     st.booleans(),
     st.integers(0, 99),
 )
+@example(150, 64, 2.0, True, 0)  # two segments and several documents
 def test_chunks_equal_the_loop_over_tokens(length, chunk, strength, packed, seed):
     check_scan(length, chunk, strength, packed=packed, seed=seed)
 
@@ -171,6 +172,26 @@ def test_the_convolution_is_torchs():
         results.append([y.detach(), whole.grad, module.weight.grad, module.bias.grad])
     for ours, theirs in zip(*results):
         torch.testing.assert_close(ours, theirs)
+
+
+def test_the_convolution_of_packed_documents_is_that_of_each_alone():
+    """Values and gradients; the second document is shorter than the taps reach."""
+    torch.manual_seed(0)
+    conv = CausalConv(5, 4).double()
+    for parameter in conv.parameters():
+        torch.nn.init.normal_(parameter)
+    x, grad = torch.randn(1, 9, 5).double(), torch.randn(1, 9, 5).double()
+    documents = torch.tensor([[0] * 4 + [1] * 2 + [2] * 3])
+    results = []
+    for run in (
+        lambda x: conv(x, None, documents)[0],
+        lambda x: torch.cat([conv(y)[0] for y in x.split([4, 2, 3], 1)], 1),
+    ):
+        inputs = [x.clone().requires_grad_(), *conv.parameters()]
+        y = run(inputs[0])
+        results.append([y, *torch.autograd.grad(y, inputs, grad)])
+    for packed, alone in zip(*results):
+        torch.testing.assert_close(packed, alone)
 
 
 def test_group_norm_is_of_each_group_alone():

@@ -43,6 +43,11 @@ def test_the_host_that_is_out_of_line_is_named(rank, change, said):
     assert all(text in line for text in said), line
 
 
+def test_a_clock_is_that_of_a_node():
+    (line,) = out_of_line([replace(r, clock=r.clock + 30) if r.host == "node2" else r for r in WELL])
+    assert "the clock of node2 (rank 4) is +30" in line
+
+
 def two_nodes(rank: int, world_size: int, folder: str) -> tuple[list[Report], list]:
     """Each rank is a node of its own; the second one is slow and has another version."""
     runtime = Runtime(rank=rank, world_size=world_size, local_rank=0, device=torch.device("cpu"))
