@@ -145,6 +145,18 @@ def test_a_branch_from_a_moved_trunk_goes_on(tiny_data, copy_of, straight, tmp_p
     assert [row["step"] for row in runs.rows(branch)] == [13]
 
 
+def test_a_trunk_that_went_on_past_the_branch_is_refused(tiny_data, copy_of, straight, tmp_path):
+    """Its newest checkpoint is not where the branch went off, and would drop what the branch has done."""
+    trunk, branch = copy_of(straight), tmp_path / "branch"
+    later = step(trunk, 20).rename(tmp_path / "later")
+    shutil.rmtree(step(trunk, 16))
+    runs.run(tiny_data, branch, SLOWER, f"resume={trunk}", "train.stop_at=13")
+    later.rename(step(trunk, 20))
+    with pytest.raises(ValueError, match="checkpoint of another run"):
+        runs.run(tiny_data, branch, SLOWER, f"resume={trunk}", "resume_again=true")
+    assert steps(branch) == [13]
+
+
 def test_what_a_path_names(straight, tmp_path, monkeypatch):
     """However it is written; a checkpoint of the same step with other numbers is another one."""
     monkeypatch.chdir(straight)
