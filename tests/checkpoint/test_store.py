@@ -185,11 +185,16 @@ def test_one_that_was_found_damaged_is_not_the_newest_sound_one(tmp_path):
     store = CheckpointStore(tmp_path, CheckpointConfig(keep=2))
     for step in (1, 2):
         store.save(step, tensors_of(step), STATE)
-    flip_byte(next(store.path(2).glob("*.safetensors")))  # names and sizes do not tell
+    damaged = next(store.path(2).glob("*.safetensors"))
+    flip_byte(damaged)  # names and sizes do not tell
     store = CheckpointStore(tmp_path, CheckpointConfig(keep=1))
     assert store.newest_valid() == store.path(1)
     store.prune()
     assert store.steps() == [1, 2]
+    flip_byte(damaged)  # repaired
+    assert store.newest_valid() == store.path(2)
+    store.prune()
+    assert store.steps() == [2]
 
 
 def test_a_save_to_a_directory_of_its_own_is_noticed(store, tmp_path):
@@ -303,6 +308,17 @@ def test_a_background_save_keeps_the_values_of_its_moment(tmp_path):
     store.wait()
     assert loads(store, 1)
     assert store.read_manifest(1)["config"] == {"list": [1]}
+
+
+def test_background_saves_of_other_shapes_and_dtypes(tmp_path):
+    """The buffers that the tensors are copied to are kept from one save to the next."""
+    store = CheckpointStore(tmp_path, CheckpointConfig(async_save=True))
+    for step, tensor in enumerate((torch.ones(3), torch.full((3,), 1 / 3, dtype=torch.float64), torch.ones(4)), 1):
+        store.save(step, {"model.a": tensor}, STATE)
+        store.wait()
+        target = torch.zeros_like(tensor)
+        store.load(step, {"model.a": target})
+        assert torch.equal(target, tensor)
 
 
 def test_a_second_background_save_waits_for_the_first(tmp_path):

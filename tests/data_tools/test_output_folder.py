@@ -22,7 +22,16 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_a_folder_of_the_user_is_refused_and_left_as_it_is(make_recipe, tmp_path) -> None:
     mine = tmp_path / "mine"
     source = write_jsonl(mine / "wiki.json", [{"text": article(i)} for i in range(3)])
-    for name in ("data/raw/notes.txt", "package.json", "corpus.json", "older.bin", "older.idx", "work/x", ".lock"):
+    for name in (
+        "data/raw/notes.txt",
+        "package.json",
+        "corpus.json",
+        "recipe.json",
+        "older.bin",
+        "older.idx",
+        "work/x",
+        ".lock",
+    ):
         (mine / name).parent.mkdir(parents=True, exist_ok=True)
         (mine / name).write_text('{"theirs": true}')
     before = contents(mine)
