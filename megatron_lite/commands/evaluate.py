@@ -61,14 +61,12 @@ class EvaluateConfig:
             value = getattr(self, key)
             if value is not None and value < 1:
                 raise ValueError(f"{key}={value} must be at least 1")
-        if self.engine.name != "fsdp":
-            raise ValueError(f"engine={self.engine.name} only trains; evaluate with engine=fsdp")
-        for section in (self.precision, self.engine):
-            section.validate()
         self.parallel.validate(world_size)
-        refuse_unsupported(
+        refuse_unsupported(  # first: nobody should have to install an engine to hear that it does not evaluate
             "evaluate", parallel=self.parallel, engine=self.engine, precision=self.precision, world_size=world_size
         )
+        for section in (self.precision, self.engine):
+            section.validate()
 
 
 def main() -> None:

@@ -38,6 +38,11 @@ def edit(path, **changes):
     (path / "manifest.json").write_bytes(encode({k: v for k, v in manifest.items() if v is not None}))
 
 
+def recut(path, cuts):
+    """A manifest whose groups are all cut in another way."""
+    edit(path, groups=dict.fromkeys(json.loads((path / "manifest.json").read_text())["groups"], cuts))
+
+
 def truncate(path):
     file = tensor_files(path)[0]
     file.write_bytes(file.read_bytes()[:-3])
@@ -96,11 +101,17 @@ DAMAGES = {
     "wrong type": (lambda path: edit(path, consumed_samples="640"), "'consumed_samples' is str, not int"),
     "foreign version": (lambda path: edit(path, format_version=3), "format_version 3"),
     "foreign format": (lambda path: edit(path, format="other"), "format 'other'"),
-    "path outside": (lambda path: edit(path, files={"../x.safetensors": {}}), "impossible file"),
+    "path outside": (
+        lambda path: edit(path, files={"../x.safetensors": {"size": 1, "blocks_sha256": ""}}),
+        "impossible file",
+    ),
     "bad dtype": (
         lambda path: edit(path, tensors={"model.a": {"shape": [1], "dtype": "save", "group": "a"}}),
         "model.a.*'save'",
     ),
+    "a cut into no parts": (lambda path: recut(path, [[0, 0]]), "describes an impossible group"),
+    "a cut of a dimension that is not there": (lambda path: recut(path, [[7, 2]]), "impossible group"),
+    "an unknown group": (lambda path: edit(path, groups={}), "impossible group"),
     "another step": (other_step, "holds step 1, not what its name says"),
     "empty directory": (lambda path: [file.unlink() for file in path.iterdir()], "cannot be read"),
 }
@@ -141,10 +152,12 @@ def test_damage_after_it_was_found_valid_is_noticed(store):
         store.load(path, empty_like(tensors_of(2)))
 
 
-def test_a_damaged_step_can_be_saved_again(store):
+def test_a_damaged_step_can_be_saved_again_and_counts_as_sound(store):
+    store = CheckpointStore(store.directory, CheckpointConfig(keep=1))
     truncate(store.path(2))
     assert store.newest_valid() == store.path(1)
     store.save(2, tensors_of(2), STATE)
+    assert store.steps() == [2]
     assert store.newest_valid() == store.path(2)
 
 
@@ -158,6 +171,21 @@ def test_rows_that_no_file_holds_are_noticed(store):
     with pytest.raises(CheckpointError, match=r"no file .* holds a part of 'exp_avg_sq"):
         store.load(2, empty_like(tensors_of(2)))
     with pytest.raises(CheckpointError, match=r"no file .* holds a part of 'exp_avg_sq"):
+        list(load_tensors(path))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"shape": [6, 11]}, r"with shape \(11, 6\), not \(6, 11\)"),
+        ({"dtype": "int32"}, r"as torch.float32, not torch.int32"),
+    ],
+)
+def test_a_file_that_holds_another_tensor_than_its_manifest_says(store, change, says):
+    path = store.path(2)
+    tensors = json.loads((path / "manifest.json").read_text())["tensors"]
+    edit(path, tensors=tensors | {"model.embedding.weight": tensors["model.embedding.weight"] | change})
+    with pytest.raises(CheckpointError, match=says):
         list(load_tensors(path))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from megatron_lite.checkpoint import CheckpointConfig, CheckpointError, CheckpointStore, Layout, load_tensors
+from megatron_lite.checkpoint.manifest import encode
 from megatron_lite.checkpoint.opening import Verifier
 from tests.checkpoint.processes import STATE, bitwise_equal, first_ranks, flip_byte
 from tests.distributed import run_ranks
@@ -53,6 +55,20 @@ def test_it_loads_on_four_ranks_and_on_one():
     assert found.read("model.layers.0.mixer.out.weight", (1, 2), (4, 9)).equal(
         tensors()["model.layers.0.mixer.out.weight"][1:5, 2:11]
     )
+
+
+def test_a_shard_that_no_file_of_it_holds_is_noticed(tmp_path):
+    path = Path(shutil.copytree(FIXTURE, tmp_path / "checkpoints")) / "step_00000003"
+    manifest = json.loads((path / "manifest.json").read_text())
+    del manifest["checksum"]
+    gone = next(
+        file for file in path.glob("rank-00001-*") if b"exp_avg_sq.layers.0.mixer.out.weight" in file.read_bytes()
+    )
+    gone.unlink()
+    del manifest["files"][gone.name]
+    (path / "manifest.json").write_bytes(encode(manifest))
+    with pytest.raises(CheckpointError, match=r"no file .* holds a part of 'exp_avg_sq"):
+        list(load_tensors(path))
 
 
 @pytest.mark.parametrize("place", [-1, 20], ids=["a value", "the header"])

@@ -78,7 +78,10 @@ def test_only_the_weights(path):
     flip_byte(next(file for file in path.glob("*.safetensors") if b"model." in file.read_bytes()))
     with pytest.raises(CheckpointError, match="SHA-256"):
         Verifier().open(path, prefixes=("model.",))
-    Verifier().open(path, prefixes=("exp_avg",))
+    verifier = Verifier()
+    verifier.open(path, prefixes=("exp_avg",))
+    with pytest.raises(CheckpointError, match="SHA-256"):  # the optimizer's files were verified, the weights' were not
+        verifier.open(path)
 
 
 def test_damage_in_a_needed_file_is_refused_before_the_first_tensor(path):

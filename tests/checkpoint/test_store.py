@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +16,7 @@ from megatron_lite.checkpoint import CheckpointConfig, CheckpointStore
 from megatron_lite.checkpoint.directory import expendable
 from megatron_lite.checkpoint.storage import open_for_writing
 from megatron_lite.errors import CheckpointError
-from tests.checkpoint.processes import STATE, bitwise_equal, empty_like, tensors_of
+from tests.checkpoint.processes import STATE, bitwise_equal, empty_like, flip_byte, tensors_of
 from tests.distributed import PATIENCE_SECONDS
 
 
@@ -41,6 +44,11 @@ def test_a_round_trip(store):
     assert manifest["threads"] == torch.get_num_threads()
     assert manifest["versions"]["torch"] == torch.__version__
     assert manifest["tensors"]["model.norm.weight"]["dtype"] == "bfloat16"
+
+
+def full(path):
+    """Opens no file."""
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def test_an_empty_directory_has_nothing(store):
@@ -117,9 +125,17 @@ def test_an_incomplete_state_is_refused(store, missing):
     assert names_in(store.directory) == [] if store.directory.exists() else True
 
 
-def test_a_state_that_is_no_json_is_refused(store):
-    with pytest.raises(CheckpointError, match="must be JSON"):
-        store.save(1, tensors_of(1), {**STATE, "config": {"t": torch.zeros(1)}})
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"config": {"t": torch.zeros(1)}}, "must be JSON"),
+        ({"counters": {"adam_step": -1}}, "'adam_step' is -1"),
+        ({"files": {}}, r"the keys \['files'\]"),
+    ],
+)
+def test_a_state_that_could_not_be_read_again_is_refused(store, change, says):
+    with pytest.raises(CheckpointError, match=says):
+        store.save(1, tensors_of(1), {**STATE, **change})
 
 
 def test_integer_keys_survive_the_checksum(store):
@@ -165,6 +181,63 @@ def test_the_newest_sound_one_is_never_deleted(tmp_path):
     assert store.newest_valid() == store.path(2)
 
 
+def test_one_that_was_found_damaged_is_not_the_newest_sound_one(tmp_path):
+    store = CheckpointStore(tmp_path, CheckpointConfig(keep=2))
+    for step in (1, 2):
+        store.save(step, tensors_of(step), STATE)
+    damaged = next(store.path(2).glob("*.safetensors"))
+    flip_byte(damaged)  # names and sizes do not tell
+    store = CheckpointStore(tmp_path, CheckpointConfig(keep=1))
+    assert store.newest_valid() == store.path(1)
+    store.prune()
+    assert store.steps() == [1, 2]
+    flip_byte(damaged)  # repaired
+    assert store.newest_valid() == store.path(2)
+    store.prune()
+    assert store.steps() == [2]
+
+
+def test_a_save_to_a_directory_of_its_own_is_noticed(store, tmp_path):
+    """A rank of a node that does not see the directory of rank 0 as the others do."""
+
+    def elsewhere(path):
+        return open_for_writing(path if path.suffix == ".json" else tmp_path / path.name)
+
+    store = CheckpointStore(store.directory, CheckpointConfig(), open_stream=elsewhere)
+    with pytest.raises(CheckpointError, match=r"cannot be read: No such file.*see the same directory"):
+        store.save(1, tensors_of(1), STATE)
+    assert store.steps() == []
+
+
+def test_the_bytes_are_on_the_disk_before_the_name_and_the_name_before_save_returns(store, monkeypatch):
+    """A crash of the machine may lose whatever no fsync was for; a test cannot crash one, so it looks at the order of calls."""
+    calls, fsync, rename = [], os.fsync, os.rename
+
+    def recorded_fsync(descriptor):
+        calls.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        fsync(descriptor)
+
+    def recorded_rename(old, new):
+        calls.append("rename")
+        rename(old, new)
+
+    monkeypatch.setattr(os, "fsync", recorded_fsync)
+    monkeypatch.setattr(os, "rename", recorded_rename)
+    store.save(1, tensors_of(1), STATE)
+    files = {path.name for path in store.path(1).iterdir()}
+    before, after = calls[: calls.index("rename")], calls[calls.index("rename") + 1 :]
+    assert set(before) == {*files, ".tmp-step_00000001"}
+    assert before[-2:] == ["manifest.json", ".tmp-step_00000001"]
+    assert after == ["checkpoints"]
+
+
+def test_a_crash_between_the_renames_of_a_replacing_save_loses_nothing(store):
+    store.save(5, tensors_of(5), STATE)
+    store.path(5).rename(store.directory / ".tmp-replaced-step_00000005")
+    assert store.newest_valid() == store.path(5)
+    assert loads(store, 5)
+
+
 def test_the_same_step_again_replaces(store):
     store.save(5, tensors_of(1), STATE)
     store.save(5, tensors_of(5), STATE)
@@ -178,6 +251,9 @@ def test_going_back_hides_what_came_after(tmp_path):
         store.save(step, tensors_of(step), STATE)
     assert store.abandon_after(10) == [20, 30]
     assert store.newest_valid() == store.path(10)
+    with pytest.raises(CheckpointError, match="No space left"):
+        CheckpointStore(tmp_path, store.config, open_stream=full).save(15, tensors_of(15), STATE)
+    assert len(names_in(tmp_path)) == 3  # only a save that succeeds deletes them
     store.save(15, tensors_of(15), STATE)
     assert names_in(tmp_path) == ["step_00000010", "step_00000015"]
 
@@ -234,6 +310,17 @@ def test_a_background_save_keeps_the_values_of_its_moment(tmp_path):
     assert store.read_manifest(1)["config"] == {"list": [1]}
 
 
+def test_background_saves_of_other_shapes_and_dtypes(tmp_path):
+    """The buffers that the tensors are copied to are kept from one save to the next."""
+    store = CheckpointStore(tmp_path, CheckpointConfig(async_save=True))
+    for step, tensor in enumerate((torch.ones(3), torch.full((3,), 1 / 3, dtype=torch.float64), torch.ones(4)), 1):
+        store.save(step, {"model.a": tensor}, STATE)
+        store.wait()
+        target = torch.zeros_like(tensor)
+        store.load(step, {"model.a": target})
+        assert torch.equal(target, tensor)
+
+
 def test_a_second_background_save_waits_for_the_first(tmp_path):
     gate = Gate()
     store = CheckpointStore(tmp_path, CheckpointConfig(async_save=True), open_stream=gate)
@@ -264,9 +351,6 @@ def test_foreground_and_background_look_the_same(tmp_path):
 
 
 def test_a_background_error_surfaces_once_with_its_step(tmp_path):
-    def full(path):
-        raise OSError(28, "No space left on device")
-
     store = CheckpointStore(tmp_path, CheckpointConfig(async_save=True), open_stream=full)
     store.save(4, tensors_of(4), STATE)
     with pytest.raises(CheckpointError, match=r"step 4 was not saved.*No space left"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from megatron_lite.data.token_bytes import bits_per_byte, bytes_per_token, token_bytes
@@ -38,11 +38,12 @@ def test_pieces_of_words_and_tokens_of_ones_own(tmp_path):
     trainer = trainers.WordPieceTrainer(vocab_size=60, special_tokens=["[UNK]", "[SEP]"], show_progress=False)
     tokenizer.train_from_iterator(TEXTS[:1], trainer)
     wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="[SEP]", unk_token="[UNK]")
-    wrapped.add_tokens(["<tool>"])
+    wrapped.add_tokens(["<tool>", "<turn>", AddedToken("<call>", special=True)])  # <call>: special, and has no role
+    wrapped.eos_token = "<turn>"  # has a role, and was not added as a special one
     sizes, vocabulary = token_bytes(wrapped), wrapped.get_vocab()
     assert sizes[vocabulary["<tool>"]] == len("<tool>")
     assert (sizes[vocabulary["w"]], sizes[vocabulary["##s"]]) == (2, 1)  # a word comes with the space before it
-    assert sizes[vocabulary["[SEP]"]] == 0
+    assert [sizes[vocabulary[token]] for token in ("[SEP]", "<call>", "<turn>")] == [0, 0, 0]
 
 
 def test_only_counted_targets_count():

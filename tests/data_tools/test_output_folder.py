@@ -22,7 +22,16 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_a_folder_of_the_user_is_refused_and_left_as_it_is(make_recipe, tmp_path) -> None:
     mine = tmp_path / "mine"
     source = write_jsonl(mine / "wiki.json", [{"text": article(i)} for i in range(3)])
-    for name in ("data/raw/notes.txt", "package.json", "corpus.json", "older.bin", "older.idx", "work/x", ".lock"):
+    for name in (
+        "data/raw/notes.txt",
+        "package.json",
+        "corpus.json",
+        "recipe.json",
+        "older.bin",
+        "older.idx",
+        "work/x",
+        ".lock",
+    ):
         (mine / name).parent.mkdir(parents=True, exist_ok=True)
         (mine / name).write_text('{"theirs": true}')
     before = contents(mine)
@@ -66,19 +75,28 @@ def test_a_changed_or_extended_recipe_goes_on_in_its_folder(published) -> None:
     assert open_output(folder, replace(recipe, seed=9, sources=more), replace=False).files == {"corpus.json"}
 
 
+def test_the_same_words_in_another_folder_are_another_source(published, tmp_path, monkeypatch) -> None:
+    folder, recipe = published
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match=r"source text was .*texts, here it is .*elsewhere/texts"):
+        open_output(folder, recipe, replace=False)
+
+
 def test_until_something_is_published_the_recipe_may_be_another(tmp_path) -> None:
     recipe = RecipeConfig(name="a", sources={"text": SourceConfig(path="a typo")})
     open_output(tmp_path, recipe, replace=False).claim()
     open_output(tmp_path, replace(recipe, sources={"text": SourceConfig(path="texts")}), replace=False)
 
 
-def test_files_of_the_user_in_a_corpus_stay(copied) -> None:
+def test_files_of_the_user_in_a_corpus_stay(copied, tmp_path) -> None:
     corpus = Path(copied.output)
     for name in ("notes.txt", "mine.bin", "mine.idx", "data/mine.yaml", "tokenizer/notes.txt", "work/mine/x"):
         (corpus / name).parent.mkdir(exist_ok=True)
         (corpus / name).write_text("mine")
     blend = corpus / "data" / "test.yaml"
     blend.write_text(blend.read_text() + "phases: []\n")
+    (corpus / "work" / "read-00000000").symlink_to(tmp_path)
     mine = {name: content for name, content in contents(corpus).items() if content == b"mine"}
     edited = blend.read_bytes()
     (corpus / ".prose.bin.tmp-1").write_text("of a killed run")
@@ -93,7 +111,7 @@ def test_files_of_the_user_in_a_corpus_stay(copied) -> None:
     assert mine.items() <= after.items()
     assert after["data/test.yaml"] == edited
     assert set(json.loads(after["recipe.json"])["files"]) <= set(after)
-    assert sorted(path.name for path in (corpus / "work").iterdir()) == ["mine"]
+    assert sorted(path.name for path in (corpus / "work").iterdir()) == ["mine", "read-00000000"]
 
 
 def test_a_file_of_the_user_with_a_name_that_is_needed(copied) -> None:

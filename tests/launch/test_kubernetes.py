@@ -47,6 +47,7 @@ def test_the_manifest_takes_its_settings():
     }
     service, job = manifest(["a=b"], CPU="64", MEMORY="900Gi", SHM="32Gi", SECRET="wandb,hub", **settings)
     assert service["metadata"] == {"name": "big-run", "namespace": "llm"}
+    assert job["metadata"]["namespace"] == "llm"
     assert (job["spec"]["completions"], job["spec"]["parallelism"]) == (3, 3)
     values = variables(job)
     assert (values["NODES"], values["RANKS_PER_NODE"]) == ("3", "4")
@@ -67,7 +68,8 @@ def test_other_names_are_variables_of_the_container():
 
 @pytest.mark.parametrize(("nodes", "failures"), [("2", 100), ("64", 1280)])
 def test_failures_that_a_run_may_have(nodes, failures):
-    """Those of all pods count together."""
+    """Those of all pods count together; a check is not repeated."""
+    assert manifest(["check=true"], NODES=nodes)[1]["spec"]["backoffLimit"] == 0
     assert manifest(NODES=nodes)[1]["spec"]["backoffLimit"] == failures
 
 
@@ -130,6 +132,8 @@ def test_a_jobset_has_the_same_pods():
         k: v for k, v in variables(alone).items() if k != "RENDEZVOUS"
     }
     assert job["spec"]["completions"] == 4
+    assert job["spec"]["backoffLimit"] == 0  # one failed pod fails the Job, and the JobSet restarts all of them
+    assert whole["spec"]["failurePolicy"]["maxRestarts"] == alone["spec"]["backoffLimit"] == 100
     assert whole["spec"]["network"]["subdomain"] == "big"
 
 

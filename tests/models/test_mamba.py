@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -21,6 +21,7 @@ from megatron_lite.models.mamba import GatedGroupNorm, Mamba2
 from megatron_lite.models.ssd import ssd
 
 BATCH, HEADS, GROUPS, WIDTH, STATES = 2, 6, 2, 3, 5
+SEGMENT = 96
 
 
 def token_loop(
@@ -39,14 +40,16 @@ def token_loop(
 
 
 def scan_inputs(length: int, strength: float, seed: int) -> tuple[list[Tensor], Tensor]:
-    """(x, dt, A, B, C, state) in float64 with dt A down to -`strength` a step, mostly far less; and documents."""
+    """(x, dt, A, B, C, state) in float64 with dt A down to -`strength` a step, mostly far less; and documents,
+    one of which begins with a segment."""
     draw = torch.Generator().manual_seed(seed)
     shapes = [(length, HEADS, WIDTH), (length, GROUPS, STATES), (length, GROUPS, STATES), (HEADS, WIDTH, STATES)]
     x, B, C, state = (torch.randn(BATCH, *shape, generator=draw, dtype=torch.float64) for shape in shapes)
     dt = torch.rand(BATCH, length, HEADS, generator=draw, dtype=torch.float64) ** 4
     A = -strength * (0.1 + 0.9 * torch.rand(HEADS, generator=draw, dtype=torch.float64))
-    documents = (torch.rand(BATCH, length, generator=draw) < 3 / length).long().cumsum(1)
-    return [x, dt, A, B, C, state], documents
+    begins = torch.rand(BATCH, length, generator=draw) < 3 / length
+    begins[0, SEGMENT : SEGMENT + 1] = True
+    return [x, dt, A, B, C, state], begins.long().cumsum(1)
 
 
 def values_and_gradients(
@@ -68,6 +71,7 @@ def values_and_gradients(
     st.booleans(),
     st.integers(0, 99),
 )
+@example(150, 64, 2.0, True, 0)  # two segments and several documents
 def test_chunks_equal_the_loop_over_tokens(length, chunk, strength, packed, seed):
     check_scan(length, chunk, strength, packed=packed, seed=seed)
 
@@ -79,7 +83,7 @@ def test_a_long_sequence():
 @pytest.fixture(autouse=True)
 def short_segments(monkeypatch):
     """Segments that short sequences have several of."""
-    monkeypatch.setattr("megatron_lite.models.ssd.SEGMENT", 96)
+    monkeypatch.setattr("megatron_lite.models.ssd.SEGMENT", SEGMENT)
 
 
 def check_scan(length: int, chunk: int, strength: float, *, packed: bool, seed: int) -> None:
@@ -168,6 +172,26 @@ def test_the_convolution_is_torchs():
         results.append([y.detach(), whole.grad, module.weight.grad, module.bias.grad])
     for ours, theirs in zip(*results):
         torch.testing.assert_close(ours, theirs)
+
+
+def test_the_convolution_of_packed_documents_is_that_of_each_alone():
+    """Values and gradients; the second document is shorter than the taps reach."""
+    torch.manual_seed(0)
+    conv = CausalConv(5, 4).double()
+    for parameter in conv.parameters():
+        torch.nn.init.normal_(parameter)
+    x, grad = torch.randn(1, 9, 5).double(), torch.randn(1, 9, 5).double()
+    documents = torch.tensor([[0] * 4 + [1] * 2 + [2] * 3])
+    results = []
+    for run in (
+        lambda x: conv(x, None, documents)[0],
+        lambda x: torch.cat([conv(y)[0] for y in x.split([4, 2, 3], 1)], 1),
+    ):
+        inputs = [x.clone().requires_grad_(), *conv.parameters()]
+        y = run(inputs[0])
+        results.append([y, *torch.autograd.grad(y, inputs, grad)])
+    for packed, alone in zip(*results):
+        torch.testing.assert_close(packed, alone)
 
 
 def test_group_norm_is_of_each_group_alone():

@@ -8,8 +8,9 @@ import shutil
 import pytest
 
 from megatron_lite.checkpoint import directory as folder
-from megatron_lite.checkpoint.manifest import encode, read_manifest
+from megatron_lite.checkpoint.manifest import encode, identity, read_manifest
 from megatron_lite.checkpoint.opening import find_checkpoint
+from megatron_lite.training.lineage import Origin
 from tests import runs
 
 SLOWER = "optim.lr=5e-3"  # so that what was done after going back can be told from what was there
@@ -142,6 +143,31 @@ def test_a_branch_from_a_moved_trunk_goes_on(tiny_data, copy_of, straight, tmp_p
     again = f"resume={step(tmp_path / 'moved', 12)}"
     runs.run(tiny_data, branch, SLOWER, again, "resume_again=true", "train.stop_at=13")
     assert [row["step"] for row in runs.rows(branch)] == [13]
+
+
+def test_a_trunk_that_went_on_past_the_branch_is_refused(tiny_data, copy_of, straight, tmp_path):
+    """Its newest checkpoint is not where the branch went off, and would drop what the branch has done."""
+    trunk, branch = copy_of(straight), tmp_path / "branch"
+    later = step(trunk, 20).rename(tmp_path / "later")
+    shutil.rmtree(step(trunk, 16))
+    runs.run(tiny_data, branch, SLOWER, f"resume={trunk}", "train.stop_at=13")
+    later.rename(step(trunk, 20))
+    with pytest.raises(ValueError, match="checkpoint of another run"):
+        runs.run(tiny_data, branch, SLOWER, f"resume={trunk}", "resume_again=true")
+    assert steps(branch) == [13]
+
+
+def test_what_a_path_names(straight, tmp_path, monkeypatch):
+    """However it is written; a checkpoint of the same step with other numbers is another one."""
+    monkeypatch.chdir(straight)
+    named = Origin.named("checkpoints/step_00000012", "TRUE")
+    assert named == Origin.named(str(step(straight, 12)), "true")
+    manifest = read_manifest(step(straight, 12))
+    file, entry = next(iter(manifest["files"].items()))
+    assert named.checkpoint == identity(manifest)
+    assert named.checkpoint != identity(
+        {**manifest, "files": {**manifest["files"], file: {**entry, "blocks_sha256": "0"}}}
+    )
 
 
 def test_a_word_without_a_path_is_refused(tiny_data, tmp_path):

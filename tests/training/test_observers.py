@@ -5,13 +5,14 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+import time
 from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from megatron_lite.background import Lost
+from megatron_lite.background import Background, Lost
 from megatron_lite.commands import train
 from megatron_lite.runtime import Runtime
 from megatron_lite.tracking import base
@@ -47,6 +48,18 @@ def test_a_training_goes_on_without_any_of_them(fault, tiny_data, straight, tmp_
         str(warning.message).split(" is left out")[0] for warning in recwarn if "is left out" in str(warning.message)
     ]
     assert sorted(said) == ["ConsoleTracker", "loss.png", "report.html", "status.json"]
+
+
+def test_a_loss_is_said_once():
+    """Though its queue is full, and then it is waited for in vain."""
+    said: list[str] = []
+    gate = threading.Event()
+    background = Background("it", on_loss=said.append, backlog=1)
+    for _ in range(3):
+        background.call(gate.wait)
+    assert not background.finish(time.monotonic())
+    gate.set()
+    assert len(said) == 1
 
 
 def test_what_was_lost_stands_in_the_status(tmp_path):

@@ -43,6 +43,11 @@ def test_the_host_that_is_out_of_line_is_named(rank, change, said):
     assert all(text in line for text in said), line
 
 
+def test_a_clock_is_that_of_a_node():
+    (line,) = out_of_line([replace(r, clock=r.clock + 30) if r.host == "node2" else r for r in WELL])
+    assert "the clock of node2 (rank 4) is +30" in line
+
+
 def two_nodes(rank: int, world_size: int, folder: str) -> tuple[list[Report], list]:
     """Each rank is a node of its own; the second one is slow and has another version."""
     runtime = Runtime(rank=rank, world_size=world_size, local_rank=0, device=torch.device("cpu"))
@@ -53,7 +58,13 @@ def two_nodes(rank: int, world_size: int, folder: str) -> tuple[list[Report], li
         else:
             with patch.object(preflight, "versions", return_value={"torch": "0.4"}):
                 reports = measure(runtime, ranks, Path(folder))
-    return reports, list(bandwidths(runtime, 1))
+
+    def seconds(work, device) -> float:
+        work()
+        return 1.0 + rank
+
+    with patch.object(preflight, "_seconds", seconds):
+        return reports, list(bandwidths(runtime, 1))
 
 
 def test_two_nodes(tmp_path):
@@ -64,9 +75,11 @@ def test_two_nodes(tmp_path):
     found = "\n".join(out_of_line(reports))
     assert "torch is 0.4 on" in found
     assert "matmul is slow on" in found
-    assert [(row.operation, row.size) for row in rows] == [(row.operation, row.size) for row in same_rows]
-    assert {row.operation for row in rows} == {"all-reduce", "all-gather"}
-    assert all(row.speed > 0 for row in rows)
+    assert rows == same_rows
+    # of two ranks nccl-tests counts 2 (n - 1) / n = 1 and (n - 1) / n = 1 / 2 of the bytes; the slower rank takes two seconds
+    sent = {"all-reduce": 1.0, "all-gather": 0.5}
+    expected = {(operation, size): part * size / 2 / 1e9 for operation, part in sent.items() for size in (2**16, 2**20)}
+    assert {(row.operation, row.size): row.speed for row in rows} == pytest.approx(expected)
     assert list((tmp_path / "run").iterdir()) == []  # nothing is left behind
 
 

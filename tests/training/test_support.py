@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import random
-from functools import cache
+from contextlib import nullcontext
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 from megatron_lite.commands import evaluate, generate, ranks, train
 from megatron_lite.config.compose import compose_config
 from megatron_lite.training import support
-from megatron_lite.training.config import compose_run
+from megatron_lite.training.config import compose_run, validate
 from tests import runs
 from tests.distributed import run_ranks
 
@@ -139,24 +140,27 @@ def test_the_set_is_small_and_complete() -> None:
 
 
 @pytest.mark.parametrize(
-    ("command", "words", "says"),
+    ("command", "ranks", "words", "says"),
     [
-        ("train", ["engine=deepspeed", "parallel.dp_replicate=2"], r"parallel\.dp_replicate=2"),
-        ("evaluate", ["engine=deepspeed"], "engine=deepspeed"),
-        ("generate", ["parallel.sequence_parallel=true", "parallel.tp=2"], r"parallel\.sequence_parallel=true"),
-        ("generate", [], "2 data-parallel processes"),
+        ("train", 2, ["engine=deepspeed", "parallel.dp_replicate=2"], r"parallel\.dp_replicate=2"),
+        ("train", 1, ["engine.cpu_offload=true"], r"engine\.cpu_offload=true with 1 process:"),
+        ("train", 2, ["engine.cpu_offload=true"], None),
+        ("evaluate", 2, ["engine=deepspeed"], "engine=deepspeed"),
+        ("generate", 2, ["parallel.sequence_parallel=true", "parallel.tp=2"], r"parallel\.sequence_parallel=true"),
+        ("generate", 2, [], "2 data-parallel processes"),
     ],
 )
-def test_what_the_table_does_not_support_is_refused(command: str, words: list[str], says: str) -> None:
+def test_what_the_table_does_not_support_is_refused(
+    command: str, ranks: int, words: list[str], says: str | None
+) -> None:
+    """By the validation of the command itself."""
     if command == "train":
-        run = compose_run(["experiment=smoke", *words])
-        parallel, engine = run.parallel, run.engine
+        check = partial(validate, compose_run(["experiment=smoke", "train.micro_batch_size=4", *words]))
     else:
         schema = {"evaluate": evaluate.EvaluateConfig, "generate": generate.GenerateConfig}[command]
-        config = compose_config(command, schema, ["checkpoint=x", *words])
-        parallel, engine = config.parallel, getattr(config, "engine", None)
-    with pytest.raises(ValueError, match=says):
-        support.refuse_unsupported(command, parallel=parallel, engine=engine, world_size=2)
+        check = compose_config(command, schema, ["checkpoint=x", *words]).validate
+    with pytest.raises(ValueError, match=says) if says else nullcontext():
+        check(world_size=ranks)
 
 
 def test_the_page_is_printed_from_the_table() -> None:
