@@ -14,6 +14,7 @@ Notable features:
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 import sys
@@ -23,6 +24,7 @@ from pathlib import Path
 from megatron_lite.commands import kubernetes
 
 SCRIPTS = {"local": "local.sh", "slurm": "slurm.sh", "deepspeed": "deepspeed.sh"}
+ON_NODES = {"local": "node.sh", "slurm": "slurm.sbatch"}  # what the first script hands its settings on to
 USAGE = """usage: mlite launch <where> [--dry-run] [SETTING=value ...] [Hydra overrides]
 
 where:
@@ -90,6 +92,7 @@ def command(where: str, words: list[str]) -> list[str]:
     else:
         raise ValueError(f"launch {where!r} is unknown; choose one of {', '.join([*SCRIPTS, 'kubernetes', 'recipe'])}")
     settings, overrides = split_words(words)
+    _check_names("slurm" if where == "recipe" else where, settings)
     dry = ["--dry-run"] if "--dry-run" in words else []
     return [
         "env",
@@ -100,6 +103,24 @@ def command(where: str, words: list[str]) -> list[str]:
         *dry,
         *overrides,
     ]
+
+
+def known_settings(where: str) -> set[str]:
+    """The settings that the heads of the scripts of `where` describe."""
+    head = r"^#   ([A-Z][A-Z0-9_]+(?:, [A-Z][A-Z0-9_]+)*)[ ,]"
+    scripts = [scripts[where] for scripts in (SCRIPTS, ON_NODES) if where in scripts]
+    found = [
+        line for script in scripts for line in re.findall(head, (scripts_dir() / script).read_text(), re.MULTILINE)
+    ]
+    return {name for line in found for name in line.split(", ")}
+
+
+def _check_names(where: str, settings: list[str]) -> None:
+    """Raise ValueError for a name that is close to a setting's. Other names may be variables of the job, such as NCCL_DEBUG."""
+    known = known_settings(where)
+    for name in (setting.split("=")[0] for setting in settings):
+        if name not in known and (meant := difflib.get_close_matches(name, known, n=1, cutoff=0.8)):
+            raise ValueError(f"{name} is not a setting of launch {where}; {meant[0]} is")
 
 
 def manifest(settings: dict[str, str], overrides: list[str]) -> str:

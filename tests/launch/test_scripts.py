@@ -464,6 +464,17 @@ def test_the_papers_three_jobs():
         check_batch_sizes(run, build_schedule(run, build_schedule(run).projection.at_step(127157)), world_size=97 * 8)
 
 
+@pytest.mark.parametrize(
+    ("where", "setting", "meant"),
+    [("slurm", "NODS=8", "NODES"), ("slurm", "RANK_PER_NODE=4", "RANKS_PER_NODE"), ("slurm", "PARTITON=a", "PARTITION"),
+     ("local", "RENDEZVUS=a:1", "RENDEZVOUS"), ("deepspeed", "HOSTFILES=a", "HOSTFILE")],
+)  # fmt: skip
+def test_a_misspelled_setting_is_refused(where, setting, meant):
+    with pytest.raises(ValueError, match=rf"{setting.split('=')[0]} .* {meant} "):
+        command(where, [setting, "experiment=smoke"])
+    command(where, ["NCCL_DEBUG=INFO", "CORPUS=a", f"{meant}=1"])
+
+
 def test_the_job_of_nano2():
     """A layout that divides 736 = 2^5 x 23, 20T tokens, the decay over the last 3.6T."""
     script = str(LAUNCH / "recipes/nano2_12b.sh")
