@@ -83,7 +83,7 @@ class ModelConfig:
 
     Sizes have no default: 0 means "not given" and is refused.
 
-    family: which Hugging Face mapping reads and writes it ("nemotron4", "llama", "mistral").
+    family: which Hugging Face mapping reads and writes it ("nemotron4", "nemotron_h", "llama", "mistral").
     num_layers: number of transformer blocks, each an attention and a feed-forward layer; or `pattern`: one symbol for each layer
       (`layers.LAYER_TYPES`), with `|` where pipeline stages are cut.
     meta_tokens: learned tokens in front of every sequence.

@@ -2,9 +2,8 @@
 
     MFU = flops_per_token * tokens / (seconds * devices * peak)
 
-with `flops_per_token` the model's training FLOPs (6 per parameter but the input embedding's, plus 12 * layers *
-heads * head_dim * sequence for full, not causally halved, attention; no recomputation counted: Nemotron-4 report,
-table 2, and PaLM, appendix B) and `peak` the dense FLOP/s of one device (`device_peak_flops`).
+with `flops_per_token` the model's training FLOPs (`models/flops.py` counts them; no recomputation is counted: Nemotron-4
+report, table 2, and PaLM, appendix B) and `peak` the dense FLOP/s of one device (`device_peak_flops`).
 
 Notable:
   - no host sync between logged steps: results stay on the device, and one transfer fetches an interval's worth;

@@ -215,8 +215,8 @@ class Watchdog:
 
         try:
             record: list[bytes] = []
-            dump = lambda: record.extend(self._dump(rank))  # noqa: E731
-            within(_DUMP_SECONDS, dump, name="the dump of the stacks", on_loss=complain)
+            what = "the dump of the stacks"
+            within(_DUMP_SECONDS, lambda: record.extend(self._dump(rank)), name=what, on_loss=complain)
             patience = min(20.0, max(3.0, self.config.timeout_seconds / 4))
             telling = partial(self._tell, notes, record=record, seconds=seconds, patience=patience)
             within(patience + 30.0, telling, name="the verdict", on_loss=complain)
