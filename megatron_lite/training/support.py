@@ -39,6 +39,13 @@ FEATURES: dict[str, Feature] = {
     "family": Feature(
         "Model family", {name: f"model.family={name}" for name in ("nemotron4", "llama", "mistral", "nemotron_h")}
     ),
+    "objective": Feature(
+        "Objective",
+        {
+            "next token": "objective=next_token",
+            "distillation": "objective=distillation objective.teacher=PATH",
+        },
+    ),
     "engine": Feature("Engine and what it shards", _ENGINES),
     "processes": Feature("Processes", {"1": "", "several": "torchrun --nproc-per-node N"}),
     "tp": Feature("Tensor parallelism", {"1": "parallel.tp=1", "several": "parallel.tp=2"}),
