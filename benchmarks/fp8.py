@@ -48,10 +48,10 @@ ARMS = {
 }
 COMPARED = ("fp32", "bf16", "current", "block", "all_e5m2")
 
-# size -> (tokens of a run, seeds)
-LENGTHS = {"full": (300_000, 3), "small": (40_000, 2), "tiny": (4_096, 1)}
+# size -> (tokens of a run, tokens of a sample, seeds)
+LENGTHS = {"full": (300_000, 256, 3), "small": (60_000, 256, 3), "tiny": (1_024, 64, 1)}
 MODEL = (
-    "model=nano2_tiny", "data=sample", "data.seq_len=256", "data.validation.windows=1", "schedule=wsd",
+    "model=nano2_tiny", "data=sample", "data.validation.windows=1", "schedule=wsd",
     "schedule.min_lr=1e-5", "optim.lr=1e-3", "train.global_batch_size=4", "train.micro_batch_size=4", "train.max_steps=null",
     "checkpoint.every=50", "checkpoint.keep=1",
 )  # fmt: skip
@@ -60,15 +60,16 @@ MODEL = (
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the arms and write fp8.md, fp8.json and fp8.png into the folder."""
     options = options_of(__doc__, name="fp8", arms=(tuple(ARMS), COMPARED), arguments=arguments)
-    tokens, seeds = LENGTHS[options.size]
-    length = [f"train.max_tokens={tokens}", f"schedule.warmup_steps={tokens // 15_000}"]
+    tokens, seq_len, seeds = LENGTHS[options.size]
+    length = [f"train.max_tokens={tokens}", f"data.seq_len={seq_len}", f"schedule.warmup_steps={tokens // 15_000}"]
     study = Study(options.folder, [*MODEL, *length, *options.overrides], jobs=options.jobs)
     results = study.run([ARMS[name] for name in options.arms], range(seeds))
-    report(results, options, tokens=tokens)
+    report(results, options)
 
 
-def report(results: Mapping[str, Sequence[Result]], options: Options, *, tokens: int) -> None:
+def report(results: Mapping[str, Sequence[Result]], options: Options) -> None:
     """Table, plot and JSON of finished arms. The gaps of a diverged arm are NaN."""
+    tokens = max(run.training()[-1][0] for runs in results.values() for run in runs)
     losses = {name: [run.last_losses() for run in runs] for name, runs in results.items()}
     gaps = {
         name: {base: paired_gap(values, losses[base]) for base in ("bf16", "fp32") if base in losses and base != name}

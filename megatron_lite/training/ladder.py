@@ -161,6 +161,8 @@ def observe(trainer: OnLadder, start: int, size: int) -> Readings:
     # what is compiled does not call back
     with trainer.ladder.numerics.collect(keep), torch.compiler.set_stance("force_eager"):
         trainer.engine.diagnose(trainer.loader.again(start, size))
+    if not found:
+        return {}
     largest = torch.stack([torch.stack(values).amax(dim=0) for values in found.values()])
     flat = trainer.runtime.maximum(largest.nan_to_num(nan=math.inf, posinf=math.inf).flatten().tolist())
     return {operand: Reading(*flat[3 * i : 3 * i + 3]) for i, operand in enumerate(found)}

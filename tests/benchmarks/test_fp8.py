@@ -12,6 +12,7 @@ from benchmarks.summary import Interval
 from tests import runs
 
 
+@pytest.mark.slow
 def test_the_demo_has_every_arm_column_and_file(tiny_data, tmp_path, capsys):
     words = [word for word in runs.TINY if not word.startswith(("train.threads=", "tracking=", "train.max_steps="))]
     model = [
