@@ -46,6 +46,7 @@ from megatron_lite.runtime import Runtime
 from megatron_lite.tracking import RunInfo, build_tracker
 from megatron_lite.tracking.profile import Profiler
 from megatron_lite.training.config import RunConfig
+from megatron_lite.training.ladder import Ladder
 from megatron_lite.training.metrics import Metrics, Work
 from megatron_lite.training.resume import (
     ResumePoint,
@@ -214,6 +215,7 @@ def build_trainer(
         status=Status(Path(run.run.dir), main_process=runtime.is_main, lost=lost),
         watchdog=watchdog,
         spikes=SpikeGuard(run.train.on_spike, run.spike, runtime.device),
+        ladder=Ladder(engine.numerics, recipe=run.precision.name, after=run.precision.fallback_after),
         profiler=Profiler(run.profile, Path(run.run.dir) / "profile", main_process=runtime.is_main),
         base_manifest={
             "config": to_dict(run),
