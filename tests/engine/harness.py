@@ -60,8 +60,8 @@ class Case:
     precision: str = "fp32"
     model: dict[str, Any] = field(default_factory=dict)
     micro_batch: int = 2
-    numbers: dict[str, Any] = field(default_factory=dict)
     distillation: dict[str, Any] = field(default_factory=dict)
+    numbers: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
