@@ -68,7 +68,7 @@ def test_help_may_be_cut_off_by_the_reader():
     [
         ("train.max_stepz=4", "did you mean train.max_steps"),
         ("train.max_steps=many", "could not be converted to Integer"),
-        ("model=nemotron9", "choose one of llama_tiny"),
+        ("model=nemotron9", "choose one of .*llama_tiny"),
         ("--verbose", "--verbose is unknown"),
         ("--config-dir=/nowhere", "/nowhere is not a folder"),
         ("run.dir=caf\udce9", r"run\.dir=caf\\udce9.*not UTF-8"),
