@@ -214,7 +214,10 @@ MIXERS: dict[type[nn.Module], MixerAxes] = {
             "qkv.bias": ("qkv",),
             "out.weight": (HIDDEN, "heads"),
             "out.bias": (HIDDEN,),
-        },
+        }
+        | dict.fromkeys(
+            ("q_norm.weight", "q_norm.bias", "k_norm.weight", "k_norm.bias"), (None,)
+        ),  # of a head's dimensions
     ),
     Mamba2: MixerAxes(
         ("mamba_heads", "mamba_head_dim"),
