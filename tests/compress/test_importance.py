@@ -117,11 +117,7 @@ def at_layouts(rank: int, world_size: int, path: str) -> dict[str, dict[str, tor
     for name, (parallel, micro_batch) in LAYOUTS.items():
         mesh = build_mesh(parallel.degrees(world_size), device=CPU)
         probe = assembled(path, mesh, parallel)
-        probe.decoder.hidden = lambda tokens, probe=probe: probe(
-            {"tokens": tokens}, states=True
-        )  # as the engine wraps it
-        hidden, probe.decoder.hidden = probe.decoder.hidden, type(probe.decoder).hidden.__get__(probe.decoder)
-        found[name] = measured(Through(probe, hidden), mesh, micro_batch=micro_batch)
+        found[name] = measured(Through(probe), mesh, micro_batch=micro_batch)
         if parallel.sequence_parallel:
             original = Meter._whole
             Meter._whole = lambda self, x: x.view(*self._mask_BT.shape, -1)  # planted: slices as they are in memory
