@@ -49,15 +49,9 @@ def test_heads_that_do_not_divide_need_a_head_dim(nemotron):
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("attention.value_head_dim", 24),
-        ("attention.window", 1024),
-        ("attention.always_visible", 128),
-        ("attention.global_layers", [0]),
-        ("attention.kv_groups", [[1, 2]]),
         ("attention.qkv_bias", True),
         ("attention.qk_norm", True),
         ("rope.scaling", "ntk"),
-        ("meta_tokens", 128),
     ],
 )
 def test_what_is_not_built_yet_is_refused_by_name(nemotron, key, value):

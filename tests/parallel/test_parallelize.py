@@ -223,12 +223,12 @@ def test_only_norms_notice_the_unreduced_norm_gradients() -> None:
 
 def test_what_is_cut_where() -> None:
     infos = Result(*run_ranks(2, sharded, BIASED, ParallelConfig(tp=2), "")[1]).infos
-    assert infos["embedding.weight"] == ShardInfo((256, 32), tp_dim=0, start=128)
+    assert infos["embedding.weight"] == ShardInfo((256, 32), tp_dim=0, start=128, kind="embedding")
     assert infos["layers.0.mixer.qkv.weight"] == ShardInfo((64, 32), tp_dim=0, start=32)
-    assert infos["layers.0.mixer.qkv.bias"] == ShardInfo((64,), tp_dim=0, start=32)
+    assert infos["layers.0.mixer.qkv.bias"] == ShardInfo((64,), tp_dim=0, start=32, kind="bias")
     assert infos["layers.0.mixer.out.weight"] == ShardInfo((32, 32), tp_dim=1, start=16)
-    assert infos["layers.0.mixer.out.bias"] == ShardInfo((32,))
-    assert infos["layers.1.norm.weight"] == ShardInfo((32,))
+    assert infos["layers.0.mixer.out.bias"] == ShardInfo((32,), kind="bias")
+    assert infos["layers.1.norm.weight"] == ShardInfo((32,), kind="norm")
     assert infos["layers.1.mixer.down.weight"] == ShardInfo((32, 48), tp_dim=1, start=24)
 
 
@@ -262,7 +262,7 @@ def copies(
     with LargeCopies(3 * 16 * config.hidden_size) as watch:
         x = stream
         for layer in decoder.layers:
-            x = layer(x, context)
+            x, _ = layer(x, context)
         x.sum().backward()
     with LargeCopies(watch.elements) as along_the_sequence:
         sequence_gather(stream, dist.group.WORLD, dim=1)
