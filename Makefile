@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN    := .venv/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install -q --no-compile -c constraints.txt
+# Of a demo: `make fp8 SMALL=1` for a look, `TINY=1` to see that every part of it runs.
+SIZE   := $(if $(TINY),tiny,$(if $(SMALL),small,full))
 
 .PHONY: help smoke test test-slow test-gpu soak lint format env env-dev clean
 

@@ -19,17 +19,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from megatron_lite.models.attention_kernel import Visibility, attend
+from megatron_lite.models import rope
+from megatron_lite.models.attention_kernel import attend
+from megatron_lite.models.attention_mask import Visibility
 from megatron_lite.models.cache import KeyValue, KeyValueCache
 from megatron_lite.models.config import ModelConfig
 from megatron_lite.models.context import LayerContext
 from megatron_lite.models.linear import Linear
+from megatron_lite.models.norm import NORMS
 from megatron_lite.models.pattern import LayerSpec
-from megatron_lite.models.rope import apply_rotary, rotary_tables
 
 
 class AttentionCore(nn.Module):
-    """From projected queries, keys and values to the heads' outputs: rotation, cache, sharing, mask, kernel."""
+    """From projected queries, keys and values to the heads' outputs: norms, rotation, cache, sharing, mask, kernel."""
 
     def __init__(self, config: ModelConfig, spec: LayerSpec) -> None:
         super().__init__()
@@ -37,7 +39,10 @@ class AttentionCore(nn.Module):
         self.visibility = Visibility(spec.window, config.attention.always_visible)
         self.queries = config.attention.heads // config.attention.kv_heads
         self.head_dim, self.value_head_dim = config.head_dim, config.value_head_dim
-        self.rotary_dim, self.rope_base = config.rotary_dim, config.rope.base
+        self.rotary = rope.Rotary(config)
+        make_norm = NORMS[config.norm] if config.attention.qk_norm else None
+        self.q_norm = None if make_norm is None else make_norm(self.head_dim, config.norm_eps)
+        self.k_norm = None if make_norm is None or self.uses_others else make_norm(self.head_dim, config.norm_eps)
 
     @property
     def sizes(self) -> list[int]:
@@ -45,15 +50,13 @@ class AttentionCore(nn.Module):
         keys = 0 if self.uses_others else 1
         return [(self.queries + keys) * self.head_dim, keys * self.value_head_dim]
 
-    def forward(
-        self, qk_BTGX: Tensor, value_BTGV: Tensor, context: LayerContext
-    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    def forward(self, qk_BTGX: Tensor, value_BTGV: Tensor, context: LayerContext) -> tuple[Tensor, KeyValue | None]:
         """((B, T, H V), keys and values for other layers or None). X = N K; V = 0 where another layer's are used."""
-        qk_BTGNK = qk_BTGX.unflatten(-1, (-1, self.head_dim))
-        if self.rotary_dim:
+        qk_BTGNK = self._normed(qk_BTGX.unflatten(-1, (-1, self.head_dim)))
+        if self.rotary.dim:
             dtype = torch.promote_types(qk_BTGX.dtype, torch.float32)  # bf16 has too few digits for angles
-            cos, sin = rotary_tables(context.positions_BT, self.rotary_dim, self.rope_base, dtype=dtype)
-            qk_BTGNK = apply_rotary(qk_BTGNK, cos, sin)  # queries and keys in one go
+            cos, sin = self.rotary.tables(context.positions_BT, dtype=dtype)
+            qk_BTGNK = rope.apply_rotary(qk_BTGNK, cos, sin)  # queries and keys in one go
         if self.uses_others:
             assert context.kv is not None, "the decoder hands on the keys of the layer that the spec names"
             query, kv = qk_BTGNK, context.kv
@@ -67,6 +70,14 @@ class AttentionCore(nn.Module):
         y_BHTV = self.attend(query.flatten(2, 3).transpose(1, 2), kv, context)
         return y_BHTV.transpose(1, 2).flatten(2), kv if self.shares else None
 
+    def _normed(self, qk_BTGNK: Tensor) -> Tensor:
+        if self.q_norm is None:
+            return qk_BTGNK
+        if self.k_norm is None:
+            return self.q_norm(qk_BTGNK)
+        query, key = qk_BTGNK.split([self.queries, 1], dim=3)
+        return torch.cat([self.q_norm(query), self.k_norm(key)], dim=3)
+
     def attend(self, query_BHTK: Tensor, kv: KeyValue, context: LayerContext) -> Tensor:
         """(B, H, T, V). What a sequence that is cut over ranks replaces."""
         return attend(query_BHTK, kv, context, self.visibility)
@@ -79,7 +90,8 @@ class Attention(nn.Module):
         super().__init__()
         self.core = AttentionCore(config, spec)
         width, heads = config.attention.kv_heads * sum(self.core.sizes), config.attention.heads
-        self.qkv = Linear(config.hidden_size, width, init_std=config.init_std, bias=config.linear_bias)
+        bias = config.linear_bias or config.attention.qkv_bias
+        self.qkv = Linear(config.hidden_size, width, init_std=config.init_std, bias=bias)
         self.out = Linear(
             heads * config.value_head_dim, config.hidden_size, init_std=config.output_init_std, bias=config.linear_bias
         )
@@ -129,11 +141,7 @@ def check(config: ModelConfig) -> None:
             f"model.attention.heads={attention.heads} does not divide by model.attention.kv_heads="
             f"{attention.kv_heads}; every group of query heads shares one key-value head"
         )
-    if config.rotary_dim % 2:
-        raise ValueError(
-            f"model.rope.fraction={config.rope.fraction} of head dim {config.head_dim} rotates "
-            f"{config.rotary_dim} dimensions, which must be an even number"
-        )
+    rope.check(config)
     if attention.always_visible < 0:
         raise ValueError(f"model.attention.always_visible={attention.always_visible} must not be negative")
     for key in ("always_visible", "global_layers"):

@@ -1,15 +1,13 @@
 """The config of a model: sizes and choices, nothing about how or where it runs.
 
-It has keys for all planned model families. A checkpoint's manifest stores this tree, so keys are never renamed, and new keys
-are only added with a default that means "as before". Keys that are not implemented yet are refused unless they have their
-default.
+A checkpoint's manifest stores this tree, so keys are never renamed, and new keys are only added with a default that means "as
+before".
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
 
 from megatron_lite.models import pattern as layer_pattern
 
@@ -25,7 +23,8 @@ class AttentionConfig:
     window: tokens that a query looks back, itself not counted; null = all. always_visible: tokens at the start of a document, meta
       tokens included, that every query sees. global_layers: layers that attend without the window.
     kv_groups: groups of layers that use the keys and values of their first one.
-    qkv_bias: biases in the query, key and value projections. qk_norm: norms on queries and keys.
+    qkv_bias: biases in the query, key and value projections (Qwen2). qk_norm: norms over the head dim of queries and keys,
+      before they rotate (Qwen3).
     """
 
     heads: int = 0
@@ -44,12 +43,23 @@ class AttentionConfig:
 class RopeConfig:
     """Rotary positions. base: theta. fraction: part of a head's dimensions that rotates; 0 = no position embedding.
 
-    scaling: how the base is stretched for longer sequences; null = not at all.
+    scaling: how the frequencies are stretched for longer sequences (`rope.SCALINGS`); null = not at all. The other keys are its
+      numbers, each read by some scalings only.
+    factor: how many times longer. original_seq_len: the sequence length before.
+    low_freq_factor, high_freq_factor (llama3), beta_fast, beta_slow (yarn): between which numbers of turns within the original
+      length the scaling sets in. attention_factor (yarn): multiplies cosines and sines; null = 0.1 ln(factor) + 1.
     """
 
     base: float = 10000.0
     fraction: float = 1.0
     scaling: str | None = None
+    factor: float = 1.0
+    original_seq_len: int | None = None
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
 
 
 @dataclass
@@ -153,7 +163,6 @@ class ModelConfig:
         check_layers(self)
         if self.norm not in NORM_NAMES:
             raise ValueError(f"model.norm={self.norm!r} is not one of {', '.join(NORM_NAMES)}")
-        self._check_built()
 
     def _check_ranges(self) -> None:
         if not self.family:
@@ -174,22 +183,3 @@ class ModelConfig:
                 raise ValueError(f"model.{key}={number} must be a positive number")
         if not 0 <= self.rope.fraction <= 1:
             raise ValueError(f"model.rope.fraction={self.rope.fraction} must be between 0 and 1")
-
-    def _check_built(self) -> None:
-        """Raises ValueError for a key that only a layer type or feature that does not exist yet would read."""
-        for prefix, section, names in (
-            ("attention.", self.attention, _ATTENTION_LATER),
-            ("rope.", self.rope, ("scaling",)),
-        ):
-            for name in names:
-                value, default = getattr(section, name), _default(type(section), name)
-                if value != default:
-                    shown = "null" if default is None else default
-                    raise ValueError(f"model.{prefix}{name}={value} is not built yet; set it to {shown}, or drop it")
-
-
-_ATTENTION_LATER = ("qkv_bias", "qk_norm")
-
-
-def _default(section: type, name: str) -> Any:
-    return getattr(section(), name)

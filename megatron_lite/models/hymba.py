@@ -201,6 +201,10 @@ def check(config: ModelConfig) -> None:
         raise ValueError(
             f"model.mamba.version={sizes.version}, but layers 'H' of model.pattern are Mamba-1; set it to 1"
         )
+    if heads.qkv_bias:
+        raise ValueError(
+            "model.attention.qkv_bias=True is not known in layers 'H', whose queries, keys and values have no biases"
+        )
     if sizes.dt_rank is None or sizes.dt_rank < 1:
         raise ValueError(f"model.mamba.dt_rank={sizes.dt_rank} must be at least 1 in layers 'H'")
     for key, only in (("groups", 1), ("dt_limits", None)):

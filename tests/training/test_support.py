@@ -18,10 +18,11 @@ from megatron_lite.training.config import compose_run, validate
 from tests import runs
 from tests.distributed import run_ranks
 
+LLAMA = ["model.norm=rmsnorm", "model.mlp.activation=swiglu", "model.rope.fraction=1"]
 FAMILIES = {
     "nemotron4": [],
-    "llama": ["model.family=llama", "model.norm=rmsnorm", "model.mlp.activation=swiglu", "model.rope.fraction=1"],
-    "mistral": ["model.family=mistral", "model.norm=rmsnorm", "model.mlp.activation=swiglu", "model.rope.fraction=1"],
+    "llama, mistral": ["model.family=llama", *LLAMA],
+    "qwen2, qwen3": ["model.family=qwen3", *LLAMA, "model.attention.qk_norm=true"],
     "nemotron_h": [
         "model=nano2_tiny",
         "model.hidden_size=32",
