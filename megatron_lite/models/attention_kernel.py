@@ -26,6 +26,7 @@ import functools
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -133,10 +134,10 @@ def with_blocks(query_BHTK: Tensor, kv: KeyValue, context: LayerContext, visibil
     rows = batch if context.documents_BT is not None or len(context.positions_BT) > 1 else None
     device = query_BHTK.device
     mask = create_block_mask(mask_function(context, visibility), rows, None, length, length, device=device.type)
-    run = _compiled_flex_attention() if device.type == "cuda" else flex_attention
+    run: Any = _compiled_flex_attention() if device.type == "cuda" else flex_attention
     return run(query_BHTK, kv.key_BGSK, kv.value_BGSV, block_mask=mask, enable_gqa=True)
 
 
 @functools.cache
-def _compiled_flex_attention() -> Callable[..., Tensor]:
+def _compiled_flex_attention() -> Callable[..., Any]:
     return torch.compile(flex_attention)

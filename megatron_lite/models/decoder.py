@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -53,12 +54,8 @@ class Decoder(nn.Module):
         rows, width = config.padded_vocab, config.hidden_size
         make_norm = NORMS[config.norm]
         self.specs = layer_specs(config)
-        of_words = {"init_std": config.init_std, "valid_rows": config.vocab_size}
-        self.embedding = (
-            PrefixedEmbedding(rows, width, prefix=config.meta_tokens, **of_words)
-            if config.meta_tokens
-            else Embedding(rows, width, **of_words)
-        )
+        make_embedding = partial(PrefixedEmbedding, prefix=config.meta_tokens) if config.meta_tokens else Embedding
+        self.embedding = make_embedding(rows, width, init_std=config.init_std, valid_rows=config.vocab_size)
         self.layers = nn.ModuleList(
             ResidualLayer(make_norm(width, config.norm_eps), LAYER_TYPES[spec.symbol].build(config, spec))
             for spec in self.specs

@@ -104,7 +104,7 @@ class _Scan(torch.autograd.Function):
         later_BNC = d_last_BCN.mT.contiguous()  # the gradient of a chunk's last state, from the tokens after it
         dA_NC = torch.zeros_like(A_NC)
         d_restart_BNC = None if restart_BNC is None else torch.zeros_like(restart_BNC)
-        step = _compiled(_gradients) if x_BTC.is_cuda else _gradients
+        step: Callable[..., Any] = _compiled(_gradients) if x_BTC.is_cuda else _gradients
         found: list[tuple[Tensor, ...]] = []
         chunks = list(_chunks(ctx.chunk, x_BTC, dt_BTC, B_BTN, C_BTN, begins_BT, dy_BTC))
         for number in reversed(range(len(chunks))):

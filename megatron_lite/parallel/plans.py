@@ -26,6 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import gcd
 from operator import attrgetter
 
 import torch
@@ -206,15 +207,19 @@ def check_divisible(config: ModelConfig, *, tp: int, sequence_parallel: bool = F
         key = "model.max_seq_len" if config.meta_tokens == 0 else "model.meta_tokens + model.max_seq_len"
         counts[key] = config.meta_tokens + config.max_seq_len
     wrong = {key: number for key, number in counts.items() if number % tp}
-    if wrong:
+    if not wrong:
+        return
+    if gcd(*counts.values()) == 1:
+        way_out = (
+            f"{_named(counts)} have no common divisor, so no degree above 1 works for this model; set parallel.tp=1 and shard it over the "
+            "data-parallel ranks (engine=fsdp engine.shard=full, with parallel.dp_replicate for replicas)"
+        )
+    else:
         # of the divisors of tp: those divide the number of processes too
         works = [d for d in range(1, tp) if tp % d == 0 and all(count % d == 0 for count in counts.values())]
-        named = " and ".join(f"{key}={number}" for key, number in wrong.items())
-        verb = "does" if len(wrong) == 1 else "do"
-        others = (
-            "" if works != [1] else "; a model is also divided by engine=fsdp (engine.shard, parallel.dp_replicate)"
-        )
-        raise ValueError(
-            f"{named} {verb} not divide by parallel.tp={tp}; with this model parallel.tp={' or '.join(map(str, works))} "
-            f"would work{others}"
-        )
+        way_out = f"with this model parallel.tp={' or '.join(map(str, works))} would work"
+    raise ValueError(f"{_named(wrong)} {'do' if len(wrong) > 1 else 'does'} not divide by parallel.tp={tp}; {way_out}")
+
+
+def _named(counts: Mapping[str, int]) -> str:
+    return " and ".join(f"{key}={number}" for key, number in counts.items())

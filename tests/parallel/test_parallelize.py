@@ -349,7 +349,7 @@ def test_compile_is_handed_to_each_layer(monkeypatch: pytest.MonkeyPatch) -> Non
             r"model.mlp.ffn_size=50 does not divide by parallel.tp=4.*parallel.tp=1 or 2 would",
         ),
         ({"vocab_multiple": 1}, 4, False, r"padded vocabulary .*=250 does not divide.*parallel.tp=1 or 2 would work"),
-        ({}, 3, False, r"does not divide by parallel.tp=3.*parallel.tp=1 would work"),
+        ({}, 3, False, r"model.attention.kv_heads=4 do not divide by parallel.tp=3.*parallel.tp=1 would work"),
         ({"max_seq_len": 18}, 4, True, r"model.max_seq_len=18 does not divide by parallel.tp=4"),
     ],
 )
