@@ -44,6 +44,7 @@ from megatron_lite.models.config import ModelConfig
 from megatron_lite.models.flops import parameter_count
 from megatron_lite.parallel.assemble import assemble, from_tensors
 from megatron_lite.parallel.mesh import Mesh, ParallelConfig
+from megatron_lite.parallel.parallelize import Recipe
 from megatron_lite.precision.dtypes import PrecisionConfig
 from megatron_lite.ranks import Ranks
 from megatron_lite.runtime import Runtime, set_threads
@@ -260,13 +261,13 @@ class Session:
 
     def _assembled(self, model: ModelConfig, tensors: TensorSource) -> Probe:
         """The model at this layout, in evaluation mode; a rank reads only what it holds."""
-        parallel = replace(self.config.parallel, compile=False)  # a compiled layer calls no hooks of its parts
+        recipe = Recipe(replace(self.config.parallel, compile=False))  # a compiled layer calls no hooks of its parts
         probe, _ = self.ranks.attempt(
             "read the weights",
             lambda: assemble(
                 model,
                 mesh=self.mesh,
-                parallel=parallel,
+                recipe=recipe,
                 fill=from_tensors(tensors),
                 wrap=Probe,
                 distribute=self.config.engine.distribute(self.mesh, self.config.precision.dtype),
