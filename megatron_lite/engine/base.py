@@ -42,7 +42,9 @@ class StepResult:
 
 
 class Engine(Protocol):
-    """One step, one evaluation, and the state of both model and optimizer in global names."""
+    """One step, one evaluation, and the state of both model and optimizer in global names. numerics: those of the decoder."""
+
+    numerics: Numerics
 
     def train_step(self, micro_batches: list[Batch], *, lr: float, judge: Judge = not_finite) -> StepResult:
         """Forward, backward and update with this rank's micro-batches of one global batch.
