@@ -30,18 +30,17 @@ def test_stops_and_evaluations_leave_the_bits_alone(tiny_data: Path, tmp_path: P
 
 def test_a_run_may_change_its_precision(tiny_data: Path, tmp_path: Path, capsys) -> None:
     kinds = {}
-    for stop, words in ((2, ["precision=bf16"]), (4, DELAYED), (5, ["precision=fp8_current"]), (6, DELAYED)):
+    for stop, words in ((1, ["precision=bf16"]), (2, DELAYED), (3, ["precision=fp8_current"])):
         assert runs.run(tiny_data, tmp_path / "r", *words, "train.max_steps=8", f"train.stop_at={stop}") == 0
         said = capsys.readouterr().out
-        assert ("in the checkpoint" in said) == (stop > 2)
+        assert ("in the checkpoint" in said) == (stop > 1)
         assert ("start afresh" in said) == (words is DELAYED)
         newest = tmp_path / "r" / "checkpoints" / f"step_{stop:08d}"
         kinds[stop] = {name.split(".")[0] for name in describe(newest)}
     delayed = {"scale_fwd", "amax_history_fwd", "scale_bwd", "amax_history_bwd"}
-    assert [delayed <= kinds[stop] for stop in (2, 4, 5, 6)] == [False, True, False, True]
+    assert [delayed <= kinds[stop] for stop in (1, 2, 3)] == [False, True, False]
     losses = [row["loss"] for row in runs.rows(tmp_path / "r")]
-    assert max(losses[2:]) < min(losses[:2])  # no precision starts again
-    assert runs.run(tiny_data, tmp_path / "r", *DELAYED, "precision.amax_history_len=9", "train.max_steps=7") == 0
+    assert losses == sorted(losses, reverse=True)  # no precision starts again
 
 
 @pytest.mark.parametrize("name", ["fp8_block", "fp8_delayed"])
