@@ -18,7 +18,7 @@ import logging
 import math
 import threading
 import uuid
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -219,23 +219,34 @@ class CheckpointStore:
         """The manifest of a checkpoint; not collective, opens no tensor file. Raises CheckpointError."""
         return manifests.read_manifest(self._where(step_or_path))
 
-    def load(self, step_or_path: int | str | Path, tensors: Tensors, *, partial: bool = False) -> dict[str, Any]:
+    def load(
+        self,
+        step_or_path: int | str | Path,
+        tensors: Tensors,
+        *,
+        partial: bool = False,
+        optional: Collection[str] = (),
+    ) -> dict[str, Any]:
         """Verify a checkpoint, fill `tensors` in place, return its manifest.
 
         partial: the checkpoint may hold tensors that are not in `tensors` (weights without the optimizer).
+        optional: kinds of tensors (`<kind>.<name>`) that are left as they are unless both sides have them, with the same shape.
         Raises CheckpointError when it is damaged, ValueError when it is of another model; on every rank.
         """
         self.wait()
         path = self._where(step_or_path)
         pieces = as_pieces(tensors, ranks=self.ranks.size)
         found = self._verifier.open(path)
-        self._compare(found, pieces, partial=partial)
+        pieces = {name: piece for name, piece in pieces.items() if not _is_left(name, piece, found, optional)}
+        self._compare(found, pieces, partial=partial, optional=optional)
         self.ranks.agree("read", lambda: _fill(pieces, found))
         return found.manifest
 
-    def _compare(self, found: CheckpointTensors, pieces: dict[str, Piece], *, partial: bool) -> None:
+    def _compare(
+        self, found: CheckpointTensors, pieces: dict[str, Piece], *, partial: bool, optional: Collection[str]
+    ) -> None:
         """Raise ValueError on every rank when the checkpoint is of another model."""
-        names = sorted(found.names())
+        names = sorted(name for name in found.names() if _kind(name) not in optional)
         asked = self.ranks.sum("compare", torch.tensor([name in pieces for name in names], dtype=torch.int32))
         extra = [] if partial else [name for name, ranks in zip(names, asked.tolist()) if not ranks]
         saved = found.manifest["tensors"]
@@ -245,6 +256,14 @@ class CheckpointStore:
 
     def _where(self, step_or_path: int | str | Path) -> Path:
         return self.path(step_or_path) if isinstance(step_or_path, int) else Path(step_or_path)
+
+
+def _kind(name: str) -> str:
+    return name.split(".", 1)[0]
+
+
+def _is_left(name: str, piece: Piece, found: CheckpointTensors, optional: Collection[str]) -> bool:
+    return _kind(name) in optional and (name not in found.names() or found.shape(name) != piece.global_shape)
 
 
 def as_pieces(tensors: Tensors, *, ranks: int) -> dict[str, Piece]:

@@ -92,7 +92,7 @@ def scale_for(amax: Tensor, form: Format, *, power_of_two: bool, dtype: torch.dt
     1 where amax is 0; the largest number of `dtype`, in which the tensor came, where the quotient overflows; 0 where amax is infinite, so
     that nothing of such a tensor comes out finite. Power of two: rounded down to one. (Transformer Engine's rule.)
     """
-    scale = form.largest / amax
+    scale = torch.full_like(amax, form.largest) / amax  # a number divided by a tensor would be rounded twice
     scale = torch.where(scale.isinf(), torch.finfo(dtype).max, scale)
     if power_of_two:
         _, exponent = torch.frexp(scale)  # scale = m 2^exponent, 1/2 <= m < 1

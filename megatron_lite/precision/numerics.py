@@ -12,6 +12,9 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+# What delayed scaling keeps, as `<kind>.<layer>` in a checkpoint, and what it is before the first step.
+STATE = {"scale_fwd": 1.0, "amax_history_fwd": 0.0, "scale_bwd": 1.0, "amax_history_bwd": 0.0}
+
 
 @dataclass(frozen=True)
 class Observation:
@@ -51,7 +54,7 @@ class Numerics:
         return nullcontext()
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint must hold to continue with the same bits: live fp32 tensors by their names, the same on all ranks."""
+        """What a checkpoint must hold to continue with the same bits: live fp32 tensors of the kinds of `STATE`, the same on all ranks."""
         return {}
 
 

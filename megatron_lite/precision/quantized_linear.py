@@ -50,7 +50,7 @@ class QuantizedLinear(nn.Module):
         """(..., K) -> (..., N)."""
         if self.mode.rung == BF16:
             return super().product(x, bias)  # type: ignore[misc]
-        return _Linear.apply(x, self.weight, bias, self)
+        return _product(x, self.weight, bias, self)
 
     def quantize(self, operand: str, x: Tensor) -> Pair:
         """Both forms of an operand, a matrix."""
@@ -67,6 +67,11 @@ class QuantizedLinear(nn.Module):
         if self.path not in kept:
             kept[self.path] = self.quantize("weight", weight)
         return kept[self.path]
+
+
+@torch.compiler.disable  # it reads and writes what layers share; torch.compile takes the rest of the layer
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, linear: QuantizedLinear) -> Tensor:
+    return _Linear.apply(x, weight, bias, linear)
 
 
 class _Linear(torch.autograd.Function):

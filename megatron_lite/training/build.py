@@ -56,6 +56,7 @@ from megatron_lite.training.resume import (
     open_source,
     progress_of,
     report_changes,
+    report_precision,
 )
 from megatron_lite.training.spikes import SpikeGuard
 from megatron_lite.training.status import Status
@@ -192,6 +193,7 @@ def build_trainer(
         )
         if runtime.is_main:
             report_changes(schedule, before=previous_schedule(run, manifest, start), phases=blend.phases)
+            report_precision(manifest, run.precision)
     check_batch_sizes(run, schedule, world_size=runtime.world_size)
     if runtime.is_main:
         run.precision.warn_if_slow(runtime.device)

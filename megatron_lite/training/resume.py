@@ -25,6 +25,7 @@ from megatron_lite.models.config import ModelConfig
 from megatron_lite.models.huggingface import expected_shapes
 from megatron_lite.optim.schedule import Progress, Schedule
 from megatron_lite.parallel.global_view import State
+from megatron_lite.precision.recipes import Precision
 from megatron_lite.ranks import Ranks
 from megatron_lite.training.config import RunConfig
 from megatron_lite.training.lineage import ONCE, Origin, descendants
@@ -198,6 +199,17 @@ def report_changes(schedule: Schedule, *, before: Schedule | None, phases: Phase
             f"schedule ends at step {schedule.total_steps}, the checkpoint's at {before.total_steps})",
             stacklevel=2,
         )
+
+
+def report_precision(manifest: dict[str, Any], precision: Precision) -> None:
+    """Say that the precision is not the checkpoint's, and what that means for the scales of delayed scaling."""
+    before, now = manifest["config"].get("precision"), to_dict(precision)
+    if not before or before == now:
+        return
+    scales = "; scales and histories start afresh where layer or length are not the checkpoint's" * (
+        "amax_history_len" in now
+    )
+    print(f"precision={precision.name} from here on, {before.get('name')} in the checkpoint{scales}")
 
 
 def check_same_run(manifest: dict[str, Any], run: RunConfig, tokenizer: TokenizerIdentity) -> None:

@@ -67,8 +67,7 @@ FEATURES: dict[str, Feature] = {
     "replicas": Feature("Replicas (HSDP)", {"1": "parallel.dp_replicate=1", "several": "parallel.dp_replicate=2"}),
     "precision": Feature(
         "Precision",
-        {name: f"precision={name}" for name in ("fp32", "bf16", "fp8_delayed")}
-        | {_FP8: "precision=fp8_current (or fp8_block, mxfp8)"},
+        {name: f"precision={name}" for name in ("fp32", "bf16", "fp8_delayed")} | {_FP8: "precision=fp8_current"},
     ),
     "recompute": Feature(
         "Activation recompute", {name: f"parallel.recompute={name}" for name in ("none", "selective", "full")}

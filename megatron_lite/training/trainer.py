@@ -29,6 +29,7 @@ from megatron_lite.engine.base import Engine, StepResult
 from megatron_lite.optim.schedule import BatchSize, Progress, RampStage, Schedule
 from megatron_lite.optim.spikes import not_finite
 from megatron_lite.parallel.global_view import State
+from megatron_lite.precision.numerics import STATE
 from megatron_lite.runtime import Runtime, Signals
 from megatron_lite.tracking.base import Tracker
 from megatron_lite.tracking.profile import Profiler
@@ -270,7 +271,13 @@ class Trainer:
         """Take over tensors, counters and random generators of a checkpoint. Raises CheckpointError or ValueError."""
         self.watchdog.enter(f"restore {path.name}", 0)
         state = self.engine.state()
-        manifest = self.store.load(path, state.tensors)
+        for (
+            name,
+            piece,
+        ) in state.tensors.items():  # a checkpoint of another precision may not hold it: then it starts afresh
+            if (kind := name.split(".", 1)[0]) in STATE:
+                piece.tensor().fill_(STATE[kind])
+        manifest = self.store.load(path, state.tensors, optional=tuple(STATE))
         self.engine.load_state(State(state.tensors, manifest["counters"]))
         due = bool(manifest.get("validation_due"))
         done = manifest["step"], manifest["consumed_samples"], manifest["consumed_tokens"]
