@@ -14,7 +14,8 @@ from megatron_lite.models.config import ModelConfig, RopeConfig
 from megatron_lite.models.huggingface.fields import integer, number
 
 # scaling -> the name of each of its numbers in config.json
-NUMBERS: dict[str, dict[str, str]] = {
+NUMBERS: dict[str | None, dict[str, str]] = {
+    None: {},
     "linear": {"factor": "factor"},
     "llama3": {
         "factor": "factor",
@@ -32,6 +33,7 @@ NUMBERS: dict[str, dict[str, str]] = {
 }
 _OPTIONAL = ("beta_fast", "beta_slow", "attention_factor")  # null, too, means the default, which is ours as well
 _ONLY = {"truncate": True}  # keys of which only the default is supported
+_TYPES = ", ".join(name or "default" for name in NUMBERS)
 
 
 def read_rope(hf: Mapping[str, Any], *, default_fraction: float) -> RopeConfig:
@@ -41,24 +43,20 @@ def read_rope(hf: Mapping[str, Any], *, default_fraction: float) -> RopeConfig:
     if not isinstance(nested, Mapping) or any(isinstance(value, Mapping) for value in nested.values()):
         raise ValueError(f"config.json: {key}={nested!r} is not supported (only one set of numbers for all layers)")
     kind = nested.get("rope_type", nested.get("type", "default"))
-    if kind != "default" and kind not in NUMBERS:
-        raise ValueError(
-            f"config.json: {key}={nested!r} is not supported (only rope_type default, {', '.join(NUMBERS)})"
-        )
-    flat = {"rope_theta": 10000.0, "partial_rotary_factor": default_fraction, **hf}
-    merged = {**flat, **{name: nested[name] for name in ("rope_theta", "partial_rotary_factor") if name in nested}}
-    rope = RopeConfig(base=number(merged, "rope_theta"), fraction=number(merged, "partial_rotary_factor"))
-    if kind == "default":
-        return rope
-    rope.scaling = kind
-    names = NUMBERS[kind]
+    scaling = None if kind == "default" else str(kind)
+    if scaling not in NUMBERS:
+        raise ValueError(f"config.json: {key}={nested!r} is not supported (only rope_type {_TYPES})")
+    names = NUMBERS[scaling]
     known = {"rope_type", "type", "rope_theta", "partial_rotary_factor", *names.values()}
     for name, value in nested.items():
         if name not in known and value is not None and value != _ONLY.get(name):
             raise ValueError(f"config.json: {key}: {name}={value!r} is not supported with rope_type {kind}")
+    base = {"rope_theta": 10000.0, "partial_rotary_factor": default_fraction}
+    values = {**base, **{name: hf[name] for name in base if name in hf}, **nested}
+    rope = RopeConfig(number(values, "rope_theta"), number(values, "partial_rotary_factor"), scaling)
     # As in transformers: a length beside the numbers counts more than one among them, and the model's own is the default.
-    lengths = {name: hf[name] for name in ("original_max_position_embeddings",) if name in hf}
-    values = {"original_max_position_embeddings": hf["max_position_embeddings"], **nested, **lengths}
+    length = "original_max_position_embeddings"
+    values[length] = hf.get(length, values.get(length, hf.get("max_position_embeddings")))
     for ours, name in names.items():
         if ours not in _OPTIONAL or values.get(name) is not None:
             read = integer if ours == "original_seq_len" else number
@@ -69,16 +67,15 @@ def read_rope(hf: Mapping[str, Any], *, default_fraction: float) -> RopeConfig:
 def written_rope(config: ModelConfig) -> dict[str, Any]:
     """The fields, in both spellings. Raises ValueError for a scaling that transformers does not know."""
     rope = config.rope
-    if rope.scaling is None:
-        return {"rope_parameters": {"rope_type": "default", "rope_theta": rope.base}, "rope_theta": rope.base}
     if rope.scaling not in NUMBERS:
         raise ValueError(
-            f"model.rope.scaling={rope.scaling!r} cannot be written with model.family={config.family}; transformers knows "
-            f"{', '.join(NUMBERS)}"
+            f"model.rope.scaling={rope.scaling!r} cannot be written with model.family={config.family}; transformers knows {_TYPES}"
         )
-    scaling: dict[str, Any] = {"rope_type": rope.scaling}
+    scaling: dict[str, Any] = {"rope_type": rope.scaling or "default"}
     for ours, name in NUMBERS[rope.scaling].items():
         value = getattr(rope, ours)
         if ours not in _OPTIONAL or value != getattr(RopeConfig, ours):
             scaling[name] = value
-    return {"rope_parameters": scaling | {"rope_theta": rope.base}, "rope_scaling": scaling, "rope_theta": rope.base}
+    nested = {"rope_parameters": scaling | {"rope_theta": rope.base}}
+    flat = {"rope_theta": rope.base} | ({} if rope.scaling is None else {"rope_scaling": scaling})
+    return nested | flat

@@ -144,6 +144,7 @@ BAD_FIELDS = [
     ({"attention_dropout": 0.1}, "attention_dropout=0.1"),
     ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling={'type': 'dynamic'"),
     ({"rope_parameters": {"rope_type": "yarn", "factor": "4"}}, "factor='4' must be a number"),
+    ({"rope_scaling": {"type": "default", "mrope_section": [1, 2]}}, r"rope_scaling: mrope_section=\[1, 2\]"),
     ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "mscale": 0.7}}, "rope_parameters: mscale=0.7"),
     ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "truncate": False}}, "rope_parameters: truncate=False"),
     ({"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, "full_attention"),
@@ -216,7 +217,10 @@ def test_qwen_fields_that_cannot_be_held(llama, loud, tmp_path, family, changes,
     [
         ({"attention.qkv_bias": True}, r"model\.attention\.qkv_bias=True.*LlamaForCausalLM"),
         ({"attention.qk_norm": True}, r"model\.attention\.qk_norm=True.*LlamaForCausalLM"),
-        ({"rope.scaling": "ntk", "rope.original_seq_len": 8}, r"model\.rope\.scaling='ntk'.*linear, llama3, yarn"),
+        (
+            {"rope.scaling": "ntk", "rope.original_seq_len": 8},
+            r"model\.rope\.scaling='ntk'.*default, linear, llama3, yarn",
+        ),
     ],
 )
 def test_what_llama_does_not_have_is_not_written(llama, changes, message):
