@@ -137,7 +137,6 @@ def install(capability: tuple[int, int] = (9, 0), cuda: str = "13.0") -> Any:
     environment = {
         "NVTE_PROJECT_BUILDING": "1",  # do not look for the compiled library
         "NVTE_TORCH_COMPILE": "0",
-        "NVTE_UNFUSED_FP8_UPDATE": "1",  # histories and scales advance in TE's Python
     }
     patch = mock.patch.dict(os.environ, environment)
     patch.start()
