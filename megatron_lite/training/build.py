@@ -39,6 +39,9 @@ from megatron_lite.models.flops import flops_per_token, parameter_count
 from megatron_lite.optim.schedule import BatchSize, LearningRate, Progress, Projection, Schedule, ScheduleConfig
 from megatron_lite.parallel.assemble import assemble, from_tensors, seeded
 from megatron_lite.parallel.mesh import Mesh, ParallelConfig, build_mesh
+from megatron_lite.parallel.parallelize import Recipe
+from megatron_lite.parallel.quantization import formats_table
+from megatron_lite.precision.recipes import Fp8Config
 from megatron_lite.runtime import Runtime
 from megatron_lite.tracking import RunInfo, build_tracker
 from megatron_lite.tracking.profile import Profiler
@@ -134,7 +137,7 @@ def build_engine(run: RunConfig, mesh: Mesh, *, source: Weights | None = None) -
     objective, shards = assemble(
         run.model,
         mesh=mesh,
-        parallel=run.parallel,
+        recipe=Recipe(run.parallel, run.precision),
         fill=seeded(run.seed) if source is None else from_tensors(source.tensors),
         wrap=run.objective.build,
         distribute=config.distribute(mesh, dtype),
@@ -179,6 +182,9 @@ def build_trainer(
     check_batch_sizes(run, schedule, world_size=runtime.world_size)
     if runtime.is_main:
         run.precision.warn_if_slow(runtime.device)
+        if isinstance(run.precision, Fp8Config):
+            backend = run.precision.backend_on(runtime.device)
+            print("\n".join([f"{run.precision.name}, {backend}:", *formats_table(run.model, run.precision)]))
     mesh = build_grid(run.parallel, run.engine, world_size=runtime.world_size, device=runtime.device)
     starts_from_source = point is None and run.init_from.path is not None
     engine = build_engine(run, mesh, source=open_source(run, tokenizer, store.ranks) if starts_from_source else None)
@@ -265,7 +271,7 @@ def build_metrics(run: RunConfig, runtime: Runtime, *, consumed: int) -> Metrics
         flops_per_token=flops_per_token(run.model, run.data.seq_len),
         seq_len=run.data.seq_len,
         devices=runtime.world_size,
-        peak=device_peak_flops(runtime.device, run.precision.name),
+        peak=device_peak_flops(runtime.device, run.precision.peak),
         device=runtime.device,
     )
     return Metrics(work, log_every=run.train.log_every, consumed_samples=consumed)

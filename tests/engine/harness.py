@@ -19,7 +19,7 @@ from megatron_lite.objectives.next_token import NextTokenConfig
 from megatron_lite.optim.optimizer import OptimConfig
 from megatron_lite.parallel.global_view import State
 from megatron_lite.parallel.mesh import ParallelConfig
-from megatron_lite.precision.dtypes import PrecisionConfig
+from megatron_lite.precision.recipes import precision_class
 from megatron_lite.training.build import build_engine, build_grid
 from megatron_lite.training.config import RunConfig
 from tests.distributed import device
@@ -46,13 +46,15 @@ Boxes = dict[str, tuple[tuple[int, ...], tuple[int, ...], torch.Tensor]]
 
 @dataclass(frozen=True)
 class Case:
-    """One layout, engine and precision. `parallel` and `engine` are fields of their configs, `model` holds dotted keys."""
+    """One layout, engine and precision. `parallel`, `engine` and `numbers` (precision's) are fields of their configs, `model` holds dotted
+    keys."""
 
     parallel: dict[str, Any] = field(default_factory=dict)
     engine: dict[str, Any] = field(default_factory=dict)
     precision: str = "fp32"
     model: dict[str, Any] = field(default_factory=dict)
     micro_batch: int = 2
+    numbers: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -78,7 +80,7 @@ def run_config(case: Case) -> RunConfig:
         engine=kinds[settings.pop("kind", "fsdp")](**settings),
         objective=NextTokenConfig(),
         parallel=ParallelConfig(**case.parallel),
-        precision=PrecisionConfig(case.precision),
+        precision=precision_class(case.precision)(case.precision, **case.numbers),
         optim=OptimConfig(lr=PEAK, eps=EPS, weight_decay=0.5, clip_grad=CLIP),
     )
 
