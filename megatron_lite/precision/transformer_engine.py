@@ -103,7 +103,7 @@ class TransformerEngineNumerics(Numerics):
         return torch.compiler.disable(multiply)
 
     @property
-    def rung(self) -> str:  # type: ignore[override]
+    def rung(self) -> str:
         """See `EmulatedNumerics`."""
         return self.emulation.rung
 
@@ -255,7 +255,7 @@ def build_recipe(recipe: Fp8Config, recipe_module: ModuleType, *, rung: str) -> 
 def _linear_class(te: ModuleType) -> type[te.Linear]:
     """`te.Linear` that is told whether its weight stays in memory, instead of looking for FSDP2 around it, where it is not."""
 
-    class Linear(te.Linear):  # type: ignore[misc, name-defined]
+    class Linear(te.Linear):  # type: ignore[name-defined]
         pass_: _Pass
 
         @property

@@ -89,7 +89,9 @@ class Kernels(ModuleType):
         amax: Tensor, histories: list[Tensor], scales: list[Tensor], algorithm: str, dtype: Any, margin: int
     ) -> None:
         """Delayed scaling's step: the reduced maxima are those of row 0; new scales; histories move on."""
-        largest = torch.tensor(torch.finfo(FP8[DType(int(dtype))]).max / 2**margin)  # a tensor: divided with one rounding
+        largest = torch.tensor(
+            torch.finfo(FP8[DType(int(dtype))]).max / 2**margin
+        )  # a tensor: divided with one rounding
         for newest, history, scale in zip(amax.split([scale.numel() for scale in scales]), histories, scales):
             history[0] = newest
             found = history.amax(0) if algorithm == "max" else newest
