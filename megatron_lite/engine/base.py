@@ -42,7 +42,12 @@ class StepResult:
 
 
 class Engine(Protocol):
-    """One step, one evaluation, and the state of both model and optimizer in global names."""
+    """One step, one evaluation, and the state of both model and optimizer in global names.
+
+    numerics: how the linear layers of what it trains compute.
+    """
+
+    numerics: Numerics
 
     def train_step(self, micro_batches: list[Batch], *, lr: float, judge: Judge = not_finite) -> StepResult:
         """Forward, backward and update with this rank's micro-batches of one global batch.
@@ -52,6 +57,10 @@ class Engine(Protocol):
 
     def evaluate(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """(summed cross-entropy, counted tokens) of this rank's batch, without gradient."""
+
+    def diagnose(self, micro_batches: list[Batch]) -> None:
+        """Run this rank's micro-batches of one global batch through the weights for whoever collects from `numerics`: forward and, where
+        the engine can drop its gradients, backward. Changes nothing."""
 
     def state(self) -> State:
         """This rank's shards of the global tensors `<kind>.<name>` (`model`, `exp_avg`, `exp_avg_sq`, and what `Numerics` keeps), to be

@@ -194,6 +194,11 @@ class DeepSpeedEngine:
             loss = self.engine(batch)
         return loss.total, loss.tokens
 
+    def diagnose(self, micro_batches: list[Batch]) -> None:
+        """See `Engine`. Forward only: ZeRO adds gradients up where they cannot be dropped."""
+        for batch in micro_batches:
+            self.evaluate(batch)
+
     def state(self) -> State:
         """See `Engine`: copies on the CPU, a data-parallel rank's share of the rows of each tensor.
 

@@ -14,6 +14,7 @@ Notable features:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -144,16 +145,9 @@ class FsdpEngine:
 
     def train_step(self, micro_batches: list[Batch], *, lr: float, judge: Judge = not_finite) -> StepResult:
         """See `Engine`."""
-        self.objective.train()
-        sums = BatchSums(micro_batches, self.mesh.loss_groups)
         keeps_weights = self.keep_gathered or not isinstance(self.objective, FSDPModule)
         with self.numerics.step(keep_weights=keeps_weights):
-            for index, batch in enumerate(micro_batches):
-                self._begin_micro_batch(last=index + 1 == len(micro_batches))
-                with self.numerics.micro_batch(), computing(self.dtype, self.objective):
-                    loss = self.objective(batch)
-                    (loss.total / sums.num_tokens).backward()
-                sums.add(loss)
+            sums = self._backward(micro_batches, self.numerics.micro_batch)
         mean, parts = sums.means()
         gradients = self._take_gradients()
         self.replicas.take_first(gradients)
@@ -164,6 +158,23 @@ class FsdpEngine:
         skipped = judge(mean, norm)
         self.optimizer.step(gradients, lr=lr, skip=skipped.to(self.optimizer_device))
         return StepResult(loss=mean, grad_norm=norm, valid_tokens=sums.tokens, skipped=skipped, parts=parts)
+
+    def diagnose(self, micro_batches: list[Batch]) -> None:
+        """See `Engine`."""
+        self._backward(micro_batches, self.numerics.forward_only)
+        self._take_gradients()
+
+    def _backward(self, micro_batches: list[Batch], around: Callable[[], AbstractContextManager[None]]) -> BatchSums:
+        """Forward and backward of every micro-batch, each within `around()`."""
+        self.objective.train()
+        sums = BatchSums(micro_batches, self.mesh.loss_groups)
+        for index, batch in enumerate(micro_batches):
+            self._begin_micro_batch(last=index + 1 == len(micro_batches))
+            with around(), computing(self.dtype, self.objective):
+                loss = self.objective(batch)
+                (loss.total / sums.num_tokens).backward()
+            sums.add(loss)
+        return sums
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> tuple[Tensor, Tensor]:

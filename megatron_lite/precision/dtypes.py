@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -30,6 +30,8 @@ class PrecisionConfig:
     """`name` is fp32 or bf16: the dtype in which matrix products run."""
 
     name: str = "fp32"
+
+    fallback_after: ClassVar[int] = 0  # there is nothing more exact to fall back to
 
     def validate(self) -> None:
         """Raise ValueError for a name that is not in DTYPES."""

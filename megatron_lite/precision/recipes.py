@@ -28,6 +28,7 @@ class Fp8Config:
     backend: transformer_engine | emulated (computed with torch, anywhere, slowly) | auto (the first on a GPU, else the second).
     format: hybrid (E4M3, gradients E5M2) | e4m3 | e5m2 (emulated only).
     bf16_first_layers, bf16_last_layers: so many layers of `decoder.layers` stay bf16. A layer is one symbol of the pattern.
+    fallback_after: spikes on a rung until the run computes more exactly, 0 for never (see training/ladder.py).
     bf16_modules: names of linear layers that stay bf16, as shell patterns: "layers.*.mixer.out_proj".
     """
 
@@ -37,6 +38,7 @@ class Fp8Config:
     bf16_first_layers: int = 0
     bf16_last_layers: int = 0
     bf16_modules: list[str] = field(default_factory=list)
+    fallback_after: int = 0
 
     dtype: ClassVar[torch.dtype] = torch.bfloat16  # of everything that is not FP8
     peak: ClassVar[str] = "fp8"  # see `hardware.device_peak_flops`
@@ -55,7 +57,7 @@ class Fp8Config:
             raise ValueError(
                 "precision.format=e5m2: Transformer Engine has no E5M2 forward; choose hybrid or e4m3, or precision.backend=emulated"
             )
-        for key in ("bf16_first_layers", "bf16_last_layers"):
+        for key in ("bf16_first_layers", "bf16_last_layers", "fallback_after"):
             if getattr(self, key) < 0:
                 raise ValueError(f"precision.{key}={getattr(self, key)} must not be negative")
 
