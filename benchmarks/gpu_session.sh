@@ -27,12 +27,14 @@ part() { # part NAME SECONDS COMMAND...: runs it, keeps its output and how it en
   shift 2
   printf '== %s\n' "$name"
   timeout --kill-after=10 "$seconds" "$@" >"$OUT/$name.log" 2>&1 || { result="failed ($?)" && failed=1; }
-  rows+=("$(printf '%-22s %-12s %5ds  %s' "$name" "$result" $((SECONDS - begin)) "$(tail -n 1 "$OUT/$name.log" | cut -c -70)")")
+  # the last line of text; a table's frame is not ASCII
+  rows+=("$(printf '%-12s %-12s %5ds  %s' "$name" "$result" $((SECONDS - begin)) "$(LC_ALL=C grep '^[[:print:]]*[[:alnum:]][[:print:]]*$' \
+    "$OUT/$name.log" | tail -n 1 | cut -c -100)")")
   [[ $result == ok ]]
 }
 
 # shellcheck disable=SC2329 # through bash_part
-tests() { "$PYTHON" -m pytest -p no:xdist -q -m gpu "$@"; }
+tests() { "$PYTHON" -m pytest -p no:xdist -v -m gpu "$@"; }
 
 # shellcheck disable=SC2329 # through bash_part
 build() { # the compiled library comes as a wheel, the bindings to this torch are compiled here

@@ -25,10 +25,12 @@ from megatron_lite.precision.recipes import (
     Fp8Config,
     MXScalingConfig,
 )
+from tests import runs
 from tests.distributed import run_ranks
 from tests.engine import harness
 from tests.engine.harness import Case, Trace
 from tests.engine.test_hybrid import HYBRID
+from tests.training.test_ladder import PLANTED, SETTINGS, events, planted
 from tests.transformer_engine_on_cpu import gpu, install, kernels, needs_wheel, transformer_engine_on_cpu
 
 API = json.loads((Path(__file__).parents[1] / "gpu" / "transformer_engine_api.json").read_text())
@@ -244,6 +246,30 @@ def in_autocast(te: Any, numerics: Any, multiply: Any) -> Any:
             return multiply(x, weight)
 
     return product
+
+
+@needs_wheel
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("precision", "rungs"),
+    [("fp8_current", ["fp8", "fp8_forward", "fp8_forward", "bf16"]), ("fp8_delayed", ["fp8", "bf16"])],
+)
+def test_the_ladder(te, tiny_data, tmp_path, precision, rungs):
+    """A run that overflows goes down as an emulated one does, and names the same module."""
+    right = backend.TransformerEngineLinear.product
+
+    def overflowing(self: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        observed = self.mode.observe is not None or self.mode.rung == "bf16"  # then it is the emulation's turn
+        return right(self, x * factor[0] if self.path == PLANTED and not observed else x, bias)
+
+    with planted() as factor, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backend.TransformerEngineLinear, "product", overflowing)
+        words = [f"precision={precision}", "precision.backend=transformer_engine"]
+        assert runs.run(tiny_data, tmp_path / "r", *SETTINGS, *words) == 0
+    found = events(tmp_path / "r")
+    assert [(event["rung"], event["module"], event["operand"]) for event in found] == [
+        (rung, PLANTED, "input") for rung in rungs
+    ]
 
 
 # ---------------------------------------------------------------- recipes and refusals
