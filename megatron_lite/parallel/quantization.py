@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,8 +26,10 @@ from megatron_lite.parallel.mesh import Mesh
 from megatron_lite.parallel.plans import Replace, apply_plan, decoder_plan
 from megatron_lite.parallel.reclass import reclass
 from megatron_lite.precision.emulated import EmulatedNumerics, Maxima
+from megatron_lite.precision.numerics import Numerics
 from megatron_lite.precision.quantized_linear import QuantizedLinear
 from megatron_lite.precision.recipes import Fp8Config
+from megatron_lite.precision.transformer_engine import TransformerEngineLinear, TransformerEngineNumerics
 
 ALWAYS_BF16 = ("x_proj", "dt_proj")
 
@@ -37,18 +40,33 @@ def quantize(decoder: Decoder, recipe: Fp8Config, mesh: Mesh) -> None:
     Raises ValueError for patterns that match nothing, and for what the backend does not have.
     """
     paths = [path for path, is_fp8 in linear_layers(decoder, recipe).items() if is_fp8]
+    emulated = EmulatedNumerics(recipe, paths, maxima=_maxima(mesh), device=mesh.device)
     if recipe.backend_on(mesh.device) == "transformer_engine":
-        raise ValueError(
-            "precision.backend=transformer_engine is not built yet; set precision.backend=emulated, which computes the same with torch"
-        )
-    numerics = EmulatedNumerics(recipe, paths, maxima=_maxima(mesh), device=mesh.device)
-    apply_plan(decoder, dict.fromkeys(paths, (Replace(partial(_emulated, numerics)),)), None)
+        te = TransformerEngineNumerics(recipe, emulated)
+        numerics: Numerics = te
+        make = partial(_transformer_engine, te)
+    else:
+        numerics = emulated
+        make = partial(_emulated, emulated)
+    apply_plan(decoder, dict.fromkeys(paths, (Replace(make),)), None)
     decoder.numerics = numerics  # type: ignore[assignment]
 
 
-def _emulated(numerics: EmulatedNumerics, path: str, linear: nn.Module) -> nn.Module:
-    reclass(linear, QuantizedLinear, quantizers=numerics.quantizers(path), mode=numerics.mode, path=path)
+def _emulated(
+    numerics: EmulatedNumerics,
+    path: str,
+    linear: nn.Module,
+    mixin: type[QuantizedLinear] = QuantizedLinear,
+    **attributes: Any,
+) -> nn.Module:
+    quantizers = numerics.quantizers(path)
+    reclass(linear, mixin, quantizers=quantizers, mode=numerics.mode, path=path, **attributes)
     return linear
+
+
+def _transformer_engine(numerics: TransformerEngineNumerics, path: str, linear: nn.Module) -> nn.Module:
+    multiply = numerics.product(path, *linear.get_parameter("weight").shape)
+    return _emulated(numerics.emulation, path, linear, TransformerEngineLinear, multiply=multiply)
 
 
 def _maxima(mesh: Mesh) -> Maxima:

@@ -60,7 +60,7 @@ def bash(code: str, *words: str) -> str:
     return done.stdout.rstrip("\n")
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda f: f.name)
+@pytest.mark.parametrize("script", [*SCRIPTS, LAUNCH.parent / "benchmarks" / "gpu_session.sh"], ids=lambda f: f.name)
 def test_shellcheck(script):
     shellcheck = shutil.which("shellcheck") or shutil.which("shellcheck", path=str(Path(sys.executable).parent))
     if shellcheck is None:

@@ -114,7 +114,10 @@ def test_the_batch_size_of_a_step_that_ended():
 
 @contextlib.contextmanager
 def planted():
-    """A bad sample is one token only. In its micro-batch the input of `PLANTED` is a million times too large, and the loss is high."""
+    """A bad sample is one token only. In its micro-batch the input of `PLANTED` is a million times too large, and the loss is high.
+
+    Gives a list with the factor of this moment.
+    """
     getitem, product, objective = Blend.__getitem__, QuantizedLinear.product, NextToken.forward
     factor = [1.0]
 
@@ -137,7 +140,7 @@ def planted():
         patch.setattr(Blend, "__getitem__", sample)
         patch.setattr(QuantizedLinear, "product", overflowing)
         patch.setattr(NextToken, "forward", forward)
-        yield
+        yield factor
 
 
 @pytest.fixture(scope="module", autouse=True)

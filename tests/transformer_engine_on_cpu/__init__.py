@@ -8,7 +8,7 @@ computes in torch what the kernels do. So modules, recipes, autocast, amax histo
 the refusal to load a pickle are TE's code and not a copy of it: a call that TE refuses is refused here.
 
 What is changed in its source while it is loaded are the five `REPLACEMENTS`, all of them the word "cuda". `is_current_stream_capturing`
-and such things come from `CudaOnCpu`. A test chooses the GPU that TE believes in: its compute capability and its CUDA version.
+and such things come from `CudaOnCpu`. A test chooses the `gpu` that TE believes in.
 """
 
 from __future__ import annotations
@@ -112,32 +112,53 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 
 @contextmanager
-def transformer_engine_on_cpu(capability: tuple[int, int] = (9, 0), cuda: str = "13.0") -> Iterator[ModuleType]:
-    """Inside, `import transformer_engine` finds TE on the CPU; gives `transformer_engine.pytorch`. Every entry imports it anew.
-
-    capability: compute capability of the GPU that TE believes in, (9, 0) an H100, (10, 0) a B200. cuda: torch.version.cuda.
-    """
-    undo = install(capability, cuda)
+def transformer_engine_on_cpu() -> Iterator[ModuleType]:
+    """Inside, `import transformer_engine` finds TE on the CPU, with an H100; gives `transformer_engine.pytorch`. Every entry imports it
+    anew, which takes half a second."""
+    undo = install()
     try:
         yield sys.modules["transformer_engine.pytorch"]
     finally:
         undo()
 
 
-def install(capability: tuple[int, int] = (9, 0), cuda: str = "13.0") -> Any:
+@contextmanager
+def gpu(capability: tuple[int, int], cuda: str = "13.0") -> Iterator[None]:
+    """Inside, TE believes in a GPU of this compute capability and in this `torch.version.cuda`. (9, 0) is an H100, (10, 0) a B200."""
+    found: CudaOnCpu = sys.modules["transformer_engine.pytorch.utils"].cuda_on_cpu
+    before = found.capability, found.version
+    try:
+        found.capability, found.version = capability, cuda
+        _forget()
+        yield
+    finally:
+        found.capability, found.version = before
+        _forget()
+
+
+def _forget() -> None:
+    """What TE has found out about its GPU and remembers."""
+    quantization, utils = (sys.modules[f"transformer_engine.pytorch.{name}"] for name in ("quantization", "utils"))
+    for name in ("_FP8_SUPPORT", "_MXFP8_SUPPORT", "_NVFP4_SUPPORT", "_FP8_BLOCK_SCALING_SUPPORT"):
+        assert hasattr(quantization, name)
+        setattr(quantization, name, None)
+    utils._get_device_compute_capability.cache_clear()
+    utils.is_non_tn_fp8_gemm_supported.cache_clear()
+
+
+def install() -> Any:
     """The same for a process of its own; the function that is returned takes it out again."""
     import torch._dynamo  # it looks for the modules that are absent, so it comes before they are filled in
 
     from tests.transformer_engine_on_cpu import kernels
 
-    hidden = {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] == "transformer_engine"}
-    finder = _Finder(CudaOnCpu(capability, cuda))
+    hidden = {name: sys.modules.pop(name) for name in list(sys.modules) if _is_ours(name)}
+    finder = _Finder(CudaOnCpu((9, 0), "13.0"))
     sys.meta_path.insert(0, finder)
     sys.modules |= {name: mock.MagicMock(name=name) for name in ABSENT}
     environment = {
         "NVTE_PROJECT_BUILDING": "1",  # do not look for the compiled library
         "NVTE_TORCH_COMPILE": "0",
-        "NVTE_UNFUSED_FP8_UPDATE": "1",  # histories and scales advance in TE's Python
     }
     patch = mock.patch.dict(os.environ, environment)
     patch.start()
@@ -146,7 +167,7 @@ def install(capability: tuple[int, int] = (9, 0), cuda: str = "13.0") -> Any:
         patch.stop()
         sys.meta_path.remove(finder)
         for name in list(sys.modules):
-            if name.split(".")[0] in ("transformer_engine", "transformer_engine_torch") or name in ABSENT:
+            if _is_ours(name):
                 del sys.modules[name]
         sys.modules.update(hidden)
 
@@ -162,6 +183,10 @@ def install(capability: tuple[int, int] = (9, 0), cuda: str = "13.0") -> Any:
         undo()
         raise
     return undo
+
+
+def _is_ours(name: str) -> bool:
+    return name.split(".")[0] in ("transformer_engine", "transformer_engine_torch") or name in ABSENT
 
 
 def _root() -> None:

@@ -85,14 +85,30 @@ class Kernels(ModuleType):
         return values(tensor, columnwise=tensor._rowwise_data is None).to(PLAIN[DType(int(dtype))])
 
     @staticmethod
+    def fused_amax_and_scale_update_after_reduction(
+        amax: Tensor, histories: list[Tensor], scales: list[Tensor], algorithm: str, dtype: Any, margin: int
+    ) -> None:
+        """Delayed scaling's step: the reduced maxima are those of row 0; new scales; histories move on."""
+        largest = torch.tensor(
+            torch.finfo(FP8[DType(int(dtype))]).max / 2**margin
+        )  # a tensor: divided with one rounding
+        for newest, history, scale in zip(amax.split([scale.numel() for scale in scales]), histories, scales):
+            history[0] = newest
+            found = history.amax(0) if algorithm == "max" else newest
+            usable = (found > 0) & found.isfinite()
+            scale.copy_(torch.where(usable, (largest / found).clamp(max=torch.finfo(torch.float32).max), scale))
+            history.copy_(history.roll(-1, 0))
+            history[0] = 0
+
+    @staticmethod
     def generic_gemm(a: Any, transa: bool, b: Any, transb: bool, out: Any, output_quantizer: Any, out_dtype: Any,
                      bias: Any, *args: Any, **kwargs: Any) -> tuple[Any, None, None, None]:  # fmt: skip
         """op(b) op(a) in column-major terms: a is what is called W in y = x W^T. Accumulates in fp32."""
         assert out is None
         assert output_quantizer is None
         assert bias is None
-        a_MK = values(a, columnwise=not transa)
-        b_MK = values(b, columnwise=transb)
+        a_MK, scale_a = factors(a, columnwise=not transa)
+        b_MK, scale_b = factors(b, columnwise=transb)
         leading = b_MK.shape[:-1]
         a_MK, b_MK = a_MK.flatten(0, -2), b_MK.flatten(0, -2)
         contracted = a_MK.shape[1] if transa else a_MK.shape[0]
@@ -100,7 +116,7 @@ class Kernels(ModuleType):
             # the alignment that cuBLAS demands of the leading dimension of one-byte operands
             raise RuntimeError(f"FP8 matrix product over {contracted} elements, which is not a multiple of 16")
         y = (b_MK.T if transb else b_MK) @ (a_MK.T if transa else a_MK)
-        y = y.to(PLAIN[DType(int(out_dtype))])
+        y = (y * (scale_a * scale_b)).to(PLAIN[DType(int(out_dtype))])
         return (y if transb else y.unflatten(0, leading)), None, None, None
 
 
@@ -108,14 +124,19 @@ def _quantized(tensor: Any) -> bool:
     return hasattr(tensor, "_fp8_dtype")
 
 
+def factors(tensor: Any, *, columnwise: bool) -> tuple[Tensor, Tensor]:
+    """(what is multiplied, what the product is multiplied by) for an operand: of one with one scale, its codes and that scale."""
+    if hasattr(tensor, "_transpose"):  # an H100 multiplies rows only, so the columns are a transposed copy
+        codes = tensor._transpose.movedim(0, -1) if columnwise else tensor._data
+        return codes.view(FP8[DType(int(tensor._fp8_dtype))]).float(), tensor._scale_inv
+    return values(tensor, columnwise=columnwise), torch.ones(())
+
+
 def values(tensor: Any, *, columnwise: bool) -> Tensor:
-    """fp32 values of a tensor in its logical shape, out of the codes for its rows or for its columns."""
+    """fp32 values of a plain or block-scaled tensor in its logical shape, out of the codes for its rows or for its columns."""
     if not _quantized(tensor):
         return tensor.float()
     fp8 = FP8[DType(int(tensor._fp8_dtype))]
-    if hasattr(tensor, "_transpose"):  # one scale; an H100 multiplies rows only, so the columns are a transposed copy
-        codes = tensor._transpose.movedim(0, -1) if columnwise else tensor._data
-        return codes.view(fp8).float() * tensor._scale_inv
     codes = tensor._columnwise_data if columnwise else tensor._rowwise_data
     scales = tensor._columnwise_scale_inv if columnwise else tensor._rowwise_scale_inv
     assert codes is not None, "the codes for this product were not made, or were dropped"
