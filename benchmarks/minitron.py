@@ -70,7 +70,16 @@ PLANS = {
     "full": Plan(tuple(LABELS), 3, 4_000_000, 3_000_000, 240_000, ((1e-3, 2e-3, 4e-3), (5e-4, 1e-3, 2e-3))),
     "small": Plan(("distilled", "scratch"), 1, 500_000, 360_000, 40_000, ((2e-3, 4e-3), (1e-3, 2e-3)), samples=256),
     "tiny": Plan(
-        tuple(LABELS), 1, 2048, 6144, 512, ((1e-3, 2e-3), (1e-3,)), seq_len=32, samples=8, validations=2, target=(24, 48)
+        tuple(LABELS),
+        1,
+        2048,
+        6144,
+        512,
+        ((1e-3, 2e-3), (1e-3,)),
+        seq_len=32,
+        samples=8,
+        validations=2,
+        target=(24, 48),
     ),
 }
 
@@ -141,9 +150,11 @@ class Demo:
         for name in self.plan.arms:
             rates = self.plan.rates[0 if name == "scratch" else 1]
             length = self._length(max(1, self.plan.sweep // (STEP * self.plan.seq_len)), validations=1)
-            arm, swept[name] = study.sweep(
-                self.arm(name, teacher), "optim.lr", rates, overrides=length, score=Result.final
-            )
+            arm = self.arm(name, teacher)
+            if len(rates) == 1:  # nothing to choose from
+                arm, swept[name] = arm.extended(f"optim.lr={rates[0]}"), {rates[0]: math.nan}
+            else:
+                arm, swept[name] = study.sweep(arm, "optim.lr", rates, overrides=length, score=Result.final)
             arms.append(arm)
         return study.run(arms, seeds), swept
 

@@ -20,14 +20,24 @@ def test_the_whole_demo(tiny_data, tmp_path, capsys, monkeypatch):
     for label in minitron.LABELS.values():
         assert label in printed
     found = json.loads((tmp_path / "minitron.json").read_text())
-    assert found["claims"].keys() >= {"share of the tokens", "with the teacher's tokens", "holds", "below plain", "below random"}
+    assert found["claims"].keys() >= {
+        "share of the tokens",
+        "with the teacher's tokens",
+        "holds",
+        "below plain",
+        "below random",
+    }
     assert found["teacher_tokens"] == 2048
     ends = {label: [curve[-1][0] for curve in curves] for label, curves in found["curves"].items()}
     assert ends.pop("(d) from scratch") == [3 * next(iter(ends.values()))[0]]
     assert {path.name for path in tmp_path.glob("minitron.*")} == {"minitron.md", "minitron.json", "minitron.png"}
     # the pruned arms start where the pruned model is, and the drawn one elsewhere
     starts = {label: curves[0][0][1] for label, curves in found["curves"].items()}
-    assert starts["(a) pruned, distilled"] == starts["(b) pruned, plain training"] != starts["(c) random channels, distilled"]
+    assert (
+        starts["(a) pruned, distilled"]
+        == starts["(b) pruned, plain training"]
+        != starts["(c) random channels, distilled"]
+    )
     assert max(found["claims"]["below plain"][1], 0) == 1  # two validations, the first fifth left out
 
     monkeypatch.setattr("benchmarks.arms.train", lambda run: pytest.fail("trained again"))
@@ -59,7 +69,9 @@ def test_the_claims_can_fail():
     assert math.isinf(bad["share of the tokens"])
     assert not bad["holds"]
     assert bad["below plain"] == (0, 1)
-    assert "FAILS" in minitron.report({"distilled": slow, "scratch": scratch}, {"distilled": {1e-3: 4.1}, "scratch": {1e-3: 4.0}}, bad)
+    assert "FAILS" in minitron.report(
+        {"distilled": slow, "scratch": scratch}, {"distilled": {1e-3: 4.1}, "scratch": {1e-3: 4.0}}, bad
+    )
 
 
 def test_a_third_is_pruned():
