@@ -40,6 +40,9 @@ def test_the_whole_demo(tiny_data, tmp_path, capsys, monkeypatch):
     )
     assert max(found["claims"]["below plain"][1], 0) == 1  # two validations, the first fifth left out
 
+    assert len(found["ranking"]) == 2
+    assert "(Spearman)" in printed
+
     monkeypatch.setattr("benchmarks.arms.train", lambda run: pytest.fail("trained again"))
     minitron.main(words)
     assert json.loads((tmp_path / "minitron.json").read_text())["claims"] == found["claims"]
@@ -59,19 +62,35 @@ class Curve(Result):
 def test_the_claims_can_fail():
     scratch = [Curve((0, 9.0), (10, 5.0), (30, 4.0))]
     fast, slow = [Curve((0, 8.0), (5, 4.5), (10, 3.9))], [Curve((0, 8.0), (5, 4.5), (10, 4.1))]
-    plan = minitron.PLANS["tiny"]
-    good = minitron.verdicts({"distilled": fast, "scratch": scratch, "plain": slow}, plan, 60)
+    good = minitron.verdicts({"distilled": fast, "scratch": scratch, "plain": slow}, 60)
     assert good["share of the tokens"] == pytest.approx(1 / 3)
     assert good["holds"]
     assert good["with the teacher's tokens"] == pytest.approx(1 / 3 + 2)
     assert good["below plain"] == (1, 1)
-    bad = minitron.verdicts({"distilled": slow, "scratch": scratch, "plain": fast}, plan, 60)
+    bad = minitron.verdicts({"distilled": slow, "scratch": scratch, "plain": fast}, 60)
     assert math.isinf(bad["share of the tokens"])
     assert not bad["holds"]
     assert bad["below plain"] == (0, 1)
     assert "FAILS" in minitron.report(
         {"distilled": slow, "scratch": scratch}, {"distilled": {1e-3: 4.1}, "scratch": {1e-3: 4.0}}, bad
     )
+
+
+def test_candidates_are_of_equal_size():
+    from benchmarks.minitron_ranking import _sized, candidates, inner_parameters, spearman
+    from megatron_lite.training.config import compose_run
+
+    for model, depths in (("nemotron4_tiny", {None, 3}), ("nano2_tiny", {None})):
+        config = compose_run([f"model={model}"]).model
+        found = candidates(config, 8)
+        assert len(found) == 8 == len({tuple(target.items()) for target in found})
+        assert {target.get("num_layers") for target in found} == depths
+        for target in found:
+            sized = _sized(config, target["hidden_size"], target["ffn_size"], target.get("num_layers"))
+            assert inner_parameters(sized) / inner_parameters(config) == pytest.approx(2 / 3, rel=0.02)
+    assert spearman([1, 2, 3], [10, 20, 30]) == 1
+    assert spearman([1, 2, 3], [30, 20, 10]) == -1
+    assert spearman([1, 2, 3, 4, 5], [2, 1, 4, 3, 5]) == pytest.approx(0.8)  # 1 - 6 * 4 / 120
 
 
 def test_a_third_is_pruned():
