@@ -109,7 +109,7 @@ def run(options: Options) -> tuple[list[tuple[str, str]], dict[str, Any]]:
     threads = f"threads={os.cpu_count()}"
     study = Study(folder, jobs=1)
     sizes = [f"target.{axis}={size}" for axis, size in TARGET.items()]
-    words = [*data, f"checkpoint={original}", "importance.samples=256", "micro_batch_size=4", threads, *sizes]
+    words = [*data, f"checkpoint={original}", "importance.samples=64", "micro_batch_size=4", threads, *sizes]
     pruned = study.command(["prune", *words, f"output={folder / 'pruned'}"], makes=folder / "pruned")
     report = json.loads((pruned / "prune.json").read_text())
 
@@ -117,7 +117,7 @@ def run(options: Options) -> tuple[list[tuple[str, str]], dict[str, Any]]:
     training = [
         "model=smollm2_135m", f"model.hidden_size={TARGET['hidden_size']}", f"model.mlp.ffn_size={TARGET['ffn_size']}",
         "schedule=cosine", "optim.lr=3e-4", f"schedule.warmup_steps={steps // 10}", f"train.max_steps={steps}",
-        "train.global_batch_size=4", "train.micro_batch_size=4", "train.log_every=1", f"checkpoint.every={steps}",
+        "train.global_batch_size=4", "train.micro_batch_size=4", "train.log_every=1", f"checkpoint.every={max(1, steps // 4)}", "checkpoint.keep=1",
         "objective=distillation", f"objective.teacher={original}", f"init_from={pruned}", f"train.{threads}",
     ]  # fmt: skip
     arm = Arm("distilled", (*data, *training, *options.overrides))
