@@ -117,7 +117,8 @@ def run(options: Options) -> tuple[list[tuple[str, str]], dict[str, Any]]:
     training = [
         "model=smollm2_135m", f"model.hidden_size={TARGET['hidden_size']}", f"model.mlp.ffn_size={TARGET['ffn_size']}",
         "schedule=cosine", "optim.lr=3e-4", f"schedule.warmup_steps={steps // 10}", f"train.max_steps={steps}",
-        "train.global_batch_size=4", "train.micro_batch_size=4", "train.log_every=1", f"checkpoint.every={max(1, steps // 4)}", "checkpoint.keep=1",
+        "train.global_batch_size=4", "train.micro_batch_size=4", "train.log_every=1",
+        f"checkpoint.every={max(1, steps // 4)}", "checkpoint.keep=1",
         "objective=distillation", f"objective.teacher={original}", f"init_from={pruned}", f"train.{threads}",
     ]  # fmt: skip
     arm = Arm("distilled", (*data, *training, *options.overrides))
