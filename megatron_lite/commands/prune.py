@@ -44,7 +44,7 @@ from megatron_lite.models.config import ModelConfig
 from megatron_lite.models.flops import parameter_count
 from megatron_lite.parallel.assemble import assemble, from_tensors
 from megatron_lite.parallel.mesh import Mesh, ParallelConfig
-from megatron_lite.precision.dtypes import PrecisionConfig
+from megatron_lite.parallel.parallelize import Recipe
 from megatron_lite.ranks import Ranks
 from megatron_lite.runtime import Runtime, set_threads
 from megatron_lite.tensor_files import BLOCK, TensorSource, block_digest
@@ -70,7 +70,7 @@ class PruneConfig:
     importance: ImportanceConfig = field(default_factory=ImportanceConfig)
     head_residual: bool = False
     data: DataConfig = field(default_factory=DataConfig)
-    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    precision: Any = None  # a `Precision`, chosen by its group
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     engine: Any = None  # an `EngineConfig`, chosen by its group
     micro_batch_size: int = 8
@@ -266,7 +266,7 @@ class Session:
             lambda: assemble(
                 model,
                 mesh=self.mesh,
-                parallel=parallel,
+                recipe=Recipe(parallel),
                 fill=from_tensors(tensors),
                 wrap=Probe,
                 distribute=self.config.engine.distribute(self.mesh, self.config.precision.dtype),
