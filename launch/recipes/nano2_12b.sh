@@ -10,14 +10,7 @@ LAUNCH_DIR=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 source "$LAUNCH_DIR/common.sh"
 [[ ${1:-} != --dry-run ]] || shift # nothing but a dry run here
 
-# What was said here must reach the job, whoever runs the printed line.
-settings=()
-for name in SETTINGS ACCOUNT PARTITION QOS RESERVATION CONSTRAINT COMMENT MEM CPUS_PER_NODE TIME SIGNAL_SECONDS SAVE_SECONDS MAX_FAILURES EXCLUSIVE \
-  SBATCH_ARGS LOG_DIR RUN_DIR GPUS_PER_NODE RANKS_PER_NODE MAX_RESTARTS MASTER_PORT CONTAINER CONTAINER_MOUNTS CONTAINER_ARGS \
-  ENV_FILE PYTHON MLITE_PYTHON CORPUS DEPENDENCY; do
-  [[ -z ${!name+set} ]] || settings+=("$name=${!name}")
-done
-if [[ -n ${SETTINGS:-} ]]; then settings[0]=SETTINGS=$(cd "$(dirname "$SETTINGS")" && pwd)/$(basename "$SETTINGS"); fi
+given_settings DEPENDENCY
 
 nodes=${NODES:-32}
 echo "# batch 736 over $nodes data-parallel ranks of 8 GPUs: 20T tokens in 3,317,128 steps"

@@ -12,14 +12,7 @@ LAUNCH_DIR=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 source "$LAUNCH_DIR/common.sh"
 [[ ${1:-} != --dry-run ]] || shift # nothing but a dry run here
 
-# What was said here must reach the jobs, whoever runs the printed lines.
-settings=()
-for name in SETTINGS ACCOUNT PARTITION QOS RESERVATION CONSTRAINT COMMENT GRES MEM CPUS_PER_NODE TIME SIGNAL_SECONDS SAVE_SECONDS MAX_FAILURES EXCLUSIVE \
-  SBATCH_ARGS LOG_DIR RUN_DIR GPUS_PER_NODE RANKS_PER_NODE MAX_RESTARTS MASTER_PORT CONTAINER CONTAINER_MOUNTS CONTAINER_ENV \
-  CONTAINER_ARGS START_SECONDS NUMA_BINDING ENV_FILE PYTHON MLITE_PYTHON CORPUS; do
-  [[ -z ${!name+set} ]] || settings+=("$name=${!name}")
-done
-if [[ -n ${SETTINGS:-} ]]; then settings[0]=SETTINGS=$(cd "$(dirname "$SETTINGS")" && pwd)/$(basename "$SETTINGS"); fi
+given_settings
 
 job() { # nodes, overrides
   local nodes=$1

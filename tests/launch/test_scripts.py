@@ -442,7 +442,7 @@ def test_the_papers_three_jobs():
     done = subprocess.run(
         ["bash", str(LAUNCH / "recipes/nemotron4_15b.sh")], capture_output=True, text=True, check=True
     )
-    assert recipes() == ["nano2_12b", "nemotron4_15b"]
+    assert recipes() == ["minitron_8b", "nano2_12b", "nemotron4_15b"]
     jobs = [line for line in done.stdout.splitlines() if "NODES=" in line]
     assert len(jobs) == 3
     at = 0
@@ -489,6 +489,32 @@ def test_the_job_of_nano2():
     assert 0 <= 20e12 - schedule.end.consumed_tokens < 736 * 8192
     assert run.schedule.decay == round(3.6e12 / (736 * 8192))
     assert run.schedule.warmup_steps == round(8e9 / (736 * 8192))
+
+
+def test_the_two_jobs_of_minitron(tmp_path):
+    """The student waits for its teacher, and each trains in a directory of its own."""
+    (tmp_path / "original").mkdir()
+    words = command("recipe", ["minitron_8b", "ACCOUNT=llm", f"run.dir={tmp_path}/student run"])
+    names = {"ORIGINAL": f"{tmp_path}/original", "TEACHER": f"{tmp_path}/teacher", "STUDENT": f"{tmp_path}/pruned"}
+    words = ["MLITE_PYTHON=false" if word.startswith("MLITE_PYTHON=") else word for word in words]  # checks no config
+    printed = subprocess.run(
+        words, capture_output=True, text=True, check=True, cwd=tmp_path, env={**os.environ, **names}
+    ).stdout
+    assert f"# mlite prune checkpoint={tmp_path}/original" in printed
+    program(tmp_path, "sbatch", 'echo "$*" >>calls; echo "10$(wc -l <calls);cluster"')
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    subprocess.run(
+        ["bash"], input=printed, text=True, cwd=tmp_path, env={**os.environ, "PATH": path, "RUN_DIR": ""}, check=True
+    )
+    first, second = (tmp_path / "calls").read_text().splitlines()
+    assert "experiment=minitron_8b_teacher" in first
+    assert f"run.dir={tmp_path}/teacher" in first.split("experiment=")[1]
+    assert "afterok" not in first
+    assert "afterok:101" in second
+    assert f"init_from={tmp_path}/pruned" in second
+    assert f"objective.teacher={tmp_path}/teacher" in second
+    for experiment in ("minitron_8b_teacher", "minitron_8b"):
+        validate(compose_run([f"experiment={experiment}"]), 32 * 8)
 
 
 def test_the_three_jobs_keep_their_settings_and_their_order(tmp_path):
