@@ -13,13 +13,15 @@ Shapes: V vocabulary rows, D width of a row.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_lite.models.initialization import Constant, Distribution, Normal
+
+T = TypeVar("T")
 
 
 class Linear(nn.Module):
@@ -48,7 +50,7 @@ class Linear(nn.Module):
         """(..., in) -> (..., out)."""
         return F.linear(x, self.weight, self.bias)
 
-    def with_weight(self, function: Callable[[Tensor, Tensor], Tensor], x: Tensor) -> Tensor:
+    def with_weight(self, function: Callable[[Tensor, Tensor], T], x: Tensor) -> T:
         """`function(x, weight)`, for a loss that reads the weight itself. An engine that shards the weight gathers it for this
         call, as it does for `forward`."""
         return function(x, self.weight)

@@ -45,6 +45,13 @@ FEATURES: dict[str, Feature] = {
             "nemotron_h": "model.family=nemotron_h",
         },
     ),
+    "objective": Feature(
+        "Objective",
+        {
+            "next token": "objective=next_token",
+            "distillation": "objective=distillation objective.teacher=PATH",
+        },
+    ),
     "engine": Feature("Engine and what it shards", _ENGINES),
     "processes": Feature("Processes", {"1": "", "several": "torchrun --nproc-per-node N"}),
     "tp": Feature("Tensor parallelism", {"1": "parallel.tp=1", "several": "parallel.tp=2"}),
