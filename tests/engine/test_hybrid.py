@@ -95,7 +95,7 @@ def plain_rows(self: Mamba2, x_BTD: Tensor, context: Any) -> Tensor:
     x, B, C = F.silu(mixed).split([groups * size for size in self.values_and_rest], dim=2)
     B, C = B.unflatten(2, (groups, -1)), C.unflatten(2, (groups, -1))
     y, _ = self.ssm(x.unflatten(2, (-1, self.head_dim)), dt, B, C, documents_BT=context.documents_BT)
-    return self.out_proj(self.norm(*(tensor.reshape(*y.shape[:2], groups, -1) for tensor in (y, gate))))
+    return self.out_proj(self.norm(*(tensor.reshape(*y.shape[:2], groups, -1) for tensor in (y, gate)))), None
 
 
 def norm_over_all(self: GatedGroupNorm, y: Tensor, gate: Tensor) -> Tensor:

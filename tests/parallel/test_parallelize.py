@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -20,8 +21,16 @@ from megatron_lite.objectives.next_token import NextToken
 from megatron_lite.parallel.assemble import Materialize, assemble, bare, seeded
 from megatron_lite.parallel.collectives import sequence_gather
 from megatron_lite.parallel.cross_entropy import cross_entropy_sum
-from megatron_lite.parallel.layers import ShardInfo, TensorParallel, shard_info
+from megatron_lite.parallel.layers import (
+    CopyInside,
+    InnerRowParallelLinear,
+    PrefixedVocabParallelEmbedding,
+    ShardInfo,
+    TensorParallel,
+    shard_info,
+)
 from megatron_lite.parallel.mesh import CPU, Mesh, ParallelConfig, build_mesh
+from megatron_lite.parallel.norms import ShardedNorm
 from megatron_lite.parallel.parallelize import Recipe, parallelize, vocabulary_shard
 from tests.distributed import run_ranks
 
@@ -60,7 +69,18 @@ HYBRID = replace(
 )
 # Biases on queries, keys and values and norms on the heads: Qwen2's and Qwen3's in one.
 QWEN = replace(LLAMA, attention=AttentionConfig(heads=8, kv_heads=4, qkv_bias=True, qk_norm=True))
-MODELS = {"nemotron": NEMOTRON, "llama": LLAMA, "biased": BIASED, "qwen": QWEN, "hybrid": HYBRID}
+HYMBA = replace(
+    LLAMA,
+    family="hymba",
+    num_layers=None,
+    pattern="H-*H",
+    meta_tokens=4,
+    attention=AttentionConfig(
+        heads=8, kv_heads=4, value_head_dim=6, window=5, always_visible=4, global_layers=[1], kv_groups=[[0, 2]]
+    ),
+    mamba=MambaConfig(version=1, heads=8, head_dim=6, state=5, dt_rank=3),
+)
+MODELS = {"nemotron": NEMOTRON, "llama": LLAMA, "biased": BIASED, "qwen": QWEN, "hybrid": HYBRID, "hymba": HYMBA}
 
 
 @dataclass
@@ -157,8 +177,24 @@ def plant(bug: str, patch: pytest.MonkeyPatch) -> None:
         patch.setattr(TensorParallel, "leave", lambda self, y: y)
     elif bug == "head norm gradients not summed":
         patch.setattr(TensorParallel, "on_heads", lambda self, parameter: parameter)
+    elif bug == "meta tokens on one rank only":
+        patch.setattr(PrefixedVocabParallelEmbedding, "prefix", prefix_of_one_rank)
+    elif bug == "branch norm over the local part only":
+        patch.setattr(ShardedNorm, "forward", norm_of_a_part)
+    elif bug == "inner row without its sum":
+        patch.setattr(InnerRowParallelLinear, "forward", lambda self, x: F.linear(x, self.weight))
+    elif bug == "inner copy without its sum":
+        patch.setattr(CopyInside, "forward", lambda self, *args: super(CopyInside, self).forward(*args))
     else:
         assert bug == "", bug
+
+
+def prefix_of_one_rank(self: PrefixedVocabParallelEmbedding) -> Tensor:
+    return self.meta_tokens if self.tp.rank == 0 else self.meta_tokens * 0.0
+
+
+def norm_of_a_part(self: ShardedNorm, x: Tensor) -> Tensor:
+    return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 def joined(results: list[Result], name: str, field: str) -> Tensor:
@@ -233,6 +269,22 @@ def test_only_norms_notice_the_unreduced_norm_gradients() -> None:
     assert wrong == {name for name in results[0].weights if "norm" in name}
 
 
+@pytest.mark.parametrize(
+    "bug",
+    [
+        "meta tokens on one rank only",
+        "branch norm over the local part only",
+        "inner row without its sum",
+        "inner copy without its sum",
+    ],
+)
+def test_planted_bugs_in_parallel_heads_are_caught(bug: str) -> None:
+    parallel = ParallelConfig(tp=2, sequence_parallel=True)
+    results = [Result(*r) for r in run_ranks(2, sharded, HYMBA, parallel, bug)]
+    wrong = {name for name, error in errors(results, single(HYMBA)).items() if error > 100 * TOLERANCE}
+    assert wrong == {"embedding.meta_tokens"} if "meta" in bug else wrong
+
+
 def test_what_is_cut_where() -> None:
     infos = Result(*run_ranks(2, sharded, BIASED, ParallelConfig(tp=2), "")[1]).infos
     assert infos["embedding.weight"] == ShardInfo((256, 32), tp_dim=0, start=128, kind="embedding")
@@ -291,7 +343,7 @@ def test_sequence_parallel_layers_copy_nothing_around_their_collectives() -> Non
 
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("mode", ["selective", "full"])
-@pytest.mark.parametrize("config", [LLAMA, HYBRID], ids=["llama", "hybrid"])
+@pytest.mark.parametrize("config", [LLAMA, HYBRID, HYMBA], ids=["llama", "hybrid", "hymba"])
 def test_recompute_gives_the_same_bits(config: ModelConfig, mode: str, world_size: int) -> None:
     plain = ParallelConfig(tp=world_size, sequence_parallel=world_size > 1)
     again = replace(plain, recompute=mode)
@@ -317,7 +369,14 @@ def compiled(rank: int, world_size: int, config: ModelConfig, parallel: Parallel
     return as_plain(forward_backward(decoder))
 
 
-@pytest.mark.parametrize("config", [replace(NEMOTRON, num_layers=1), replace(HYBRID, pattern="M")], ids=["*-", "M"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param(replace(NEMOTRON, num_layers=1), id="*-"),
+        pytest.param(replace(HYBRID, pattern="M"), id="M"),
+        pytest.param(HYMBA, id="hymba", marks=pytest.mark.slow),
+    ],
+)
 def test_layers_compile_without_a_break(config: ModelConfig) -> None:
     """One layer of each type: a second one takes as many seconds and shows nothing more."""
     parallel = ParallelConfig(tp=2, sequence_parallel=True, recompute="full")
@@ -352,6 +411,13 @@ def test_compile_is_handed_to_each_layer(monkeypatch: pytest.MonkeyPatch) -> Non
         ({"vocab_multiple": 1}, 4, False, r"padded vocabulary .*=250 does not divide.*parallel.tp=1 or 2 would work"),
         ({}, 3, False, r"model.attention.kv_heads=4 do not divide by parallel.tp=3.*parallel.tp=1 would work"),
         ({"max_seq_len": 18}, 4, True, r"model.max_seq_len=18 does not divide by parallel.tp=4"),
+        ({"meta_tokens": 3}, 2, True, r"model.meta_tokens \+ model.max_seq_len=19 does not divide by parallel.tp=2"),
+        (
+            {"attention": AttentionConfig(heads=25, kv_heads=5, head_dim=64), "mlp": MlpConfig(ffn_size=5504)},
+            2,
+            False,
+            r"kv_heads=5 does not .*kv_heads=5 and model.mlp.ffn_size=5504 have no common divisor.*engine.shard=full.*dp_replicate",
+        ),
     ],
 )
 def test_a_model_that_does_not_divide_is_refused(
