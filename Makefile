@@ -16,8 +16,9 @@ smoke: env       ## set up .venv, build the sample corpus, train the smoke exper
 fp8: env         ## does FP8 train as well as bf16? 40 minutes on two quiet cores; SMALL=1: 8
 	$(BIN)/python -m benchmarks.fp8 --size $(SIZE)
 
+# Whole files for a process: what the tests of a file share is made once.
 test: env-dev    ## set up .venv with [dev] and run the tests
-	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu"
 
 # Five at a time and launchers first: those mostly wait.
 test-slow: env-dev  ## the long tests: random layouts, kills, a real Slurm where it is installed

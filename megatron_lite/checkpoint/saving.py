@@ -187,7 +187,7 @@ class Staging:
         self._buffers: dict[str, torch.Tensor] = {}
 
     def copy(self, pieces: dict[str, Piece]) -> dict[str, Piece]:
-        """The pieces with their values copied; done when this returns, so training may write on."""
+        """The shards with their values copied; done when this returns, so training may write on."""
         on_gpu = False
         staged = {}
         self._buffers = {name: buffer for name, buffer in self._buffers.items() if name in pieces}

@@ -33,7 +33,12 @@ def config_dir() -> Path:
 
 def register_schema(name: str, schema: Any, *, group: str | None = None) -> None:
     """Let the YAML files of `group` name `schema` in their defaults, as `<name>_schema`."""
-    ConfigStore.instance().store(f"{name}_schema", schema, group=group)
+    store = ConfigStore.instance()
+    known = None if group else store.repo.get(f"{name}_schema.yaml")
+    if (
+        known is None or OmegaConf.get_type(known.node) is not schema
+    ):  # a class need not be read again for every command line
+        store.store(f"{name}_schema", schema, group=group)
 
 
 def register_choice(name: str, values: Any, *, group: str) -> None:

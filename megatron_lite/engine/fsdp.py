@@ -199,7 +199,7 @@ class FsdpEngine:
         return State(pieces | numerics_pieces(self.numerics, layout), {"adam_step": self.optimizer.adam_step})
 
     def load_state(self, state: State) -> None:
-        """See `Engine`. The pieces are the live tensors: filling them loads the state."""
+        """See `Engine`. The shards are the live tensors: filling them loads the state."""
         self.optimizer.adam_step = state.counters["adam_step"]
 
     def _begin_micro_batch(self, *, last: bool) -> None:

@@ -160,7 +160,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class State:
-    """All that an engine must keep to continue: this rank's pieces by global name, and its counters (`adam_step`)."""
+    """All that an engine must keep to continue: this rank's shards by global name, and its counters (`adam_step`)."""
 
     tensors: dict[str, Piece]
     counters: dict[str, int]
@@ -199,7 +199,7 @@ class Layout:
         return cls(*place.get("dp_shard", (0, 1)), *place.get("tp", (0, 1)), *place.get("dp_replicate", (0, 1)))
 
     def box(self, global_shape: Sequence[int], *, tp_dim: int | None = None, dp_sharded: bool = True) -> Region:
-        """(offsets, sizes) of this rank's shard: cut along `tp_dim` over tp, then along dimension 0 over dp."""
+        """(offsets, sizes) of this rank's shard: divided along `tp_dim` over tp, then along dimension 0 over dp."""
         return cut_region(global_shape, self.cuts(global_shape, tp_dim=tp_dim, dp_sharded=dp_sharded))
 
     def cuts(

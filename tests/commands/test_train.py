@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import signal
 import time
@@ -15,6 +14,7 @@ from megatron_lite.checkpoint.opening import find_checkpoint, load_tensors
 from megatron_lite.errors import CheckpointError, TrainingDivergedError
 from tests import runs
 from tests.distributed import PATIENCE_SECONDS
+from tests.forked import PROCESSES
 
 ROW = {
     "step", "consumed_samples", "consumed_tokens", "loss", "grad_norm", "lr", "step_seconds", "tokens_per_second",
@@ -237,13 +237,15 @@ def test_a_rate_that_jumps_is_warned_of(tiny_data, straight, copy_of, recwarn):
 
 
 def test_two_processes_on_one_run_directory(tiny_data, tmp_path):
-    first = runs.start(tiny_data, tmp_path / "r", "train.max_steps=100000")
-    while not (tmp_path / "r" / "status.json").exists() and first.poll() is None:
+    arguments = (tiny_data, tmp_path / "r", "train.max_steps=100000")
+    first = PROCESSES.Process(target=runs.run, args=arguments, daemon=True)
+    first.start()
+    while not (tmp_path / "r" / "status.json").exists() and first.is_alive():
         time.sleep(0.01)
     with pytest.raises(CheckpointError, match=f"in use by process {first.pid}"):
         runs.run(tiny_data, tmp_path / "r")
-    os.kill(first.pid, signal.SIGKILL)
-    first.communicate()
+    first.kill()
+    first.join()
 
 
 def test_rows_of_the_vocabularys_padding_stay_zero(tiny_data, tmp_path):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import warnings
 
 import numpy as np
@@ -267,13 +266,9 @@ def test_a_diagnosis_and_an_evaluation_change_no_bit(train, monkeypatch):
 
 
 def rank_of_a_run(rank: int, world_size: int, words: list[str]) -> int:
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "MASTER_ADDR": "here", "MASTER_PORT": "0"}
-    with pytest.MonkeyPatch.context() as patch, planted(), warnings.catch_warnings(record=True) as caught:
+    with runs.as_rank(rank, world_size), planted(), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        patch.setattr(command, "stop", lambda: None)  # the process group is the pool's
         command.train(compose_run(words))
-    for key in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        del os.environ[key]
     return sum(PLANTED in str(warning.message) for warning in caught)
 
 

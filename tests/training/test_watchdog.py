@@ -203,7 +203,11 @@ def test_a_healthy_run_hears_nothing_and_a_rank_that_never_gets_to_the_loop_is_n
 def test_a_rank_that_does_not_end_is_ended(tiny_data, tmp_path):
     """All is done and saved: the run stays finished."""
     run = tmp_path / "endless"
-    forked_run.train(tiny_data, run, "watchdog.timeout_seconds=15", HANG_IN="commands.train:stop", SLOW_RANK="1")
+    job = local_run.start(  # under torchrun, whose store outlives rank 0
+        tiny_data, run, "watchdog.timeout_seconds=15",
+        RANKS_PER_NODE="2", HANG_IN="runtime:stop", SLOW_RANK="1", SHUTDOWN_TIMEOUT="5",
+    )  # fmt: skip
+    local_run.finish(job)
     assert runs.status(run)["state"] == "finished"
     assert "rank 1 is stuck in step 20, end, at launch/slowed/sitecustomize.py" in local_run.output(run)
 

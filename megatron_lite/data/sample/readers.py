@@ -104,31 +104,32 @@ def _root(package: str) -> Path:
 
 def _files(source: Source) -> Iterator[tuple[str, str]]:
     """(relative path, text) of the source's files by the hash of the path; undecodable ones are left out."""
-    root = _root(source.package)
-    paths: dict[str, Path] = {}
-    seen: set[str] = set()  # a file that is there twice through links counts once
+    root = _root(source.package).as_posix()
+    paths: list[str] = []
+    seen: set[tuple[int, int]] = set()  # a file that is there twice through links counts once
     for folder, folders, names in os.walk(root):
-        here = Path(folder).relative_to(root)
-        folders[:] = [f for f in folders if not _SKIPPED_FOLDERS.fullmatch(f) and not _within(here / f, source.without)]
+        inside = f"{Path(folder).as_posix()}/".removeprefix(f"{root}/")  # strings: thousands of Paths take seconds
+        folders[:] = [
+            f for f in folders if not _SKIPPED_FOLDERS.fullmatch(f) and not _within(inside + f, source.without)
+        ]
         folders.sort()
         for name in sorted(names):
-            relative = here / name
-            if not name.endswith(source.suffixes) or _SKIPPED_FILES.match(name) or not _within(relative, source.areas):
+            path = inside + name
+            if not name.endswith(source.suffixes) or _SKIPPED_FILES.match(name) or not _within(path, source.areas):
                 continue
-            real = os.path.realpath(Path(folder, name))
-            if not _within(relative, source.without) and real not in seen:
-                seen.add(real)
-                paths[relative.as_posix()] = Path(folder, name)
-    for relative_path in sorted(paths, key=_hash):
+            file = os.stat(f"{root}/{path}")
+            if not _within(path, source.without) and (file.st_dev, file.st_ino) not in seen:
+                seen.add((file.st_dev, file.st_ino))
+                paths.append(path)
+    for path in sorted(paths, key=_hash):
         try:
-            yield relative_path, paths[relative_path].read_text(encoding="utf-8")
+            yield path, Path(root, path).read_text(encoding="utf-8")
         except UnicodeDecodeError:
             continue
 
 
-def _within(path: Path, areas: tuple[str, ...]) -> bool:
-    text = path.as_posix()
-    return any(not area or text in (area, area + ".py") or text.startswith(area + "/") for area in areas)
+def _within(path: str, areas: tuple[str, ...]) -> bool:
+    return any(not area or path in (area, area + ".py") or path.startswith(area + "/") for area in areas)
 
 
 def _hash(text: str) -> str:

@@ -4,7 +4,7 @@ SLOW_STEP=0.5        every training step takes that many seconds more
 SLOW_SAVE=32         writing the tensors of a checkpoint takes that many seconds more
 SLOW_RANK=1          only that rank (default: all)
 HANG_STEP=7          the step that never ends (Python sleeps), on SLOW_RANK
-HANG_IN=commands.train:stop  that function never ends (Python sleeps), on SLOW_RANK; also checkpoint.store:CheckpointStore.load
+HANG_IN=runtime:stop  that function never ends (Python sleeps), on SLOW_RANK; also checkpoint.store:CheckpointStore.load
 STOP_STEP=7          the step in which the process is stopped (as by SIGSTOP), on SLOW_RANK
 A job that Slurm restarted, or a group that torchrun restarted, runs at full speed.
 """
