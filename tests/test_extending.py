@@ -20,8 +20,9 @@ from megatron_lite.config.compose import register_schema
 from megatron_lite.data.tokenizer import load_tokenizer
 from megatron_lite.models.config import ModelConfig
 from megatron_lite.models.decoder import Decoder
-from megatron_lite.models.huggingface.family import Family, number, read_sizes, rope, written_sizes
+from megatron_lite.models.huggingface.family import Family, number, read_sizes, written_sizes
 from megatron_lite.models.huggingface.registry import FAMILIES
+from megatron_lite.models.huggingface.rope import read_rope
 from megatron_lite.models.huggingface.rules import transformer_rules
 from megatron_lite.objectives.base import Loss, Objective, ObjectiveConfig
 from tests import runs
@@ -48,7 +49,9 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
 def read_config(hf: Mapping[str, Any]) -> ModelConfig:
     sizes = read_sizes(hf, activation="swiglu")
     eps = number(hf, "layer_norm_eps")
-    return ModelConfig(family="stablelm", norm="layernorm", norm_eps=eps, rope=rope(hf, default_fraction=0.25), **sizes)
+    return ModelConfig(
+        family="stablelm", norm="layernorm", norm_eps=eps, rope=read_rope(hf, default_fraction=0.25), **sizes
+    )
 
 
 STABLELM = Family(

@@ -53,6 +53,7 @@ LATER_KEYS: dict[str, type] = {
     "consumed_tokens": int,
     "lineage": list,  # see training/lineage.py
     "skipped_samples": list,  # see training/spikes.py
+    "teacher": dict,  # path and identity of the model that the run learns from, see training/teacher.py
 }
 STORE_KEYS: dict[str, type] = {
     "format": str,
@@ -163,7 +164,7 @@ def _with_defaults(manifest: dict[str, Any]) -> dict[str, Any]:
     """With the keys that came after this checkpoint. Until then the sequence length of a run was taken to be the same all along."""
     seq_len = manifest["data"].get("seq_len", 0)  # converted weights have no data
     tokens = manifest["consumed_samples"] * seq_len if _is_count(seq_len) else 0
-    return {"consumed_tokens": tokens, "lineage": [], "skipped_samples": []} | manifest
+    return {"consumed_tokens": tokens, "lineage": [], "skipped_samples": [], "teacher": {}} | manifest
 
 
 def identity(manifest: dict[str, Any]) -> str:

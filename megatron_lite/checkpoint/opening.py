@@ -145,14 +145,40 @@ def _digests(path: Path, blocks: Blocks) -> dict[str, bytes | str]:
     return found
 
 
-def _hash_problem(path: Path, entries: dict[str, Any], everyone: list[dict[str, bytes | str]]) -> str | None:
-    """The first file that is not what its hash says; the ranks' blocks of a file come in the order of the ranks."""
+def hash_of_files(folder: Path, patterns: Collection[str], ranks: Ranks) -> str:
+    """One hash of the contents of the files that match, which are read once, with the work divided over the ranks. Collective.
+
+    Raises CheckpointError naming a file that cannot be read.
+    """
+    found = ranks.first(
+        "look",
+        lambda: {p.name: {"size": p.stat().st_size} for pattern in patterns for p in sorted(folder.glob(pattern))},
+    )
+    shares = hash_shares(found, ranks.size)
+    everyone = ranks.gather("hash", lambda: _digests(folder, shares[ranks.rank]))
+    return ranks.first("hash", lambda: hash_of_blocks(b"".join(_joined(everyone).values())))
+
+
+def _joined(everyone: list[dict[str, bytes | str]]) -> dict[str, bytes]:
+    """File -> the digests of all its blocks: the ranks' blocks of a file come in the order of the ranks.
+
+    Raises CheckpointError for the first file that a rank could not read.
+    """
     digests: dict[str, bytes] = {}
     for found in everyone:
         for name, digest in found.items():
             if isinstance(digest, str):
-                return digest
+                raise CheckpointError(digest)
             digests[name] = digests.get(name, b"") + digest
+    return digests
+
+
+def _hash_problem(path: Path, entries: dict[str, Any], everyone: list[dict[str, bytes | str]]) -> str | None:
+    """The first file that is not what its hash says."""
+    try:
+        digests = _joined(everyone)
+    except CheckpointError as error:
+        return str(error)
     for name, digest in digests.items():
         entry = entries[name]
         if entry["sha256"] != digest.hex() if "sha256" in entry else entry["blocks_sha256"] != hash_of_blocks(digest):

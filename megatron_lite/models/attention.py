@@ -13,12 +13,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from megatron_lite.models import rope
 from megatron_lite.models.attention_kernel import attention_kernel
 from megatron_lite.models.cache import KeyValueCache
 from megatron_lite.models.config import ModelConfig
 from megatron_lite.models.context import LayerContext
 from megatron_lite.models.linear import Linear
-from megatron_lite.models.rope import apply_rotary, rotary_tables
+from megatron_lite.models.norm import NORMS
 
 
 class Attention(nn.Module):
@@ -29,9 +30,13 @@ class Attention(nn.Module):
         heads, kv_heads = config.attention.heads, config.attention.kv_heads
         self.head_dim = config.head_dim
         self.queries_per_group = heads // kv_heads
-        self.rotary_dim, self.rope_base = config.rotary_dim, config.rope.base
+        self.rotary = rope.Rotary(config)
         width = (heads + 2 * kv_heads) * self.head_dim
-        self.qkv = Linear(config.hidden_size, width, init_std=config.init_std, bias=config.linear_bias)
+        bias = config.linear_bias or config.attention.qkv_bias
+        self.qkv = Linear(config.hidden_size, width, init_std=config.init_std, bias=bias)
+        make_norm = NORMS[config.norm] if config.attention.qk_norm else None
+        self.q_norm = None if make_norm is None else make_norm(self.head_dim, config.norm_eps)
+        self.k_norm = None if make_norm is None else make_norm(self.head_dim, config.norm_eps)
         self.out = Linear(
             heads * self.head_dim, config.hidden_size, init_std=config.output_init_std, bias=config.linear_bias
         )
@@ -42,10 +47,13 @@ class Attention(nn.Module):
         length = qkv_BTGNK.shape[1]
         # split, not slices: its backward is one concatenation, that of every slice a whole tensor of zeros.
         qk, value = qkv_BTGNK.split([self.queries_per_group + 1, 1], dim=3)
-        if self.rotary_dim:
+        if self.q_norm is not None and self.k_norm is not None:
+            query, key = qk.split([self.queries_per_group, 1], dim=3)
+            qk = torch.cat([self.q_norm(query), self.k_norm(key)], dim=3)
+        if self.rotary.dim:
             dtype = torch.promote_types(x_BTD.dtype, torch.float32)  # bf16 has too few digits for angles
-            cos, sin = rotary_tables(context.positions_BT, self.rotary_dim, self.rope_base, dtype=dtype)
-            qk = apply_rotary(qk, cos, sin)  # queries and keys in one go
+            cos, sin = self.rotary.tables(context.positions_BT, dtype=dtype)
+            qk = rope.apply_rotary(qk, cos, sin)  # queries and keys in one go
         query, key = qk.split([self.queries_per_group, 1], dim=3)
         query_BHTK = query.flatten(2, 3).transpose(1, 2)
         key_BGSK, value_BGSK = key.squeeze(3).transpose(1, 2), value.squeeze(3).transpose(1, 2)
@@ -104,11 +112,7 @@ def check(config: ModelConfig) -> None:
             f"model.attention.heads={attention.heads} does not divide by model.attention.kv_heads="
             f"{attention.kv_heads}; every group of query heads shares one key-value head"
         )
-    if config.rotary_dim % 2:
-        raise ValueError(
-            f"model.rope.fraction={config.rope.fraction} of head dim {config.head_dim} rotates "
-            f"{config.rotary_dim} dimensions, which must be an even number"
-        )
+    rope.check(config)
     if attention.value_head_dim not in (None, config.head_dim):
         raise ValueError(
             f"model.attention.value_head_dim={attention.value_head_dim} is not built yet; set it to null, which "

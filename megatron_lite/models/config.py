@@ -24,7 +24,8 @@ class AttentionConfig:
     head_dim: dimensions of a query and a key; null = hidden_size / heads. value_head_dim: those of a value; null = head_dim.
     window: tokens that a query looks back; null = all. always_visible: tokens at the start that every query sees.
     global_layers: layers that attend without the window. kv_groups: layers that share the first one's keys and values.
-    qkv_bias: biases in the query, key and value projections. qk_norm: norms on queries and keys.
+    qkv_bias: biases in the query, key and value projections (Qwen2). qk_norm: norms over the head dim of queries and keys,
+      before they rotate (Qwen3).
     """
 
     heads: int = 0
@@ -43,12 +44,23 @@ class AttentionConfig:
 class RopeConfig:
     """Rotary positions. base: theta. fraction: part of a head's dimensions that rotates; 0 = no position embedding.
 
-    scaling: how the base is stretched for longer sequences; null = not at all.
+    scaling: how the frequencies are stretched for longer sequences (`rope.SCALINGS`); null = not at all. The other keys are its
+      numbers, each read by some scalings only.
+    factor: how many times longer. original_seq_len: the sequence length before.
+    low_freq_factor, high_freq_factor (llama3), beta_fast, beta_slow (yarn): between which numbers of turns within the original
+      length the scaling sets in. attention_factor (yarn): multiplies cosines and sines; null = 0.1 ln(factor) + 1.
     """
 
     base: float = 10000.0
     fraction: float = 1.0
     scaling: str | None = None
+    factor: float = 1.0
+    original_seq_len: int | None = None
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
 
 
 @dataclass
@@ -170,7 +182,6 @@ class ModelConfig:
         """Raises ValueError for a key that only a layer type or feature that does not exist yet would read."""
         for prefix, section, names in (
             ("attention.", self.attention, _ATTENTION_LATER),
-            ("rope.", self.rope, ("scaling",)),
             ("", self, ("meta_tokens",)),
         ):
             for name in names:
@@ -180,7 +191,7 @@ class ModelConfig:
                     raise ValueError(f"model.{prefix}{name}={value} is not built yet; set it to {shown}, or drop it")
 
 
-_ATTENTION_LATER = ("window", "always_visible", "global_layers", "kv_groups", "qkv_bias", "qk_norm")
+_ATTENTION_LATER = ("window", "always_visible", "global_layers", "kv_groups")
 
 
 def _default(section: type, name: str) -> Any:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,8 @@ from megatron_lite.models.layers import LAYER_TYPES
 from megatron_lite.models.linear import Embedding, Linear
 from megatron_lite.models.norm import NORMS
 from megatron_lite.models.rope import restarting_positions
+
+T = TypeVar("T")
 
 __all__ = ["Decoder", "ModelConfig", "ResidualLayer"]
 
@@ -74,7 +77,7 @@ class Decoder(nn.Module):
         padded = F.linear(x, self.embedding.weight) if self.head is None else self.head(x)
         return padded[..., : self.config.vocab_size]
 
-    def with_head_weight(self, function: Callable[[Tensor, Tensor], Tensor], x: Tensor) -> Tensor:
+    def with_head_weight(self, function: Callable[[Tensor, Tensor], T], x: Tensor) -> T:
         """`function(x, head_weight)`."""
         return function(x, self.embedding.weight) if self.head is None else self.head.with_weight(function, x)
 

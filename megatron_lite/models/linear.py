@@ -13,12 +13,15 @@ Shapes: V vocabulary rows, D width of a row.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_lite.models.initialization import Constant, Distribution, Normal
+
+T = TypeVar("T")
 
 
 class Linear(nn.Module):
@@ -51,7 +54,7 @@ class Linear(nn.Module):
         """x W^T (+ bias): the matrix product alone, which other arithmetic replaces."""
         return F.linear(x, self.weight, bias)
 
-    def with_weight(self, function: Callable[[Tensor, Tensor], Tensor], x: Tensor) -> Tensor:
+    def with_weight(self, function: Callable[[Tensor, Tensor], T], x: Tensor) -> T:
         """`function(x, weight)`, for a loss that reads the weight itself. An engine that shards the weight gathers it for this
         call, as it does for `forward`."""
         return function(x, self.weight)

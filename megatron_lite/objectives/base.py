@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from megatron_lite.models.decoder import Decoder
 from megatron_lite.parallel.cross_entropy import cross_entropy_sum
+from megatron_lite.parallel.frozen import FrozenDecoder
 from megatron_lite.parallel.parallelize import vocabulary_shard
 
 
@@ -78,9 +79,19 @@ class Objective(nn.Module):
 class ObjectiveConfig:
     """The base of the `objective` sections: one dataclass an objective, with its own numbers as fields."""
 
+    @property
+    def teacher_path(self) -> str | None:
+        """The weights of a second model that is read and not trained; None for an objective without one."""
+        return None
+
+    @property
+    def teacher_dtype(self) -> torch.dtype | None:
+        """In which it is kept and computes; None for that of the run."""
+        return None
+
     def validate(self) -> None:
         """Raise ValueError naming the key if a value is invalid."""
 
-    def build(self, decoder: Decoder) -> Objective:
-        """The objective around `decoder`, which may be on the meta device."""
+    def build(self, decoder: Decoder, teacher: FrozenDecoder | None = None) -> Objective:
+        """The objective around `decoder`, which may be on the meta device. teacher: what `teacher_path` names, assembled."""
         raise NotImplementedError

@@ -8,13 +8,14 @@ from torch import Tensor
 
 from megatron_lite.models.decoder import Decoder
 from megatron_lite.objectives.base import Loss, Objective, ObjectiveConfig
+from megatron_lite.parallel.frozen import FrozenDecoder
 
 
 @dataclass
 class NextTokenConfig(ObjectiveConfig):
     """Has no settings."""
 
-    def build(self, decoder: Decoder) -> Objective:
+    def build(self, decoder: Decoder, teacher: FrozenDecoder | None = None) -> Objective:
         """See `ObjectiveConfig`."""
         return NextToken(decoder)
 

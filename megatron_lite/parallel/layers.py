@@ -76,6 +76,10 @@ class TensorParallel:
             return parameter
         return collectives.copy_in(at_least_float32(parameter), self.group)
 
+    def on_heads(self, parameter: Tensor) -> Tensor:
+        """A replicated parameter used on this rank's heads: its gradient is summed (in fp32 at least)."""
+        return collectives.copy_in(at_least_float32(parameter), self.group)
+
 
 @dataclass(frozen=True)
 class ShardInfo:

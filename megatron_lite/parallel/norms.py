@@ -1,8 +1,10 @@
 """Tensor-parallel norms: replicated weights on a sharded stream, and statistics over a sharded width.
 
-Two cases:
+Three cases:
 - `ReplicatedNorm`: the norm of the residual stream. Each rank normalizes whole vectors; under sequence parallelism only
   those of its own tokens, so the gradients of gain and bias are partial and are summed in the graph.
+- `HeadNorm`: a norm inside the tensor-parallel region, over a head's dimensions. The weights are the same for all heads, so every rank
+  holds them and knows the gradient that its own heads give, with and without sequence parallelism.
 - `ShardedNorm`: a norm inside the tensor-parallel region, over a width D of which each rank holds D/tp. The sums behind
   mean and variance run over all ranks, forward and backward; gain and bias are sharded like the width.
 
@@ -11,6 +13,7 @@ RMSNorm: r = sum x^2 / D.  LayerNorm: mean = sum x / D, then r = sum (x - mean)^
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -39,10 +42,25 @@ class ReplicatedNorm(TensorParallelModule):
         """(..., D) -> (..., D)."""
         if not self.tp.sequence_parallel:
             return super().forward(x)
-        names, parameters = zip(*self.named_parameters(recurse=False))
-        together = self.tp.on_stream(torch.cat(parameters))  # their gradients are summed in one all-reduce
-        weights = dict(zip(names, together.split([parameter.numel() for parameter in parameters])))
-        return self.plain_forward(_Weights(eps=self.eps, **weights), x)
+        return self.plain_forward(_summed_weights(self, self.tp.on_stream), x)
+
+
+class HeadNorm(TensorParallelModule):
+    """Any norm that every rank applies to its own heads: the original forward, on weights whose gradients are summed."""
+
+    eps: float
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., K) -> (..., K), of this rank's heads."""
+        return self.plain_forward(_summed_weights(self, self.tp.on_heads), x)
+
+
+def _summed_weights(norm: ReplicatedNorm | HeadNorm, summed: Callable[[Tensor], Tensor]) -> _Weights:
+    """What the norm's forward reads; the gradients of all parameters are summed in one all-reduce."""
+    names, parameters = zip(*norm.named_parameters(recurse=False))
+    together = summed(torch.cat(parameters))
+    weights = dict(zip(names, together.split([parameter.numel() for parameter in parameters])))
+    return _Weights(eps=norm.eps, **weights)
 
 
 class ShardedNorm(TensorParallelModule):

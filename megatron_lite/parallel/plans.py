@@ -9,6 +9,7 @@ A plan maps a name below the module to an entry, or to several that are applied 
     shard(dim)       the plain parameter of that name, cut along dim
     replicated_norm  norm of the residual stream: weights on every rank, gradients summed under sequence parallelism
     sharded_norm     norm over a sharded width: statistics summed over the ranks
+    head_norm        norm over the dimensions of each head: weights on every rank, gradients summed over the ranks' heads
     copy_in          the module's output enters the sharded region: its gradient is summed in backward
     copy_in_order    the same with whole sequences, for what looks along them
     tied_logits      decoder whose head is its embedding: gathers the logits in `logits`
@@ -49,7 +50,7 @@ from megatron_lite.parallel.layers import (
     parallelize_module,
     shard_parameter,
 )
-from megatron_lite.parallel.norms import ReplicatedNorm, ShardedNorm
+from megatron_lite.parallel.norms import HeadNorm, ReplicatedNorm, ShardedNorm
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ vocab_embedding = Entry(VocabParallelEmbedding, {"weight": 0})
 vocab_head = Entry(VocabParallelHead, {"weight": 0, "bias": 0})
 replicated_norm = Entry(ReplicatedNorm, {})
 sharded_norm = Entry(ShardedNorm, {"weight": 0, "bias": 0})
+head_norm = Entry(HeadNorm, {})
 copy_in = Entry(CopyIn, {})
 copy_in_order = Entry(CopyInOrder, {})
 tied_logits = Entry(TiedLogits, {})
@@ -94,7 +96,10 @@ FINAL = (replicated_norm, copy_in_order)
 
 @dataclass(frozen=True)
 class MixerPlan:
-    """How a mixer is sharded. must_divide: config key -> value, for the values that the degree has to divide."""
+    """How a mixer is sharded. plan: an entry of a submodule that is None in this mixer is passed over.
+
+    must_divide: config key -> value, for the values that the degree has to divide.
+    """
 
     plan: Plan
     must_divide: Callable[[ModelConfig], dict[str, int]]
@@ -113,7 +118,9 @@ def _ssm_groups(config: ModelConfig) -> dict[str, int]:
 
 
 MIXERS: dict[type[nn.Module], MixerPlan] = {
-    Attention: MixerPlan({"qkv": (column_in_order,), "out": (row_in_order,)}, _kv_heads),
+    Attention: MixerPlan(
+        {"qkv": (column_in_order,), "q_norm": (head_norm,), "k_norm": (head_norm,), "out": (row_in_order,)}, _kv_heads
+    ),
     MLP: MixerPlan({"up": (column,), "down": (row,)}, _ffn_size),
     GatedMLP: MixerPlan({"up": (column,), "gate": (column,), "down": (row,)}, _ffn_size),
     Mamba2: MixerPlan(
@@ -139,8 +146,10 @@ def decoder_plan(decoder: Decoder) -> dict[str, tuple[Entry | Replace, ...]]:
     plan |= {"": (tied_logits,)} if decoder.head is None else {"head": (vocab_head,)}
     for index, layer in enumerate(decoder.layers):
         plan[f"layers.{index}.norm"] = ENTRANCE
-        of_mixer = mixer_plan(layer.get_submodule("mixer"), index).plan
-        plan |= {f"layers.{index}.mixer.{name}": entries for name, entries in of_mixer.items()}
+        mixer = layer.get_submodule("mixer")
+        for name, entries in mixer_plan(mixer, index).plan.items():
+            if getattr(mixer, name, name) is not None:  # an optional submodule that this mixer does not have is None
+                plan[f"layers.{index}.mixer.{name}"] = entries
     return plan
 
 

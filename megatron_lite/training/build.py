@@ -59,6 +59,7 @@ from megatron_lite.training.resume import (
 )
 from megatron_lite.training.spikes import SpikeGuard
 from megatron_lite.training.status import Status
+from megatron_lite.training.teacher import Teacher, assemble_teacher, check_same_teacher, open_teacher
 from megatron_lite.training.trainer import TrainConfig, Trainer
 from megatron_lite.training.watchdog import Watchdog
 from megatron_lite.weights import Weights
@@ -131,16 +132,24 @@ def build_grid(parallel: ParallelConfig, engine: EngineConfig, *, world_size: in
     return build_mesh(degrees, device=device)
 
 
-def build_engine(run: RunConfig, mesh: Mesh, *, source: Weights | None = None) -> Engine:
-    """The engine over the assembled objective, with initial weights or those (and with them the optimizer's state) of `source`."""
+def build_engine(
+    run: RunConfig, mesh: Mesh, *, source: Weights | None = None, teacher: Teacher | None = None
+) -> Engine:
+    """The engine over the assembled objective, with initial weights or those (and with them the optimizer's state) of `source`.
+
+    teacher: what `open_teacher` returned for this run.
+    """
     config: EngineConfig = run.engine
     dtype = run.precision.dtype
+    wrap = run.objective.build
+    if teacher is not None:
+        wrap = partial(wrap, teacher=assemble_teacher(run, mesh, teacher.weights))
     objective, shards = assemble(
         run.model,
         mesh=mesh,
         recipe=Recipe(run.parallel, run.precision),
         fill=seeded(run.seed) if source is None else from_tensors(source.tensors),
-        wrap=run.objective.build,
+        wrap=wrap,
         distribute=config.distribute(mesh, dtype),
     )
     engine = config.build(objective, optim=run.optim, dtype=dtype, mesh=mesh, shards=shards)
@@ -167,6 +176,9 @@ def build_trainer(
     manifest = store.read_manifest(point.checkpoint) if point else None
     if manifest:
         check_same_run(manifest, run, tokenizer)
+    teacher = open_teacher(run, tokenizer, store.ranks)
+    if manifest:
+        check_same_teacher(manifest, run, teacher)
     start = progress_of(manifest)
     schedule = build_schedule(run, start)
     total_samples = schedule.end.consumed_samples
@@ -188,7 +200,8 @@ def build_trainer(
             print("\n".join([f"{run.precision.name}, {backend}:", *formats_table(run.model, run.precision)]))
     mesh = build_grid(run.parallel, run.engine, world_size=runtime.world_size, device=runtime.device)
     starts_from_source = point is None and run.init_from.path is not None
-    engine = build_engine(run, mesh, source=open_source(run, tokenizer, store.ranks) if starts_from_source else None)
+    source = open_source(run, tokenizer, store.ranks) if starts_from_source else None
+    engine = build_engine(run, mesh, source=source, teacher=teacher)
     trainer = Trainer(
         config=run.train,
         runtime=runtime,
@@ -198,7 +211,7 @@ def build_trainer(
         loader=build_loader(run, blend, held_out(run.data, tokenizer), mesh),
         store=store,
         tracker=build_tracker(run.tracking, main_process=runtime.is_main, on_loss=lost),
-        metrics=build_metrics(run, runtime, consumed=start.consumed_samples),
+        metrics=build_metrics(run, runtime, consumed=start.consumed_samples, teacher=teacher),
         status=Status(Path(run.run.dir), main_process=runtime.is_main, lost=lost),
         watchdog=watchdog,
         spikes=SpikeGuard(run.train.on_spike, run.spike, runtime.device),
@@ -211,6 +224,7 @@ def build_trainer(
             "data": blend.state(),
             "parameters": parameter_count(run.model),
             "lineage": lineage_of(manifest, point),
+            "teacher": teacher.state() if teacher else {},
         },
     )
     if point:
@@ -267,10 +281,13 @@ def build_loader(run: RunConfig, blend: Blend, held_out: HeldOut, mesh: Mesh) ->
     )
 
 
-def build_metrics(run: RunConfig, runtime: Runtime, *, consumed: int) -> Metrics:
-    """What turns steps into rows."""
+def build_metrics(run: RunConfig, runtime: Runtime, *, consumed: int, teacher: Teacher | None = None) -> Metrics:
+    """What turns steps into rows. A teacher's forward, a third of its training FLOPs, counts too."""
+    flops = flops_per_token(run.model, run.data.seq_len)
+    if teacher is not None:
+        flops += flops_per_token(teacher.weights.config, run.data.seq_len) / 3
     work = Work(
-        flops_per_token=flops_per_token(run.model, run.data.seq_len),
+        flops_per_token=flops,
         seq_len=run.data.seq_len,
         devices=runtime.world_size,
         peak=device_peak_flops(runtime.device, run.precision.peak),

@@ -22,6 +22,7 @@ from megatron_lite.engine.deepspeed import DeepSpeedConfig
 from megatron_lite.engine.fsdp import FsdpConfig
 from megatron_lite.models.config import ModelConfig
 from megatron_lite.models.huggingface import family_named
+from megatron_lite.objectives.distillation import DistillationConfig
 from megatron_lite.objectives.next_token import NextTokenConfig
 from megatron_lite.optim.optimizer import OptimConfig
 from megatron_lite.optim.schedule import ScheduleConfig
@@ -176,6 +177,7 @@ for name, recipe in RECIPES.items():
     register_schema(name, recipe, group="precision")
 register_choice("nvfp4", Nvfp4Config(), group="precision")
 register_schema("next_token", NextTokenConfig, group="objective")
+register_schema("distillation", DistillationConfig, group="objective")
 
 
 def compose_run(overrides: list[str]) -> RunConfig:

@@ -40,7 +40,20 @@ _FP8 = "fp8_current, fp8_block, mxfp8"  # they differ in their scales only
 FEATURES: dict[str, Feature] = {
     "command": Feature("Command", {name: f"mlite {name}" for name in ("train", "evaluate", "generate", "convert")}),
     "family": Feature(
-        "Model family", {name: f"model.family={name}" for name in ("nemotron4", "llama", "mistral", "nemotron_h")}
+        "Model family",
+        {
+            "nemotron4": "model.family=nemotron4",
+            "llama, mistral": "model.family=llama or mistral",
+            "qwen2, qwen3": "model.family=qwen2 or qwen3",
+            "nemotron_h": "model.family=nemotron_h",
+        },
+    ),
+    "objective": Feature(
+        "Objective",
+        {
+            "next token": "objective=next_token",
+            "distillation": "objective=distillation objective.teacher=PATH",
+        },
     ),
     "engine": Feature("Engine and what it shards", _ENGINES),
     "processes": Feature("Processes", {"1": "", "several": "torchrun --nproc-per-node N"}),

@@ -15,6 +15,7 @@ import torch
 from megatron_lite.checkpoint.store import CheckpointConfig, CheckpointStore
 from megatron_lite.engine.deepspeed import DeepSpeedConfig
 from megatron_lite.engine.fsdp import FsdpConfig
+from megatron_lite.objectives.distillation import DistillationConfig
 from megatron_lite.objectives.next_token import NextTokenConfig
 from megatron_lite.optim.optimizer import OptimConfig
 from megatron_lite.parallel.global_view import State
@@ -22,6 +23,8 @@ from megatron_lite.parallel.mesh import ParallelConfig
 from megatron_lite.precision.recipes import precision_class
 from megatron_lite.training.build import build_engine, build_grid
 from megatron_lite.training.config import RunConfig
+from megatron_lite.training.teacher import Teacher
+from megatron_lite.weights import open_weights
 from tests.distributed import device
 from tests.engine.bugs import BUGS
 from tests.model_configs import model_config
@@ -46,14 +49,18 @@ Boxes = dict[str, tuple[tuple[int, ...], tuple[int, ...], torch.Tensor]]
 
 @dataclass(frozen=True)
 class Case:
-    """One layout, engine and precision. `parallel`, `engine` and `numbers` (precision's) are fields of their configs, `model` holds dotted
-    keys."""
+    """One layout, engine and precision. `parallel` and `engine` are fields of their configs, `model` holds dotted keys.
+
+    numbers: fields of the precision's config. distillation: fields of its config, with the checkpoint of a teacher; empty for
+    next-token prediction.
+    """
 
     parallel: dict[str, Any] = field(default_factory=dict)
     engine: dict[str, Any] = field(default_factory=dict)
     precision: str = "fp32"
     model: dict[str, Any] = field(default_factory=dict)
     micro_batch: int = 2
+    distillation: dict[str, Any] = field(default_factory=dict)
     numbers: dict[str, Any] = field(default_factory=dict)
 
 
@@ -64,6 +71,7 @@ class Trace:
     losses: list[float]
     norms: list[float]
     boxes: dict[str, Boxes]
+    parts: list[dict[str, float]] = field(default_factory=list)
 
 
 def run_config(case: Case) -> RunConfig:
@@ -78,7 +86,7 @@ def run_config(case: Case) -> RunConfig:
         seed=7,
         model=model_config(model | case.model),
         engine=kinds[settings.pop("kind", "fsdp")](**settings),
-        objective=NextTokenConfig(),
+        objective=DistillationConfig(**case.distillation) if case.distillation else NextTokenConfig(),
         parallel=ParallelConfig(**case.parallel),
         precision=precision_class(case.precision)(case.precision, **case.numbers),
         optim=OptimConfig(lr=PEAK, eps=EPS, weight_decay=0.5, clip_grad=CLIP),
@@ -116,7 +124,9 @@ def open_engine(case: Case, world_size: int) -> tuple[Any, int, int]:
     run = run_config(case)
     run.engine.validate()
     mesh = build_grid(run.parallel, run.engine, world_size=world_size, device=device())
-    return build_engine(run, mesh), mesh.data_parallel_rank, mesh.data_parallel_size
+    path = run.objective.teacher_path
+    teacher = Teacher(open_weights(path), identity="") if path else None
+    return build_engine(run, mesh, teacher=teacher), mesh.data_parallel_rank, mesh.data_parallel_size
 
 
 def train(rank: int, world_size: int, case: Case, *, steps: int = STEPS, bug: str | None = None) -> Trace:
@@ -134,6 +144,7 @@ def train(rank: int, world_size: int, case: Case, *, steps: int = STEPS, bug: st
             assert result.skipped == 0
             trace.losses.append(result.loss.item())
             trace.norms.append(result.grad_norm.item())
+            trace.parts.append({name: value.item() for name, value in result.parts.items()})
             if step == 1:
                 trace.boxes |= {"weights": boxes(engine, "model."), "moment": boxes(engine, "exp_avg.")}
     finally:

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_lite.parallel.cross_entropy import chunk_size, cross_entropy_sum
+from megatron_lite.parallel.chunked_loss import chunk_size
+from megatron_lite.parallel.cross_entropy import cross_entropy_sum
 from tests.distributed import run_ranks
 
 UPSTREAM = 0.37  # what arrives from above in backward: the loss is divided by a token count there

@@ -58,7 +58,9 @@ HYBRID = replace(
     rope=RopeConfig(fraction=0.0),
     mamba=MambaConfig(heads=8, head_dim=6, groups=4, state=5),
 )
-MODELS = {"nemotron": NEMOTRON, "llama": LLAMA, "biased": BIASED, "hybrid": HYBRID}
+# Biases on queries, keys and values and norms on the heads: Qwen2's and Qwen3's in one.
+QWEN = replace(LLAMA, attention=AttentionConfig(heads=8, kv_heads=4, qkv_bias=True, qk_norm=True))
+MODELS = {"nemotron": NEMOTRON, "llama": LLAMA, "biased": BIASED, "qwen": QWEN, "hybrid": HYBRID}
 
 
 @dataclass
@@ -153,6 +155,8 @@ def plant(bug: str, patch: pytest.MonkeyPatch) -> None:
         patch.setattr(TensorParallel, "enter", lambda self, x: enter(self, enter(self, x)))
     elif bug == "row without its sum":
         patch.setattr(TensorParallel, "leave", lambda self, y: y)
+    elif bug == "head norm gradients not summed":
+        patch.setattr(TensorParallel, "on_heads", lambda self, parameter: parameter)
     else:
         assert bug == "", bug
 
@@ -212,6 +216,14 @@ def test_planted_bugs_are_caught(bug: str, sequence_parallel: bool) -> None:
     results = [Result(*r) for r in run_ranks(2, sharded, NEMOTRON, parallel, bug)]
     found = errors(results, single(NEMOTRON))
     assert max(found.values()) > 1e3 * TOLERANCE
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_only_head_norms_notice_their_unsummed_gradients(sequence_parallel: bool) -> None:
+    parallel = ParallelConfig(tp=2, sequence_parallel=sequence_parallel)
+    results = [Result(*r) for r in run_ranks(2, sharded, QWEN, parallel, "head norm gradients not summed")]
+    wrong = {name for name, error in errors(results, single(QWEN)).items() if error > TOLERANCE}
+    assert wrong == {name for name in results[0].weights if "q_norm" in name or "k_norm" in name}
 
 
 def test_only_norms_notice_the_unreduced_norm_gradients() -> None:

@@ -18,10 +18,11 @@ from megatron_lite.training.config import compose_run, validate
 from tests import runs
 from tests.distributed import run_ranks
 
+LLAMA = ["model.norm=rmsnorm", "model.mlp.activation=swiglu", "model.rope.fraction=1"]
 FAMILIES = {
     "nemotron4": [],
-    "llama": ["model.family=llama", "model.norm=rmsnorm", "model.mlp.activation=swiglu", "model.rope.fraction=1"],
-    "mistral": ["model.family=mistral", "model.norm=rmsnorm", "model.mlp.activation=swiglu", "model.rope.fraction=1"],
+    "llama, mistral": ["model.family=llama", *LLAMA],
+    "qwen2, qwen3": ["model.family=qwen3", *LLAMA, "model.attention.qk_norm=true"],
     "nemotron_h": [
         "model=nano2_tiny",
         "model.hidden_size=32",
@@ -34,7 +35,18 @@ FAMILIES = {
         "model.num_layers=null",
     ],
 }
-FREE = ("family", "engine", "tp", "sequence_parallel", "replicas", "precision", "recompute", "compile", "offload")
+FREE = (
+    "family",
+    "objective",
+    "engine",
+    "tp",
+    "sequence_parallel",
+    "replicas",
+    "precision",
+    "recompute",
+    "compile",
+    "offload",
+)
 LOADED = ["family", "engine", "tp", "sequence_parallel", "replicas", "precision", "offload"]  # what evaluate reads
 Choices = dict[str, str]
 
@@ -75,12 +87,12 @@ def covering() -> list[Choices]:
     return chosen
 
 
-def overrides(choices: Choices) -> list[str]:
+def overrides(choices: Choices, teacher: Path) -> list[str]:
     """The command line of a combination."""
     words = [] if choices["command"] == "evaluate" else list(FAMILIES[choices["family"]])
-    for name in ("engine", "tp", "sequence_parallel", "replicas", "precision", "recompute", "compile"):
+    for name in ("objective", "engine", "tp", "sequence_parallel", "replicas", "precision", "recompute", "compile"):
         if name in choices:
-            words += support.FEATURES[name].choices[choices[name]].split()
+            words += support.FEATURES[name].choices[choices[name]].replace("PATH", str(teacher)).split()
     if choices["offload"] == "on":
         words.append(f"engine.{'offload_optimizer' if choices['engine'].startswith('zero') else 'cpu_offload'}=true")
     return words
@@ -105,19 +117,26 @@ def started(rank: int, world_size: int, command: str, words: list[str]) -> int:
 
 
 @pytest.fixture(scope="module")
-def references(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """family -> a finished run of two steps in one process."""
+def references(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Path]:
+    """(family, objective) -> a finished run of two steps in one process; all learn from one and the same teacher."""
     folder = tmp_path_factory.mktemp("families")
-    for family, words in FAMILIES.items():
-        runs.run(tiny_data, folder / family, "train.max_steps=2", *words)
-    return {family: folder / family for family in FAMILIES}
+    made = {}
+    for objective, how in support.FEATURES["objective"].choices.items():
+        for family, words in FAMILIES.items():
+            made[family, objective] = folder / str(len(made))
+            learned = how.replace("PATH", str(made["nemotron4", "next token"])).split()
+            runs.run(tiny_data, made[family, objective], "train.max_steps=2", *words, *learned)
+    return made
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", range(len(covering())))
-def test_every_supported_pair_runs(number: int, tiny_data: Path, references: dict[str, Path], tmp_path: Path) -> None:
+def test_every_supported_pair_runs(
+    number: int, tiny_data: Path, references: dict[tuple[str, str], Path], tmp_path: Path
+) -> None:
     choices = covering()[number]
-    words, reference = overrides(choices), references[choices["family"]]
+    words = overrides(choices, references["nemotron4", "next token"])
+    reference = references[choices["family"], choices.get("objective", "next token")]
     if choices["command"] == "evaluate":
         data = ["--config-dir", str(tiny_data), f"checkpoint={reference}", "data=tiny", "data.seq_len=32"]
         assert run_ranks(int(choices["ranks"]), started, "evaluate", [*data, *words]) == [0] * int(choices["ranks"])

@@ -13,12 +13,16 @@ from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
 
-from megatron_lite.models.config import AttentionConfig, MlpConfig, ModelConfig, RopeConfig
+from megatron_lite.models.config import AttentionConfig, MlpConfig, ModelConfig
+from megatron_lite.models.huggingface.fields import integer, number, switch
+from megatron_lite.models.huggingface.rope import written_rope
 from megatron_lite.models.huggingface.rules import Rule
 from megatron_lite.models.pattern import BLOCK
 
 # Where older and newer transformers keep the same thing; always regenerated, never carried along.
 REWRITTEN = ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor", "dtype", "torch_dtype")
+# Of attention, what a family has to say that it can write.
+PLAIN_ATTENTION: dict[str, Any] = {"attention.qkv_bias": False, "attention.qk_norm": False}
 
 
 @dataclass(frozen=True)
@@ -93,49 +97,6 @@ class Family:
         return others | written
 
 
-def integer(hf: Mapping[str, Any], key: str) -> int:
-    """A whole number of config.json, or ValueError."""
-    value = hf.get(key)
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError(f"config.json: {key}={value!r} must be a whole number")
-    return value
-
-
-def number(hf: Mapping[str, Any], key: str) -> float:
-    """A number of config.json, or ValueError."""
-    value = hf.get(key)
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"config.json: {key}={value!r} must be a number")
-    return float(value)
-
-
-def switch(hf: Mapping[str, Any], key: str) -> bool:
-    """A true or false of config.json, or ValueError."""
-    value = hf.get(key)
-    if not isinstance(value, bool):
-        raise ValueError(f"config.json: {key}={value!r} must be true or false")
-    return value
-
-
-def rope(hf: Mapping[str, Any], *, default_fraction: float) -> RopeConfig:
-    """Base and rotary fraction from config.json: transformers 5 nests them in `rope_parameters`, older ones
-    are flat.
-
-    Raises ValueError for any kind of scaling.
-    """
-    key = "rope_scaling" if hf.get("rope_scaling") else "rope_parameters"
-    nested = hf.get(key) or {}
-    flat_dict = isinstance(nested, Mapping) and not any(isinstance(v, Mapping) for v in nested.values())
-    if not flat_dict or nested.get("rope_type", nested.get("type", "default")) != "default":
-        raise ValueError(f"config.json: {key}={nested!r} is not supported (only rope_type 'default')")
-    flat = {"rope_theta": 10000.0, "partial_rotary_factor": default_fraction, **hf}
-    merged = {
-        **flat,
-        **{name: nested[name] for name in ("rope_theta", "partial_rotary_factor") if name in nested},
-    }
-    return RopeConfig(base=number(merged, "rope_theta"), fraction=number(merged, "partial_rotary_factor"))
-
-
 def attention(hf: Mapping[str, Any]) -> AttentionConfig:
     """Heads, key-value heads and head dim; the latter two may be null in config.json."""
     heads, hidden = integer(hf, "num_attention_heads"), integer(hf, "hidden_size")
@@ -165,10 +126,7 @@ def written_sizes(config: ModelConfig) -> dict[str, Any]:
         "max_position_embeddings": config.max_seq_len,
         "initializer_range": config.init_std,
         "tie_word_embeddings": config.tie_embeddings,
-        # Both spellings: transformers 5 reads the nested one, older readers and other engines the flat one.
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope.base},
-        "rope_theta": config.rope.base,
-    }
+    } | written_rope(config)
 
 
 def read_sizes(hf: Mapping[str, Any], *, activation: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Llama and Mistral <-> transformers' LlamaForCausalLM and MistralForCausalLM.
+"""Llama (1 to 3.x) and Mistral <-> transformers' LlamaForCausalLM and MistralForCausalLM.
 
 The same mathematics (RMSNorm, SwiGLU, full rotary, tied or untied head); Mistral's class may have a head dim
 that is not hidden_size / num_heads where Llama's insists that hidden_size divides, has no biases, and has a
@@ -12,10 +12,11 @@ from functools import partial
 from typing import Any
 
 from megatron_lite.models.config import ModelConfig
-from megatron_lite.models.huggingface.family import Family, number, read_sizes, rope, written_sizes
+from megatron_lite.models.huggingface.family import PLAIN_ATTENTION, Family, number, read_sizes, written_sizes
+from megatron_lite.models.huggingface.rope import read_rope
 from megatron_lite.models.huggingface.rules import transformer_rules
 
-REQUIRED: dict[str, Any] = {
+REQUIRED: dict[str, Any] = PLAIN_ATTENTION | {
     "norm": "rmsnorm",
     "mlp.activation": "swiglu",
     "rope.fraction": 1.0,
@@ -57,7 +58,7 @@ def _common(config: ModelConfig) -> dict[str, Any]:
 
 def read_config(hf: Mapping[str, Any], *, family: str) -> ModelConfig:
     """The model of a config.json."""
-    found = rope(hf, default_fraction=1.0)
+    found = read_rope(hf, default_fraction=1.0)
     if found.fraction != 1.0:
         raise ValueError(
             f"config.json: partial_rotary_factor={found.fraction} cannot be held by family {family!r} (only 1.0)"

@@ -10,10 +10,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_lite.models.config import ModelConfig
-from megatron_lite.models.huggingface.family import Family, number, read_sizes, rope, written_sizes
+from megatron_lite.models.huggingface.family import PLAIN_ATTENTION, Family, number, read_sizes, written_sizes
+from megatron_lite.models.huggingface.rope import read_rope
 from megatron_lite.models.huggingface.rules import transformer_rules
 
-REQUIRED: dict[str, Any] = {"norm": "layernorm1p", "mlp.activation": "squared_relu", "linear_bias": False}
+REQUIRED: dict[str, Any] = PLAIN_ATTENTION | {
+    "norm": "layernorm1p",
+    "mlp.activation": "squared_relu",
+    "linear_bias": False,
+}
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
@@ -41,7 +46,7 @@ def read_config(hf: Mapping[str, Any]) -> ModelConfig:
         family="nemotron4",
         norm_eps=number(hf, "norm_eps"),
         norm=REQUIRED["norm"],
-        rope=rope(hf, default_fraction=0.5),
+        rope=read_rope(hf, default_fraction=0.5),
         **read_sizes(hf, activation=REQUIRED["mlp.activation"]),
     )
 

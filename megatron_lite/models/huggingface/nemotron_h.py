@@ -15,10 +15,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_lite.models.config import MambaConfig, MlpConfig, ModelConfig, RopeConfig
-from megatron_lite.models.huggingface.family import Family, attention, integer, number
+from megatron_lite.models.huggingface.family import PLAIN_ATTENTION, Family, attention, integer, number
 from megatron_lite.models.huggingface.rules import Rule, fused_qkv, grouped, renamed, vocabulary
 
-REQUIRED: dict[str, Any] = {
+REQUIRED: dict[str, Any] = PLAIN_ATTENTION | {
     "norm": "rmsnorm",
     "rope.fraction": 0.0,
     "mlp.activation": "squared_relu",

@@ -1,9 +1,9 @@
 """How native tensors and Hugging Face tensors become each other, as data: one `Rule` for each native
 parameter, which says where each run of its rows is in the Hugging Face tensors. Any slice can be read so.
 
-The dense families share the transformer block's names on the Hugging Face side; what differs (gate, norm
-biases, tied head) follows from the config. A family with other names brings its own list of rules. Linear
-biases are not among them: none of the families here has any, and a config.json that asks for them is refused.
+The dense families share the transformer block's names on the Hugging Face side; what differs (gate, norms on
+queries and keys, biases of norms and of the qkv projection, tied head) follows from the config. A family with other
+names brings its own list of rules. No family here has other linear biases, and a config.json that asks for them is refused.
 
 Two permutations: our `qkv` rows go KV group by KV group [q.. k v], Hugging Face has q, k and v as three matrices, each with its
 heads in the same order. A state-space layer's rows go group by group [z x B C dt], Hugging Face has all groups' z, then x, and so on.
@@ -73,7 +73,7 @@ def vocabulary(native: str, hf: str, *, config: ModelConfig) -> Rule:
 
 
 def fused_qkv(native: str, hf: Sequence[str], *, config: ModelConfig) -> Rule:
-    """Group-major rows <-> three matrices (rows, D)."""
+    """Group-major rows <-> three matrices (rows, D), or three biases (rows,)."""
     groups, head = config.attention.kv_heads, config.head_dim
     queries = config.attention.heads // groups * head
     sizes = (queries, head, head)  # rows of q, k and v in a group
@@ -91,7 +91,7 @@ def grouped(native: str, hf: str, *, groups: int, sizes: Sequence[int]) -> Rule:
 
 
 def transformer_rules(config: ModelConfig) -> list[Rule]:
-    """Rules for blocks `*-` with the names that Llama, Mistral and Nemotron share."""
+    """Rules for blocks `*-` with the names that Llama, Mistral, Qwen and Nemotron share."""
     norm_parts = ("weight",) if config.norm == "rmsnorm" else ("weight", "bias")
     projections = ("gate", "up", "down") if config.mlp.activation == "swiglu" else ("up", "down")
     rules = [vocabulary("embedding.weight", "model.embed_tokens.weight", config=config)]
@@ -100,8 +100,12 @@ def transformer_rules(config: ModelConfig) -> list[Rule]:
         for part in norm_parts:
             rules.append(renamed(f"{attention}.norm.{part}", f"{hf}.input_layernorm.{part}"))
             rules.append(renamed(f"{mlp}.norm.{part}", f"{hf}.post_attention_layernorm.{part}"))
-        names = [f"{hf}.self_attn.{part}_proj.weight" for part in "qkv"]
-        rules.append(fused_qkv(f"{attention}.mixer.qkv.weight", names, config=config))
+        for parameter in ("weight", "bias") if config.attention.qkv_bias else ("weight",):
+            names = [f"{hf}.self_attn.{part}_proj.{parameter}" for part in "qkv"]
+            rules.append(fused_qkv(f"{attention}.mixer.qkv.{parameter}", names, config=config))
+        for norm in ("q_norm", "k_norm") if config.attention.qk_norm else ():
+            for part in norm_parts:
+                rules.append(renamed(f"{attention}.mixer.{norm}.{part}", f"{hf}.self_attn.{norm}.{part}"))
         rules.append(renamed(f"{attention}.mixer.out.weight", f"{hf}.self_attn.o_proj.weight"))
         for name in projections:
             rules.append(renamed(f"{mlp}.mixer.{name}.weight", f"{hf}.mlp.{name}_proj.weight"))

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from megatron_lite.models import ModelConfig
-from megatron_lite.models.huggingface import export_folder, is_folder, open_folder
+from megatron_lite.models.huggingface import export_folder, family_named, is_folder, open_folder
 from megatron_lite.tensor_files import WholeTensors
 from megatron_lite.weights import open_weights
 
@@ -142,8 +142,10 @@ BAD_FIELDS = [
     ({"attention_bias": True}, "attention_bias=True"),
     ({"mlp_bias": True}, "mlp_bias=True"),
     ({"attention_dropout": 0.1}, "attention_dropout=0.1"),
-    ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling={'type': 'linear'"),
-    ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope_parameters={'rope_type': 'yarn'"),
+    ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling={'type': 'dynamic'"),
+    ({"rope_parameters": {"rope_type": "yarn", "factor": "4"}}, "factor='4' must be a number"),
+    ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "mscale": 0.7}}, "rope_parameters: mscale=0.7"),
+    ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "truncate": False}}, "rope_parameters: truncate=False"),
     ({"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, "full_attention"),
     ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config={'quant_method': 'fp8'}"),
     ({"auto_map": {"AutoConfig": "x.py"}}, "auto_map="),
@@ -190,6 +192,36 @@ def test_mistral_s_default_window_is_seen_when_the_field_is_absent(llama, loud, 
     path.write_text(json.dumps(content))
     with pytest.raises(ValueError, match="sliding_window=4096"):
         open_folder(tmp_path / "hf")
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "message"),
+    [
+        ("qwen2", {"use_sliding_window": True}, "use_sliding_window=True"),
+        ("qwen3", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+        ("qwen3", {"attention_bias": True}, "attention_bias=True"),
+    ],
+)
+def test_qwen_fields_that_cannot_be_held(llama, loud, tmp_path, family, changes, message):
+    own = {"qwen2": "attention.qkv_bias", "qwen3": "attention.qk_norm"}[family]
+    model = loud(llama(family=family, **{own: True}))
+    export_folder(tmp_path / "hf", config=model.config, tensors=native(model))
+    edit_config(tmp_path / "hf", **changes)
+    with pytest.raises(ValueError, match=message):
+        open_folder(tmp_path / "hf")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"attention.qkv_bias": True}, r"model\.attention\.qkv_bias=True.*LlamaForCausalLM"),
+        ({"attention.qk_norm": True}, r"model\.attention\.qk_norm=True.*LlamaForCausalLM"),
+        ({"rope.scaling": "ntk", "rope.original_seq_len": 8}, r"model\.rope\.scaling='ntk'.*linear, llama3, yarn"),
+    ],
+)
+def test_what_llama_does_not_have_is_not_written(llama, changes, message):
+    with pytest.raises(ValueError, match=message):
+        family_named("llama").to_hf_config(llama(**changes))
 
 
 def test_older_config_fields_are_read(exported):

@@ -10,13 +10,32 @@ import json
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MistralConfig, NemotronConfig, NemotronHConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    NemotronConfig,
+    NemotronHConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from megatron_lite.models import Decoder
 from megatron_lite.models.huggingface import export_folder, open_folder
 from megatron_lite.models.huggingface.registry import FAMILIES, family_named
 from megatron_lite.tensor_files import WholeTensors
 
+# The 33 tokens of the tests go past the original length; in every case some pairs are fast, some slow and some between.
+LLAMA3 = {
+    "rope.scaling": "llama3", "rope.factor": 4.0, "rope.original_seq_len": 16, "rope.low_freq_factor": 0.2,
+    "rope.high_freq_factor": 2.0,
+}  # fmt: skip
+YARN = {
+    "rope.scaling": "yarn", "rope.factor": 4.0, "rope.original_seq_len": 16, "rope.beta_fast": 2.0, "rope.beta_slow": 0.1,
+}  # fmt: skip
+QWEN2 = {"family": "qwen2", "attention.qkv_bias": True}
+QWEN3 = {"family": "qwen3", "attention.qk_norm": True}
 CASES = {
     "nemotron": ("nemotron", {}),
     "nemotron one kv head, head_dim not hidden/heads": (
@@ -31,6 +50,12 @@ CASES = {
     "llama": ("llama", {}),
     "llama tied, one kv head": ("llama", {"tie_embeddings": True, "attention.kv_heads": 1}),
     "llama head_dim not hidden/heads": ("llama", {"attention.head_dim": 10, "norm_eps": 0.1, "vocab_size": 99}),
+    "llama scaled as 3.1": ("llama", LLAMA3),
+    "llama linear": ("llama", {"rope.scaling": "linear", "rope.factor": 3.0}),
+    "qwen2 yarn": ("llama", QWEN2 | YARN),
+    "qwen3, head_dim not hidden/heads, tied": ("llama", QWEN3 | {"attention.head_dim": 16, "tie_embeddings": True}),
+    "qwen3 yarn": ("llama", QWEN3 | YARN | {"rope.attention_factor": 1.5}),
+    "nemotron yarn": ("nemotron", YARN | {"attention.head_dim": 24}),
     "mistral": ("llama", {"family": "mistral"}),
     "mistral hidden not divisible": ("llama", {"family": "mistral", "hidden_size": 50, "attention.heads": 6}),
     "hybrid": ("hybrid", {}),
@@ -56,8 +81,8 @@ def config(request):
     return request.getfixturevalue(kind)(**changes)
 
 
-def in_transformers(folder):
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+def in_transformers(folder, dtype=torch.float32):
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager")
     return model.eval()
 
 
@@ -90,6 +115,20 @@ def test_export_has_transformers_logits_and_gradients(config, loud, tmp_path):
             assert error < 1e-3, f"{name}: {error:.2e}"
 
 
+@pytest.mark.parametrize("name", ["llama scaled as 3.1", "qwen2 yarn", "qwen3 yarn"])
+def test_bf16_is_as_near_to_float32_as_transformers_bf16_past_the_original_length(name, llama, loud, tmp_path):
+    """One rounding of a hidden state turns into any logit, so the two bf16 models are both compared with float32."""
+    model = loud(llama(**CASES[name][1]), std=0.15).bfloat16()
+    export_folder(tmp_path / "hf", config=model.config, tensors=dict(model.named_parameters()))
+    tokens = torch.randint(0, model.config.vocab_size, (8, 64), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        exact = in_transformers(tmp_path / "hf")(tokens).logits[:, 16:]
+        theirs = in_transformers(tmp_path / "hf", torch.bfloat16)(tokens).logits[:, 16:].float()
+        ours = model(tokens)[:, 16:].float()
+    error, expected = ((logits - exact).square().mean().sqrt() / exact.std() for logits in (ours, theirs))
+    assert error < 1.2 * expected < 0.1, f"{error:.1e}, transformers {expected:.1e}"
+
+
 HF_MODELS = {
     "nemotron": NemotronConfig(
         vocab_size=77, hidden_size=40, intermediate_size=52, num_hidden_layers=3, num_attention_heads=4,
@@ -105,6 +144,20 @@ HF_MODELS = {
         vocab_size=77, hidden_size=40, intermediate_size=52, num_hidden_layers=3, num_attention_heads=4,
         num_key_value_heads=2, head_dim=14, sliding_window=None, rope_parameters={"rope_type": "default",
         "rope_theta": 1e6}, max_position_embeddings=64,
+    ),
+    "llama3": LlamaConfig(
+        vocab_size=77, hidden_size=40, intermediate_size=52, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=1, rope_parameters={"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0,
+        "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8}, max_position_embeddings=64,
+    ),
+    "qwen2": Qwen2Config(
+        vocab_size=77, hidden_size=40, intermediate_size=52, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, rope_parameters={"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0,
+        "original_max_position_embeddings": 16}, max_position_embeddings=64, sliding_window=32, max_window_layers=1,
+    ),
+    "qwen3": Qwen3Config(
+        vocab_size=77, hidden_size=40, intermediate_size=52, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=14, max_position_embeddings=64, tie_word_embeddings=True,
     ),
     "nemotron_h": NemotronHConfig(
         vocab_size=77, hidden_size=40, intermediate_size=52, layers_block_type=["linear_attention", "mlp", "linear_attention",
@@ -150,7 +203,7 @@ def assert_same_meaning(first, second) -> None:
     """Both config.json read by transformers give the same configuration, generation_config.json the same content."""
     a, b = (AutoConfig.from_pretrained(folder).to_dict() for folder in (first, second))
     # flat copies beside rope_parameters, for readers older than transformers 5
-    for key in ("_name_or_path", "rope_theta", "partial_rotary_factor"):
+    for key in ("_name_or_path", "rope_theta", "rope_scaling", "partial_rotary_factor"):
         a.pop(key, None)
         b.pop(key, None)
     assert a == b
@@ -164,6 +217,8 @@ def assert_same_meaning(first, second) -> None:
         ("nemotron4", NemotronConfig),
         ("llama", LlamaConfig),
         ("mistral", MistralConfig),
+        ("qwen2", Qwen2Config),
+        ("qwen3", Qwen3Config),
         ("nemotron_h", NemotronHConfig),
     ],
 )
