@@ -78,7 +78,8 @@ def _maxima(mesh: Mesh) -> Maxima:
 
 
 def linear_layers(decoder: Decoder, recipe: Fp8Config) -> dict[str, bool]:
-    """Name -> is it FP8, of every linear layer of `decoder.layers`. Raises ValueError for a pattern that matches nothing."""
+    """Name -> is it FP8, of every linear layer of `decoder.layers`. Raises ValueError for a pattern that matches nothing, and if none
+    is."""
     paths = [f"layers.{name}" for name, module in decoder.layers.named_modules() if isinstance(module, Linear)]
     for pattern in recipe.bf16_modules:
         if not any(fnmatchcase(path, pattern) for path in paths):
@@ -86,7 +87,13 @@ def linear_layers(decoder: Decoder, recipe: Fp8Config) -> dict[str, bool]:
                 f"precision.bf16_modules: {pattern!r} matches no linear layer; they have names like {', '.join(_kinds(paths))}"
             )
     layers = range(recipe.bf16_first_layers, len(decoder.layers) - recipe.bf16_last_layers)
-    return {path: _index(path) in layers and not _stays_bf16(path, recipe.bf16_modules) for path in paths}
+    chosen = {path: _index(path) in layers and not _stays_bf16(path, recipe.bf16_modules) for path in paths}
+    if not any(chosen.values()):
+        raise ValueError(
+            f"precision={recipe.name}: bf16_first_layers={recipe.bf16_first_layers}, bf16_last_layers={recipe.bf16_last_layers} and "
+            f"bf16_modules leave none of {len(decoder.layers)} layers in FP8; lower them, or set precision=bf16"
+        )
+    return chosen
 
 
 def _stays_bf16(path: str, patterns: list[str]) -> bool:

@@ -203,13 +203,15 @@ def report_changes(schedule: Schedule, *, before: Schedule | None, phases: Phase
 
 def report_precision(manifest: dict[str, Any], precision: Precision) -> None:
     """Say that the precision is not the checkpoint's, and what that means for the scales of delayed scaling."""
-    before, now = manifest["config"].get("precision"), to_dict(precision)
-    if not before or before == now:
+    before, now = manifest["config"].get("precision") or {}, to_dict(precision)
+    keys = ["name"] if before.get("name") != now["name"] else [key for key in now if before.get(key) != now[key]]
+    if not before or not keys:
         return
+    changes = ", ".join(f"precision.{key}={now[key]} ({before.get(key)} in the checkpoint)" for key in keys)
     scales = "; scales and histories start afresh where layer or length are not the checkpoint's" * (
         "amax_history_len" in now
     )
-    print(f"precision={precision.name} from here on, {before.get('name')} in the checkpoint{scales}")
+    print(f"from here on {changes}{scales}")
 
 
 def check_same_run(manifest: dict[str, Any], run: RunConfig, tokenizer: TokenizerIdentity) -> None:

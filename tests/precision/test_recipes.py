@@ -66,6 +66,11 @@ def test_sizes() -> None:
         check_sizes(MODEL, RECIPES["mxfp8"](bf16_modules=["layers.*.uq"]), tp=1, tokens=64)
 
 
+def test_some_layer_must_be_fp8() -> None:
+    with pytest.raises(ValueError, match=r"bf16_first_layers=3, bf16_last_layers=1.*4 layers.*precision=bf16"):
+        formats_table(MODEL, RECIPES["fp8_block"](bf16_first_layers=3, bf16_last_layers=1))
+
+
 def test_sizes_of_the_9b_model() -> None:
     run = compose_run(["model=nemotron_nano2_9b", "precision=fp8_block"])
     with pytest.raises(ValueError, match=r"layers\.1\.mixer\.up is 1960 x 4480.*parallel\.tp=1 or 2 or 4 would work"):

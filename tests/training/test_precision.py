@@ -26,6 +26,10 @@ def test_stops_and_evaluations_leave_the_bits_alone(tiny_data: Path, tmp_path: P
     assert runs.curve(tmp_path / "stopped") == runs.curve(tmp_path / "straight")
     one, other = (runs.digest(tmp_path / name / "checkpoints" / "step_00000006") for name in ("stopped", "straight"))
     assert one == other
+    words = evaluating(tiny_data, tmp_path / "straight")
+    with pytest.raises(ValueError, match=r"precision=fp8_delayed.*precision=bf16"):
+        evaluate(compose_evaluate(words))
+    assert evaluate(compose_evaluate([*words, "precision=bf16"])) == 0
 
 
 def test_a_run_may_change_its_precision(tiny_data: Path, tmp_path: Path, capsys) -> None:
@@ -43,17 +47,14 @@ def test_a_run_may_change_its_precision(tiny_data: Path, tmp_path: Path, capsys)
     assert losses == sorted(losses, reverse=True)  # no precision starts again
 
 
-@pytest.mark.parametrize("name", ["fp8_block", "fp8_delayed"])
-def test_evaluate(name: str, tiny_data: Path, tmp_path: Path, capsys) -> None:
-    assert runs.run(tiny_data, tmp_path / "r", f"precision={name}", "train.max_steps=2") == 0
-    words = ["--config-dir", str(tiny_data), f"checkpoint={tmp_path / 'r'}", "json=true"]
-    if name == "fp8_delayed":
-        with pytest.raises(ValueError, match=r"precision=fp8_delayed.*precision=bf16"):
-            evaluate(compose_evaluate(words))
-        words.append("precision=bf16")
+def test_evaluate_computes_as_the_run_did(tiny_data: Path, tmp_path: Path, capsys) -> None:
+    assert runs.run(tiny_data, tmp_path / "r", "precision=fp8_block", "train.max_steps=2") == 0
     capsys.readouterr()
-    assert evaluate(compose_evaluate(words)) == 0
-    if name == "fp8_block":
-        lines = (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()
-        wanted = [row["val_loss"] for row in map(json.loads, lines) if "val_loss" in row][-1]
-        assert json.loads(capsys.readouterr().out.splitlines()[-1])["val_loss"] == wanted
+    assert evaluate(compose_evaluate(evaluating(tiny_data, tmp_path / "r"))) == 0
+    lines = (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()
+    wanted = [row["val_loss"] for row in map(json.loads, lines) if "val_loss" in row][-1]
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["val_loss"] == wanted
+
+
+def evaluating(data: Path, run_dir: Path) -> list[str]:
+    return ["--config-dir", str(data), f"checkpoint={run_dir}", "json=true"]

@@ -162,8 +162,8 @@ def test_every_supported_pair_runs(
         tiny_data, tmp_path / "r", "train.max_steps=2", "train.micro_batch_size=2", "watchdog.timeout_seconds=0", *words
     )
     assert run_ranks(int(choices["ranks"]), started, "train", line) == [0] * int(choices["ranks"])
-    # bf16 rounds to 8 bits, FP8 to 4; layouts only order fp32 sums otherwise
-    tolerance = 1e-5 if choices["precision"] == "fp32" else 5e-3
+    # bf16 rounds to 8 bits, FP8 to 4, and the loss of a distillation is a small difference; layouts only order fp32 sums otherwise
+    tolerance = {"fp32": 1e-5, "bf16": 5e-3}.get(choices["precision"], 3e-2)
     for row, wanted in zip(runs.rows(tmp_path / "r"), runs.rows(reference), strict=True):
         assert row["loss"] == pytest.approx(wanted["loss"], rel=tolerance)
 
