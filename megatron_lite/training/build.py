@@ -300,7 +300,9 @@ def run_info(run: RunConfig, trainer: Trainer) -> RunInfo:
     """What trackers show of a run."""
     model = run.model
     device, dtype = trainer.runtime.device.type, run.precision.dtype
-    kernel = attention_kernel(device, dtype, masked=run.data.reset_attention)
+    kernel = attention_kernel(
+        device, dtype, masked=run.data.reset_attention, same_head_dims=model.head_dim == model.value_head_dim
+    )
     ignored = (
         " (the cuts | of model.pattern have no effect without pipeline parallelism)"
         if "|" in (model.pattern or "")

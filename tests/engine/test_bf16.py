@@ -209,12 +209,12 @@ class Scale(nn.Module):
 
 
 class ScaledMLP(MLP):
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: Any, spec: Any) -> None:
         super().__init__(config)
         self.scale = Scale(config.hidden_size)
 
-    def forward(self, x_BTD: Tensor, context: Any = None) -> Tensor:
-        return self.scale(super().forward(x_BTD))
+    def forward(self, x_BTD: Tensor, context: Any = None) -> tuple[Tensor, None]:
+        return self.scale(super().forward(x_BTD)[0]), None
 
 
 def train_scaled(rank: int, world_size: int, case: Case) -> tuple[list[float], list[float], list[Tensor]]:
