@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_lite.commands.command import run_command
+from megatron_lite.models.cache_size import cache_bytes
 from megatron_lite.models.config import ModelConfig
 from megatron_lite.models.decoder import Decoder
 from megatron_lite.models.flops import flops_per_token, parameter_count
@@ -58,8 +59,12 @@ def plan(config: PlanConfig) -> int:
     console.print(f"{len(model.symbols)} layers: {layers}", highlight=False)
     flops = flops_per_token(model, seq_len)
     console.print(f"{flops:.4g} FLOPs to train on a token of a sequence of {seq_len:,}", highlight=False)
-    held = sum(map(prod, local.values()))
-    console.print(f"{held:,} parameters on a rank with parallel.tp={tp}, vocabulary padding included", highlight=False)
+    held = cache_bytes(model, seq_len) / 2**20
+    console.print(f"{held:,.1f} MiB of cache to generate a text of {seq_len:,} tokens in bf16", highlight=False)
+    parameters = sum(map(prod, local.values()))
+    console.print(
+        f"{parameters:,} parameters on a rank with parallel.tp={tp}, vocabulary padding included", highlight=False
+    )
     console.print(_table(model, infos, local))
     return 0
 

@@ -33,6 +33,7 @@ class ScheduleConfig:
 
     `decay` is the length of WSD's last part, alternatively `decay_fraction` of the total length. `decay_shape` is one of
     DECAY_SHAPES, or quarter_cosine: max(min_lr, lr cos(pi r / 2)), which has no min_lr inside its formula.
+    `start_lr` takes the place of the peak (optim.lr) in a run that goes on where another one's decay has ended; null = the peak.
     """
 
     name: str = "cosine"
@@ -43,6 +44,7 @@ class ScheduleConfig:
     decay: int | None = None
     decay_fraction: float | None = None
     decay_shape: str = "linear"
+    start_lr: float | None = None
 
     def validate(self) -> None:
         """Raise ValueError naming the key if a value is invalid."""
@@ -73,6 +75,11 @@ class ScheduleConfig:
                         f"schedule.{key}={getattr(self, key)} has no meaning with schedule={self.name}; choose schedule=wsd, or "
                         f"set it back to {'null' if unset is None else unset}"
                     )
+        if self.start_lr is not None and self.warmup:
+            raise ValueError(
+                f"schedule.start_lr={self.start_lr} and schedule.warmup_{self.unit}={self.warmup} exclude each other; set one of them to "
+                "0 or null"
+            )
         if self.name == "wsd" and self.decay is None and self.decay_fraction is None:
             raise ValueError("schedule=wsd needs schedule.decay or schedule.decay_fraction, e.g. decay_fraction=0.2")
 
@@ -87,10 +94,13 @@ class LearningRate:
     def __init__(self, config: ScheduleConfig, *, peak: float, total_steps: int, total_tokens: int) -> None:
         """Raises ValueError when warm-up and decay do not fit into the total length, or min_lr is above the peak."""
         config.validate()
-        self.config, self.peak = config, peak
+        if config.start_lr is not None and not 0 < config.start_lr <= peak:
+            raise ValueError(f"schedule.start_lr={config.start_lr} must be above 0 and not above optim.lr={peak}")
+        self.config, self.peak = config, peak if config.start_lr is None else config.start_lr
         self.total = total_steps if config.unit == "steps" else total_tokens
-        if config.min_lr > peak:
-            raise ValueError(f"schedule.min_lr={config.min_lr} is above optim.lr={peak}")
+        if config.min_lr > self.peak:
+            key = "optim.lr" if config.start_lr is None else "schedule.start_lr"
+            raise ValueError(f"schedule.min_lr={config.min_lr} is above {key}={self.peak}")
         decay = config.decay
         if decay is None:
             decay = round((config.decay_fraction or 0.0) * self.total)

@@ -43,6 +43,7 @@ FEATURES: dict[str, Feature] = {
             "llama, mistral": "model.family=llama or mistral",
             "qwen2, qwen3": "model.family=qwen2 or qwen3",
             "nemotron_h": "model.family=nemotron_h",
+            "hymba": "model.family=hymba",
         },
     ),
     "objective": Feature(

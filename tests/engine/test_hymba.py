@@ -41,9 +41,7 @@ FAST = {
 }
 SLOW = {
     "zero 1 x tp": (4, hymba({"tp": 2}, {"kind": "deepspeed", "zero_stage": 1})),
-    "zero 2": (2, hymba(engine={"kind": "deepspeed", "zero_stage": 2}, micro_batch=1)),
     "hsdp": (4, hymba({"dp_replicate": 2})),
-    "optimizer": (2, hymba(engine={"shard": "optimizer"})),
     "tp 4, sequence parallel": (4, hymba({"tp": 4, "sequence_parallel": True, "recompute": "full"}, micro_batch=4)),
 }
 STEPS = 4

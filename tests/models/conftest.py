@@ -44,6 +44,24 @@ HYBRID = NEMOTRON | {
     "mamba.state": 5,
 }
 
+HYMBA = HYBRID | {
+    "family": "hymba",
+    "pattern": "H-HH*",
+    "rope.fraction": 1.0,
+    "tie_embeddings": True,
+    "meta_tokens": 5,
+    "attention.value_head_dim": 8,
+    "attention.window": 12,
+    "attention.always_visible": 5,
+    "attention.global_layers": [0],
+    "attention.kv_groups": [[1, 2]],
+    "mamba.version": 1,
+    "mamba.heads": 4,
+    "mamba.head_dim": 8,
+    "mamba.groups": 1,
+    "mamba.dt_rank": 3,
+}
+
 
 def nemotron_config(**changes: Any) -> ModelConfig:
     """A tiny Nemotron-4 with `changes` (dotted keys: `**{"attention.heads": 2}`)."""
@@ -58,6 +76,11 @@ def llama_config(**changes: Any) -> ModelConfig:
 def hybrid_config(**changes: Any) -> ModelConfig:
     """A tiny Mamba-2/attention hybrid with `changes`."""
     return model_config(HYBRID | changes)
+
+
+def hymba_config(**changes: Any) -> ModelConfig:
+    """A tiny model with Hymba's layers, and one attention layer, with `changes`."""
+    return model_config(HYMBA | changes)
 
 
 def loud_decoder(config: ModelConfig, seed: int = 0, std: float = 0.3) -> Decoder:
@@ -90,6 +113,12 @@ def llama() -> Callable[..., ModelConfig]:
 def hybrid() -> Callable[..., ModelConfig]:
     """Factory of tiny hybrid configs."""
     return hybrid_config
+
+
+@pytest.fixture
+def hymba() -> Callable[..., ModelConfig]:
+    """Factory of tiny configs with Hymba's layers."""
+    return hymba_config
 
 
 @pytest.fixture

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from megatron_lite.config.compose import from_dict
+from megatron_lite.models.attention import AttentionCore
+from megatron_lite.models.attention_mask import Visibility
+from megatron_lite.models.cache_size import cache_bytes
 from megatron_lite.models.config import ModelConfig
+from megatron_lite.models.conv import CausalConv
 from megatron_lite.models.decoder import Decoder
 from megatron_lite.models.flops import parameter_count
 from megatron_lite.models.huggingface import family_named, native_to_hf
+from megatron_lite.models.hymba import SelectiveStateSpace
+from megatron_lite.models.selective_scan import selective_scan
 from tests.models import hymba_reference as reference
-from tests.models.conftest import loud_decoder
+from tests.models.conftest import hybrid_config, loud_decoder
+from tests.models.test_config import CONFIGS
 from tests.models.test_hymba_reference import TINY
 
 EXACT = {"rtol": 0, "atol": 1e-10}  # float64 sums in another order, on logits of size 1 to 10
@@ -120,12 +130,10 @@ def any_pattern(seed: int) -> tuple[ModelConfig, list[int]]:
         config.attention.global_layers = pick([], [0], [attending - 1])
     config.attention.kv_groups = pick([], [[0, 1]], [[0, attending - 1]])
     config.attention.qk_norm = pick(False, True)
-    return config, [pick(1, 3, 50), pick(2, 70), pick(1, 90)]
+    return config, [pick(1, 3, 50), pick(2, 70), pick(1, 60)]
 
 
 def loud_config(pattern: str, kind: str) -> ModelConfig:
-    from tests.models.conftest import hybrid_config
-
     config = hybrid_config(pattern=pattern)
     config.attention.value_head_dim = 6
     config.rope.fraction = 1.0
@@ -135,7 +143,7 @@ def loud_config(pattern: str, kind: str) -> ModelConfig:
     return config
 
 
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(st.integers(0, 10_000))
 def test_any_pattern_packed_cached_and_alone(seed):
     config, lengths = any_pattern(seed)
@@ -146,7 +154,7 @@ def test_any_pattern_packed_cached_and_alone(seed):
         packed = model(tokens, documents_of(*lengths).expand(2, -1))
         torch.testing.assert_close(packed, torch.cat(alone, dim=1), **EXACT)
         last = tokens[:, -lengths[-1] :]
-        for sizes in ([1] * lengths[-1], [1, 2, 50, 37] if lengths[-1] == 90 else [1]):
+        for sizes in ([1] * lengths[-1], [1, 2, 50, 7] if lengths[-1] == 60 else [1]):
             cache = model.new_cache(lengths[-1])
             parts = [model(part, cache=cache) for part in last.split(sizes, dim=1)]
             torch.testing.assert_close(torch.cat(parts, dim=1), alone[-1], **EXACT)
@@ -216,3 +224,132 @@ def test_attention_layers_are_dense_attention_with_loops(window, visible, global
     model = loud_decoder(config).double()
     tokens = torch.randint(0, 101, (150,), generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(model(tokens[None])[0], dense(model, tokens), **EXACT)
+
+
+# ------------------------------------------------------------------ the cache
+
+
+def bytes_by_hand(config: ModelConfig, tokens: int, *, width: int, state_width: int) -> int:
+    """Each producer's slots x KV heads x (K + V); the last inputs of the convolution; the states."""
+    attention, layers = config.attention, config.symbols.count("H")
+    borrowers = {member for group in attention.kv_groups for member in group[1:]}
+    text = tokens + config.meta_tokens
+    ring = min(text, attention.always_visible + attention.window + 1)
+    slots = sum(text if n in attention.global_layers else ring for n in range(layers) if n not in borrowers)
+    inner = config.mamba.heads * config.mamba.head_dim
+    keys = slots * attention.kv_heads * (config.head_dim + config.value_head_dim) * width
+    return keys + layers * inner * ((config.mamba.conv - 1) * width + config.mamba.state * state_width)
+
+
+@pytest.mark.parametrize("tokens", [10, 40])
+def test_a_cache_takes_what_the_arithmetic_says(tokens):
+    """Also while it is used: nothing grows beyond it, and a layer that borrows keys keeps none."""
+    config = hymba_config(num_memory_tokens=5, sliding_window=12)
+    model = loud_decoder(config)
+    cache = model.new_cache(tokens)
+    with torch.no_grad():
+        for token in words(tokens).split(1, dim=1):
+            model(token, cache=cache)
+    assert cache.nbytes() == bytes_by_hand(config, tokens, width=4, state_width=4)
+    assert cache.nbytes() == cache_bytes(config, tokens, dtype=torch.float32)
+    assert [layer.keys is None for layer in cache.layers[::2]] == [False, False, True, True]
+
+
+def test_published_cache():
+    """The paper's 79 MB, 918 MB and ratio of 11.67 count 1,024,000 bytes as a megabyte; these are MiB."""
+    config = family_named("hymba").from_hf_config(reference.PUBLISHED_1P5B)
+    half, single = (bytes_by_hand(config, 8192, width=2, state_width=width) for width in (2, 4))
+    assert cache_bytes(config, 8192, dtype=torch.float16) == single
+    assert half == 82_807_040
+    assert round(half / 2**20, 1) == 79.0
+    assert round((single - half) / 2**20, 1) == 3.1
+    llama = from_dict(ModelConfig, yaml.safe_load((CONFIGS / "llama3p2_3b.yaml").read_text()))
+    assert cache_bytes(llama, 8192, dtype=torch.float16) == 896 * 2**20
+    assert round(896 * 2**20 / half, 1) == 11.3
+
+
+# ------------------------------------------------------------------ what is refused
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("attention.window", 0, r"model\.attention\.window=0"),
+        ("attention.always_visible", -1, r"model\.attention\.always_visible=-1"),
+        ("attention.global_layers", [3], r"model\.attention\.global_layers=\[3\] .*has 3"),
+        ("attention.global_layers", [0, 0], r"global_layers=\[0, 0\] names a layer twice"),
+        ("attention.kv_groups", [[1]], r"kv_groups=\[\[1\]\]"),
+        ("attention.kv_groups", [[2, 1]], r"kv_groups=\[\[2, 1\]\].*rising"),
+        ("attention.kv_groups", [[0, 1], [1, 2]], r"kv_groups=.* names a layer twice"),
+        ("attention.kv_groups", [[0, 7]], r"kv_groups=\[\[0, 7\]\] .*has 3"),
+        ("attention.value_head_dim", 4, r"mamba\.heads=4 .*head_dim=8 .*value_head_dim=4"),
+        ("attention.qkv_bias", True, r"attention\.qkv_bias=True"),
+        ("meta_tokens", -1, r"model\.meta_tokens=-1"),
+        ("mamba.version", 2, r"model\.mamba\.version=2.*set it to 1"),
+        ("mamba.dt_rank", None, r"model\.mamba\.dt_rank=None"),
+        ("mamba.groups", 2, r"model\.mamba\.groups=2.*set it to 1"),
+        ("mamba.dt_limits", [0.1, 0.2], r"model\.mamba\.dt_limits=.*set it to null"),
+    ],
+)
+def test_impossible_layers_are_refused_by_name(hymba, key, value, message):
+    config = hymba(pattern="H-HH")
+    config.validate()
+    with pytest.raises(ValueError, match=message):
+        hymba(**{"pattern": "H-HH", key: value}).validate()
+
+
+@pytest.mark.parametrize(("key", "value"), [("always_visible", 2), ("global_layers", [0])])
+def test_settings_of_a_window_need_one(nemotron, key, value):
+    with pytest.raises(ValueError, match=rf"model\.attention\.{key}=.* has no effect without model\.attention\.window"):
+        nemotron(**{f"attention.{key}": value}).validate()
+
+
+# ------------------------------------------------------------------ planted bugs
+
+
+def plant(bug: str, patch: pytest.MonkeyPatch) -> None:
+    if bug == "a borrower takes the newest keys":
+        right = AttentionCore.forward
+        newest: list[Any] = []
+
+        def wrong(self, qk, value, context):  # type: ignore[no-untyped-def]
+            y, kv = right(self, qk, value, replace(context, kv=newest[-1] if self.uses_others else None))
+            newest.extend([kv] if kv is not None else [])
+            return y, kv
+
+        patch.setattr(AttentionCore, "forward", wrong)
+    elif bug == "a window of one key less":
+        right_rule = Visibility.shows
+        patch.setattr(
+            Visibility,
+            "shows",
+            lambda self, query, key: right_rule(replace(self, window=self.window and self.window - 1), query, key),
+        )
+    elif bug == "documents restart from zero":
+        patch.setattr(SelectiveStateSpace, "scan", lambda self, *a, prefix, **k: selective_scan(*a, **k))
+    else:
+        assert bug == "the convolution restarts from zero", bug
+        patch.setattr(CausalConv, "_of_prefix", lambda self, last, documents: torch.zeros(()))
+
+
+@pytest.mark.parametrize(
+    "bug",
+    [
+        "a borrower takes the newest keys",
+        "a window of one key less",
+        "documents restart from zero",
+        "the convolution restarts from zero",
+    ],
+)
+def test_planted_bugs_are_found(bug, monkeypatch):
+    changes = {"kv_reuse_group": [[0, 2], [1, 3]], "sliding_window": 4, "num_memory_tokens": 3}
+    check_against_the_reference(changes, [7, 9], 0)
+    plant(bug, monkeypatch)
+    with pytest.raises(AssertionError):
+        check_against_the_reference(changes, [7, 9], 0)
+
+
+def test_a_borrower_that_projects_its_own_keys_has_another_size():
+    config = family_named("hymba").from_hf_config(reference.PUBLISHED_1P5B)
+    config.attention.kv_groups = []
+    assert parameter_count(config) == 1_522_797_824 + 15 * 1600 * 5 * (64 + 128)

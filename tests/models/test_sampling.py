@@ -63,8 +63,9 @@ def test_greedy_takes_the_largest():
     assert sample_next(torch.tensor([[0.0, 3.0, 1.0], [5.0, 3.0, 1.0]])).tolist() == [1, 0]
 
 
-@pytest.mark.parametrize(("kind", "new"), [("nemotron", 30), ("llama", 30), ("hybrid", 210)])
+@pytest.mark.parametrize(("kind", "new"), [("nemotron", 30), ("llama", 30), ("hybrid", 210), ("hymba", 225)])
 def test_cached_greedy_equals_the_uncached_forward(kind, new, request, loud):
+    """Hymba's window of 12 is passed more than 200 tokens before the end."""
     model = loud(request.getfixturevalue(kind)(max_seq_len=256))
     prompt = [3, 14, 15, 92, 65]
     expected = list(prompt)
@@ -79,7 +80,7 @@ def test_cached_greedy_equals_the_uncached_forward(kind, new, request, loud):
     assert stopped == expected[len(prompt) : stop]
 
 
-@pytest.mark.parametrize("kind", ["nemotron", "llama", "hybrid"])
+@pytest.mark.parametrize("kind", ["nemotron", "llama", "hybrid", "hymba"])
 def test_a_batch_of_ragged_prompts_equals_one_by_one(kind, request, loud):
     model = loud(request.getfixturevalue(kind)(), std=0.2).double()  # a tie of rounded logits would decide otherwise
     prompts = [[3, 14, 15, 92, 65, 35], [89], list(range(40)), [7, 9]]

@@ -34,6 +34,21 @@ FAMILIES = {
         "model.mamba.state=8",
         "model.num_layers=null",
     ],
+    "hymba": [
+        "model=hymba_tiny",
+        "model.hidden_size=32",
+        "model.vocab_size=384",
+        "model.meta_tokens=4",
+        "model.mlp.ffn_size=64",
+        "model.attention.head_dim=8",
+        "model.attention.value_head_dim=16",
+        "model.attention.window=8",
+        "model.attention.always_visible=4",
+        "model.mamba.head_dim=16",
+        "model.mamba.state=4",
+        "model.mamba.dt_rank=2",
+        "model.num_layers=null",
+    ],
 }
 FREE = (
     "family",
@@ -153,7 +168,7 @@ def test_every_supported_pair_runs(
 
 def test_the_set_is_small_and_complete() -> None:
     """Every pair of choices that the table supports and that one command can hold occurs."""
-    assert len(covering()) <= 30
+    assert len(covering()) <= 36
     found = set().union(*map(pairs, covering()))
     assert found == set().union(*(pairs(drawn(draw)) for draw in [random.Random(1)] for _ in range(4000)))
 
