@@ -27,7 +27,8 @@ from megatron_lite.models.config import ModelConfig
 from megatron_lite.models.decoder import Decoder
 from megatron_lite.models.huggingface import expected_shapes, is_folder, open_folder, read_config
 from megatron_lite.parallel.assemble import assemble, bare, from_tensors
-from megatron_lite.parallel.mesh import Mesh, ParallelConfig
+from megatron_lite.parallel.mesh import Mesh
+from megatron_lite.parallel.parallelize import Recipe
 from megatron_lite.ranks import Ranks
 from megatron_lite.tensor_files import TensorSource
 
@@ -151,7 +152,7 @@ def load(path: str | Path, *, device: str | torch.device = "cpu") -> tuple[Decod
     weights = open_weights(path)
     tokenizer = load_tokenizer(weights.tokenizer) if weights.tokenizer else None
     mesh, fill = Mesh(device=torch.device(device)), from_tensors(weights.tensors)
-    decoder, _ = assemble(weights.config, mesh=mesh, parallel=ParallelConfig(), fill=fill, wrap=bare)
+    decoder, _ = assemble(weights.config, mesh=mesh, recipe=Recipe(), fill=fill, wrap=bare)
     return decoder.eval(), tokenizer
 
 
