@@ -318,7 +318,7 @@ def run_info(run: RunConfig, trainer: Trainer) -> RunInfo:
         config=to_dict(run),
         model=f"{model.family}, {size}",
         parameters=parameter_count(model),
-        tokens_per_step=run.train.global_batch_size * run.data.seq_len,
+        total_tokens=trainer.schedule.end.consumed_tokens,
         layout=f"{run.engine.name}, {run.precision.name}, {trainer.runtime.world_size} process(es), attention: {kernel.name}",
         peak=str(trainer.metrics.work.peak) if trainer.metrics.work.peak.flops else "",
     )
