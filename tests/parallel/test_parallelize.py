@@ -372,10 +372,14 @@ def compiled(rank: int, world_size: int, config: ModelConfig, parallel: Parallel
 @pytest.mark.parametrize(
     "config",
     [
-        pytest.param(replace(NEMOTRON, num_layers=1), id="*-"),
-        pytest.param(replace(HYBRID, pattern="M"), id="M"),
-        pytest.param(HYMBA, id="hymba", marks=pytest.mark.slow),
+        replace(NEMOTRON, num_layers=1),
+        replace(HYBRID, pattern="M"),
+        pytest.param(
+            replace(HYMBA, pattern="HH", attention=replace(HYMBA.attention, global_layers=[], kv_groups=[[0, 1]])),
+            marks=pytest.mark.slow,
+        ),
     ],
+    ids=["*-", "M", "HH"],
 )
 def test_layers_compile_without_a_break(config: ModelConfig) -> None:
     """One layer of each type: a second one takes as many seconds and shows nothing more."""
