@@ -11,8 +11,6 @@ from dataclasses import replace
 from megatron_lite.models.config import ModelConfig
 from megatron_lite.models.flops import parameter_count
 
-STEP = 16  # of widths
-
 
 def inner_parameters(config: ModelConfig) -> int:
     """Parameters without embedding and head."""
@@ -24,19 +22,19 @@ def candidates(
 ) -> list[dict[str, int]]:
     """Up to `number` targets of `mlite prune` that keep `share` of the inner parameters, give or take `tolerance` of them.
 
-    Widths fall in steps of 16, the feed-forward width follows from the budget; a model without a pattern may lose one block too.
+    Widths fall in steps of a sixteenth of the hidden size, the feed-forward width follows from the budget; a model without a pattern may
+    lose one block too.
     """
-    budget = share * inner_parameters(config)
+    budget, step = share * inner_parameters(config), max(1, config.hidden_size // 16)
     depths = [config.num_layers, config.num_layers - 1] if config.pattern is None and config.num_layers else [None]
     found = []
     for depth in depths:
-        for hidden in range(config.hidden_size, config.hidden_size // 2, -STEP):
-            sizes = [
-                (abs(inner_parameters(_sized(config, hidden, ffn, depth)) / budget - 1), ffn)
-                for ffn in range(STEP, config.mlp.ffn_size + 1, STEP)
-            ]
-            off, ffn = min(sizes)
-            if off <= tolerance:
+        for hidden in range(config.hidden_size, config.hidden_size // 2, -step):
+            least, more = (inner_parameters(_sized(config, hidden, ffn, depth)) for ffn in (step, 2 * step))
+            ffn = step * (1 + round((budget - least) / (more - least)))
+            if not step <= ffn <= config.mlp.ffn_size:
+                continue
+            if abs(inner_parameters(_sized(config, hidden, ffn, depth)) / budget - 1) <= tolerance:
                 target = {"hidden_size": hidden, "ffn_size": ffn}
                 found.append(target if depth in (None, config.num_layers) else target | {"num_layers": depth})
     if len(found) <= number:

@@ -34,6 +34,7 @@ SOURCES = ("python_topics", "python_docs", "package_readmes")
 CORPUS = Path("data/sample")
 PROMPT = "A list in Python is"
 STEPS = {"full": 100, "small": 30, "tiny": 4}
+SAMPLES = {"full": 64, "small": 32, "tiny": 8}  # that importance is measured on
 
 
 def unpack(folder: Path) -> Path:
@@ -80,7 +81,7 @@ def write_data(folder: Path, model: Path) -> Path:
             prefix = str(folder.resolve() / name)
             sources[name] = {"path": prefix, "validation": f"{prefix}.validation"}
         config = {"tokenizer": str(model.resolve()), "reset_attention": True, "seq_len": 128}
-        config |= {"validation": {"windows": 8}, "groups": {"english": {"sources": sources}}}
+        config |= {"validation": {"windows": 4}, "groups": {"english": {"sources": sources}}}
         (temporary / "data").mkdir()
         (temporary / "data" / "smollm2.yaml").write_text(yaml.safe_dump(config))
     return folder
@@ -109,7 +110,14 @@ def run(options: Options) -> tuple[list[tuple[str, str]], dict[str, Any]]:
     threads = f"threads={os.cpu_count()}"
     study = Study(folder, jobs=1)
     sizes = [f"target.{axis}={size}" for axis, size in TARGET.items()]
-    words = [*data, f"checkpoint={original}", "importance.samples=64", "micro_batch_size=4", threads, *sizes]
+    words = [
+        *data,
+        f"checkpoint={original}",
+        f"importance.samples={SAMPLES[options.size]}",
+        "micro_batch_size=4",
+        threads,
+        *sizes,
+    ]
     pruned = study.command(["prune", *words, f"output={folder / 'pruned'}"], makes=folder / "pruned")
     report = json.loads((pruned / "prune.json").read_text())
 
