@@ -83,14 +83,13 @@ Layout = tuple[str, dict[str, Any], dict[str, Any]]
 FAST: dict[str, Layout] = {
     "full, recompute": ("fp8_block", {"recompute": "full"}, {}),
     "tp, sequence parallel": ("fp8_delayed", {"tp": 2, "sequence_parallel": True}, {"micro_batch": 4}),
-    "zero 3": ("fp8_current", {}, {"engine": {"kind": "deepspeed", "zero_stage": 3}}),
 }
 SLOW: dict[str, Layout] = {
     "full": ("fp8_delayed", {}, {}),
     "nothing sharded": ("fp8_block", {"recompute": "selective"}, {"engine": {"shard": "none"}}),
     "optimizer": ("fp8_delayed", {}, {"engine": {"shard": "optimizer"}, "micro_batch": 1}),
     "tp, sequence parallel, hybrid": ("fp8_current", {"tp": 2, "sequence_parallel": True}, {"model": MAMBA}),
-    "tp": ("fp8_block", {"tp": 2, "recompute": "full"}, {"micro_batch": 4}),
+    "zero 3": ("fp8_current", {}, {"engine": {"kind": "deepspeed", "zero_stage": 3}}),
     "zero 1": ("fp8_delayed", {}, {"engine": {"kind": "deepspeed", "zero_stage": 1}}),
     "zero 2, tp": ("fp8_current", {"tp": 2}, {"engine": {"kind": "deepspeed", "zero_stage": 2}}),
 }
