@@ -12,6 +12,7 @@ COMMANDS = {
     "evaluate": ("megatron_lite.commands.evaluate", "loss and perplexity by source on held-out data"),
     "generate": ("megatron_lite.commands.generate", "continue a prompt"),
     "convert": ("megatron_lite.commands.convert", "to and from Hugging Face folders"),
+    "prune": ("megatron_lite.commands.prune", "cut a smaller model out of a trained one"),
     "preflight": ("megatron_lite.commands.preflight", "check the nodes of a run before it starts"),
     "plan": ("megatron_lite.commands.plan", "how large a model is, and what a rank holds of it"),
     "launch": ("megatron_lite.commands.launch", "start a run here, on Slurm, on a list of hosts or on Kubernetes"),

@@ -18,19 +18,22 @@ from typing import Any
 
 import torch
 
+from megatron_lite.atomic import whole_folder
 from megatron_lite.checkpoint.opening import Verifier, newest_manifest, not_found
 from megatron_lite.checkpoint.reader import Prefixed
-from megatron_lite.config.compose import from_dict
+from megatron_lite.checkpoint.store import CheckpointConfig, CheckpointStore
+from megatron_lite.config.compose import from_dict, to_dict
 from megatron_lite.data.tokenizer import fingerprint, load_tokenizer, tokenizer_files
 from megatron_lite.errors import CheckpointError
 from megatron_lite.models.config import ModelConfig
 from megatron_lite.models.decoder import Decoder
 from megatron_lite.models.huggingface import expected_shapes, is_folder, open_folder, read_config
 from megatron_lite.parallel.assemble import assemble, bare, from_tensors
+from megatron_lite.parallel.global_view import Piece
 from megatron_lite.parallel.mesh import Mesh
 from megatron_lite.parallel.parallelize import Recipe
 from megatron_lite.ranks import Ranks
-from megatron_lite.tensor_files import TensorSource
+from megatron_lite.tensor_files import TensorSource, WholeTensors
 
 TOKENIZER = "tokenizer"  # the folder of a run directory that holds a copy of its tokenizer
 OPTIMIZER = (
@@ -171,3 +174,43 @@ def copy_tokenizer(source: Path, target: Path) -> None:
     target.mkdir(parents=True, exist_ok=True)
     for path in tokenizer_files(source):
         shutil.copy2(path, target / path.name)
+
+
+def check_empty(target: Path, *, key: str) -> None:
+    """Raises ValueError naming `key` where `target` is something that `save_weights` will not write over."""
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise ValueError(f"{key}={target} exists and is not an empty folder; choose another folder or remove it")
+
+
+def save_weights(target: Path, weights: Weights, *, dtype: torch.dtype | None = None, **more: Any) -> None:
+    """Write a run directory with one checkpoint of step 0 that holds weights only: for `init_from`, evaluate, generate, load. Its tensors
+    are read one by one when they are written.
+
+    dtype: of the tensors; None: as they are. more: further keys of the manifest. The data and precision that the source was trained with
+    stay known. Raises ValueError where `target` is not a new or empty folder.
+    """
+    check_empty(target, key="target")
+    before = {} if weights.manifest is None else weights.manifest["config"]
+    trained = {key: before[key] for key in ("data", "precision") if key in before}
+    state = {
+        "consumed_samples": 0,
+        "counters": {"adam_step": 0},
+        "config": {"data": {"tokenizer": ""}} | trained | {"model": to_dict(weights.config)},
+        "tokenizer": weights.tokenizer_fingerprint or "",
+        "schedule": {},
+        "data": {},
+        "rng": {},
+        HUGGING_FACE: weights.extra,
+        **more,
+    }
+    tensors = WholeTensors(weights.tensors, dtype)
+    pieces = {
+        f"model.{name}": Piece(
+            partial(tensors.__getitem__, name), weights.tensors.shape(name), dtype=dtype or weights.tensors.dtype(name)
+        )
+        for name in weights.tensors.names()
+    }
+    with whole_folder(target) as work:
+        if weights.tokenizer is not None:
+            copy_tokenizer(weights.tokenizer, work / TOKENIZER)
+        CheckpointStore(work / "checkpoints", CheckpointConfig()).save(0, pieces, state)

@@ -79,7 +79,7 @@ def command(name: str, *overrides: str) -> int:
     import importlib
 
     module = importlib.import_module(f"megatron_lite.commands.{name}")
-    if name == "evaluate":
-        return module.evaluate(module.compose_evaluate(list(overrides)))
+    if name in ("evaluate", "prune"):
+        return getattr(module, name)(getattr(module, f"compose_{name}")(list(overrides)))
     schema = module.RunConfig if name == "train" else getattr(module, f"{name.capitalize()}Config")
     return getattr(module, name)(compose_config(name, schema, list(overrides)))

@@ -22,7 +22,7 @@ from torch import Tensor
 from megatron_lite.checkpoint.manifest import dtype_from, file_name, group_of
 from megatron_lite.errors import CheckpointError
 from megatron_lite.parallel.global_view import Region, shards_within
-from megatron_lite.tensor_files import TensorFiles, TensorSource, open_tensor_file, read_slice
+from megatron_lite.tensor_files import TensorFile, TensorFiles, TensorSource, read_slice
 
 Shards = dict[str, list[tuple[str, Region]]]  # tensor name -> [(file, region of the shard)]
 
@@ -97,7 +97,7 @@ class CheckpointTensors:
         """A part of a shard; both regions in the global tensor."""
         try:
             opened = self._files[file]
-            shape = tuple(opened.get_slice(name).get_shape())
+            shape = opened.shape(name)
             if shape != shard[1]:
                 raise ValueError(f"{self.path / file} holds {name!r} with shape {shape}, not {shard[1]}")
             part = read_slice(opened, name, [a - b for a, b in zip(region[0], shard[0])], region[1])
@@ -139,11 +139,11 @@ def header_shards(path: Path, manifest: dict[str, Any]) -> Shards | None:
     shards: Shards = {name: [] for name in manifest["tensors"]}
     for file in sorted(manifest["files"]):
         try:
-            opened = open_tensor_file(path / file)
-            places = json.loads((opened.metadata() or {}).get("DCP_SHARDING_INFO", "{}"))
-            for name in shards.keys() & set(opened.keys()):
+            opened = TensorFile(path / file)
+            places = json.loads(opened.metadata().get("DCP_SHARDING_INFO", "{}"))
+            for name in shards.keys() & set(opened.names()):
                 offsets = tuple(places[name]["saved_offsets"])
-                shards[name].append((file, (offsets, tuple(opened.get_slice(name).get_shape()))))
+                shards[name].append((file, (offsets, opened.shape(name))))
         except (ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{path / file} does not say where its shards begin: {error!r}") from error
     return shards

@@ -19,19 +19,9 @@ from typing import Any, Protocol
 import torch
 
 from megatron_lite.parallel.global_view import Piece
+from megatron_lite.tensor_files import DTYPES
 
-_DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
+_DTYPES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class Sink(Protocol):

@@ -8,20 +8,15 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
 
-from megatron_lite.atomic import whole_folder
-from megatron_lite.checkpoint.store import CheckpointConfig, CheckpointStore
 from megatron_lite.commands.command import run_command
-from megatron_lite.config.compose import to_dict
 from megatron_lite.data.tokenizer import load_tokenizer
 from megatron_lite.models.huggingface import export_folder
-from megatron_lite.parallel.global_view import Piece
-from megatron_lite.tensor_files import TensorSource, WholeTensors
-from megatron_lite.weights import HUGGING_FACE, TOKENIZER, Weights, copy_tokenizer, open_weights
+from megatron_lite.tensor_files import WholeTensors
+from megatron_lite.weights import Weights, copy_tokenizer, open_weights, save_weights
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -56,7 +51,7 @@ def convert(config: ConvertConfig) -> int:
     if config.to == "hf":
         _to_hugging_face(config, weights)
     else:
-        _to_native(config, weights)
+        save_weights(Path(config.target), weights, dtype=DTYPES.get(config.dtype))
     print(f"{weights.path} -> {config.target}")
     return 0
 
@@ -81,36 +76,3 @@ def _to_hugging_face(config: ConvertConfig, weights: Weights) -> None:
         except OSError:  # a folder without its tokenizer would look whole
             shutil.rmtree(config.target, ignore_errors=True)
             raise
-
-
-def _to_native(config: ConvertConfig, weights: Weights) -> None:
-    """A run directory with one checkpoint of step 0 that holds weights only: for `init_from`, evaluate, generate, load."""
-    target = Path(config.target)
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise ValueError(f"target={target} exists and is not an empty folder; choose another folder or remove it")
-    state = {
-        "consumed_samples": 0,
-        "counters": {"adam_step": 0},
-        "config": {"model": to_dict(weights.config), "data": {"tokenizer": ""}},
-        "tokenizer": weights.tokenizer_fingerprint or "",
-        "schedule": {},
-        "data": {},
-        "rng": {},
-        HUGGING_FACE: weights.extra,
-    }
-    with whole_folder(target) as work:
-        if weights.tokenizer is not None:
-            copy_tokenizer(weights.tokenizer, work / TOKENIZER)
-        store = CheckpointStore(work / "checkpoints", CheckpointConfig())
-        store.save(0, _pieces(weights.tensors, DTYPES.get(config.dtype)), state)
-
-
-def _pieces(source: TensorSource, dtype: torch.dtype | None) -> dict[str, Piece]:
-    """The weights as they are saved: each is read when it is written."""
-    tensors = WholeTensors(source, dtype)
-    return {
-        f"model.{name}": Piece(
-            partial(tensors.__getitem__, name), source.shape(name), dtype=dtype or source.dtype(name)
-        )
-        for name in source.names()
-    }

@@ -28,6 +28,7 @@ from megatron_lite.config.errors import key_of
 from megatron_lite.data.config import DataConfig
 from megatron_lite.data.loader import HeldOut, validation_batches
 from megatron_lite.data.packing import Batch
+from megatron_lite.data.sidecar import TokenizerIdentity
 from megatron_lite.data.token_bytes import bits_per_byte
 from megatron_lite.engine.fsdp import computing
 from megatron_lite.objectives.next_token import NextToken
@@ -46,7 +47,7 @@ from megatron_lite.weights import Weights, open_weights, trained_with
 
 @dataclass
 class EvaluateConfig:
-    """`mlite evaluate`. Keys that are not given are taken from the run of `checkpoint` (see `compose_evaluate`)."""
+    """`mlite evaluate`. Keys that are not given are taken from the run of `checkpoint` (see `compose_over_run`)."""
 
     checkpoint: str = "???"
     data: DataConfig = field(default_factory=DataConfig)
@@ -78,7 +79,12 @@ def main() -> None:
 
 
 def compose_evaluate(overrides: list[str]) -> EvaluateConfig:
-    """The config of `mlite evaluate` with `overrides`, over what the run that `checkpoint` names was trained with.
+    """See `compose_over_run`."""
+    return compose_over_run("evaluate", EvaluateConfig, overrides)
+
+
+def compose_over_run(name: str, schema: type, overrides: list[str]) -> Any:
+    """The config of `mlite <name>` with `overrides`, over what the run that `checkpoint` names was trained with.
 
     `data=checkpoint` and `precision=checkpoint`, the defaults, are those of the run. Another `data` is read in windows like
     those of the run. Raises ConfigError as `compose_config` does.
@@ -90,12 +96,12 @@ def compose_evaluate(overrides: list[str]) -> EvaluateConfig:
     precision = run.get("precision", {})
     register_choice("checkpoint", from_dict(precision_class(precision.get("name", "")), precision), group="precision")
     windows = {key: data[key] for key in ("seq_len", "reset_attention", "mask_eod_loss", "validation") if key in data}
-    defaults = EvaluateConfig(
+    defaults = schema(
         data=from_dict(DataConfig, windows),
-        micro_batch_size=train.get("micro_batch_size", EvaluateConfig.micro_batch_size),
+        micro_batch_size=train.get("micro_batch_size", schema.micro_batch_size),  # type: ignore[attr-defined]
         threads=train.get("threads"),
     )
-    return compose_config("evaluate", defaults, overrides)
+    return compose_config(name, defaults, overrides)
 
 
 def evaluate(config: EvaluateConfig) -> int:
@@ -149,40 +155,46 @@ def measure(config: EvaluateConfig, runtime: Runtime, ranks: Ranks) -> Measured:
             rank=mesh.data_parallel_rank,
             ranks=mesh.data_parallel_size,
         )
-        losses[name] = _loss(objective, batches, dtype, runtime=runtime)
+        losses[name] = mean_loss(objective, batches, dtype, runtime=runtime)
     return Measured(weights.path, losses, bits_per_byte(losses, read.bytes_per_token))
 
 
 def _held_out(config: EvaluateConfig, weights: Weights, runtime: Runtime) -> HeldOut:
     """The held-out sources. Raises ValueError when there are none, or they do not belong to the model."""
-    if not config.data.groups:
-        raise ValueError(
-            f"checkpoint={config.checkpoint} does not say what data it was trained on; give data=<a group>"
-        )
-    config.data.validate()
-    if config.data.sample_corpus and not Path(config.data.tokenizer).exists():
-        if weights.manifest is None:
-            raise ValueError(
-                f"data=sample is not built yet, and {config.checkpoint} was not trained on it; give data=<a group of your own>, "
-                "or build it with `make smoke`"
-            )
-        prepare_data(config.data, vocab_size=weights.config.vocab_size, report=print if runtime.is_main else None)
-    tokenizer = open_tokenizer(config.data)
-    check_vocabulary(weights.config, tokenizer)
-    trained_with = weights.tokenizer_fingerprint
-    if trained_with not in (None, tokenizer.fingerprint):
-        raise ValueError(
-            f"{config.checkpoint} was trained with tokenizer {trained_with}, but data.tokenizer={config.data.tokenizer} is "
-            f"{tokenizer.fingerprint}: losses would mean nothing; tokenize the data with the model's tokenizer"
-        )
-    read = held_out(config.data, tokenizer)
+    read = held_out(config.data, data_tokenizer(config.checkpoint, config.data, weights, runtime))
     if not read.sources:
         raise ValueError("data: no source has a `validation` file; name one for at least one source")
     return read
 
 
+def data_tokenizer(checkpoint: str, data: DataConfig, weights: Weights, runtime: Runtime) -> TokenizerIdentity:
+    """The tokenizer of `data`, which is built first if it is the sample corpus.
+
+    Raises ValueError when `data` names nothing, or does not belong to the model at `checkpoint`.
+    """
+    if not data.groups:
+        raise ValueError(f"checkpoint={checkpoint} does not say what data it was trained on; give data=<a group>")
+    data.validate()
+    if data.sample_corpus and not Path(data.tokenizer).exists():
+        if weights.manifest is None:
+            raise ValueError(
+                f"data=sample is not built yet, and {checkpoint} was not trained on it; give data=<a group of your own>, "
+                "or build it with `make smoke`"
+            )
+        prepare_data(data, vocab_size=weights.config.vocab_size, report=print if runtime.is_main else None)
+    tokenizer = open_tokenizer(data)
+    check_vocabulary(weights.config, tokenizer)
+    trained_with = weights.tokenizer_fingerprint
+    if trained_with not in (None, tokenizer.fingerprint):
+        raise ValueError(
+            f"{checkpoint} was trained with tokenizer {trained_with}, but data.tokenizer={data.tokenizer} is "
+            f"{tokenizer.fingerprint}: losses would mean nothing; tokenize the data with the model's tokenizer"
+        )
+    return tokenizer
+
+
 @torch.no_grad()
-def _loss(objective: NextToken, batches: Iterable[Batch], dtype: torch.dtype, *, runtime: Runtime) -> float:
+def mean_loss(objective: NextToken, batches: Iterable[Batch], dtype: torch.dtype, *, runtime: Runtime) -> float:
     """Mean loss in nats over the counted tokens of one source, summed up in the order of `Trainer.validate`."""
     sums = torch.zeros(2, dtype=torch.float64, device=runtime.device)
     for batch in batches:

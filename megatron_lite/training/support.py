@@ -38,7 +38,9 @@ _FSDP, _ZERO = tuple(_ENGINES)[:3], tuple(_ENGINES)[3:]
 _FP8 = "fp8_current, fp8_block, mxfp8"  # they differ in their scales only
 
 FEATURES: dict[str, Feature] = {
-    "command": Feature("Command", {name: f"mlite {name}" for name in ("train", "evaluate", "generate", "convert")}),
+    "command": Feature(
+        "Command", {name: f"mlite {name}" for name in ("train", "evaluate", "generate", "convert", "prune")}
+    ),
     "family": Feature(
         "Model family",
         {
@@ -103,7 +105,7 @@ UNSUPPORTED: tuple[Unsupported, ...] = (
         "drop it, or use engine=deepspeed engine.offload_optimizer=true",
     ),
     Unsupported(
-        {"command": ("evaluate", "generate"), "engine": _ZERO},
+        {"command": ("evaluate", "generate", "prune"), "engine": _ZERO},
         "engine=deepspeed only trains",
         "set engine=fsdp, which reads the checkpoints of every engine",
     ),

@@ -201,10 +201,9 @@ class _SafetensorsFiles:
     def _read_header(self, file_name: str) -> set[str]:
         """The names of the tensors of a file; notes their shapes and dtypes."""
         opened = self._files[file_name]
-        names = set(opened.keys())
+        names = set(opened.names())
         for name in names:
-            header = opened.get_slice(name)
-            self._headers[name] = tuple(header.get_shape()), header.get_dtype()
+            self._headers[name] = opened.shape(name), opened.dtype(name)
         return names
 
 

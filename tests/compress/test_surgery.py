@@ -1,0 +1,158 @@
+"""The cut model against transformers' tensors sliced by hand, exactly; and what cutting holds in memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from megatron_lite.compress.axes import RESIDUAL, resized, sizes_of
+from megatron_lite.compress.scores import ImportanceConfig, random_scores
+from megatron_lite.compress.surgery import PrunedTensors
+from megatron_lite.config.compose import compose_config
+from megatron_lite.models.flops import parameter_count
+from megatron_lite.models.huggingface import export_folder
+from megatron_lite.tensor_files import WholeTensors, read_whole
+from megatron_lite.weights import open_weights
+from tests.compress.reference import head_rows, sliced
+from tests.hf_folders import make_folder
+
+# kind -> (sizes, residual layers, what transformers calls them)
+TARGETS = {
+    "nemotron": (
+        {"hidden_size": 24, "ffn_size": 31, "heads": 2},
+        (2, 3),
+        {"hidden_size": 24, "intermediate_size": 31, "num_attention_heads": 2, "num_hidden_layers": 1},
+    ),
+    "llama": ({"hidden_size": 36}, (0, 1, 2, 3), {"hidden_size": 36, "head_dim": 10}),
+    "mistral": ({"ffn_size": 20, "heads": 4}, (0, 1, 2, 3), {"intermediate_size": 20}),
+    "nemotron_h": (
+        {"hidden_size": 33, "ffn_size": 17, "heads": 2, "mamba_heads": 4, "mamba_head_dim": 5},
+        (0, 1, 3),
+        {
+            "hidden_size": 33,
+            "intermediate_size": 17,
+            "num_attention_heads": 2,
+            "mamba_num_heads": 4,
+            "mamba_head_dim": 5,
+            "hybrid_override_pattern": "M-*",
+        },
+    ),
+}
+
+
+def pruned(path, sizes, layers, **options):
+    weights = open_weights(path)
+    selection = random_scores(weights.config, 3).select(weights.config, sizes, layers, ImportanceConfig())
+    return weights, selection, PrunedTensors(weights.tensors, weights.config, selection, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", TARGETS)
+def test_what_is_exported_are_the_slices(kind, dtype, tmp_path):
+    sizes, layers, changes = TARGETS[kind]
+    folder = make_folder(tmp_path / "hf", kind, dtype=dtype)
+    weights, selection, tensors = pruned(folder, sizes, layers)
+    export_folder(tmp_path / "out", config=tensors.config, tensors=WholeTensors(tensors), extra=weights.extra)
+    ours = load_file(tmp_path / "out" / "model.safetensors")
+    config = AutoConfig.from_pretrained(folder)
+    is_hybrid = kind == "nemotron_h"
+    hf_layers = list(layers) if is_hybrid else [layer // 2 for layer in layers[::2]]
+    inner = {layer: dict(kept) for layer, kept in selection.inner.items()}
+    if not is_hybrid:
+        inner = {layer // 2: inner[layer] | inner[layer + 1] for layer in layers[::2]}
+    before = load_file(folder / "model.safetensors")
+    theirs = sliced(before, config, layers=hf_layers, hidden=selection.hidden, inner=inner)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    made = AutoConfig.from_pretrained(tmp_path / "out")
+    same = [key for key in changes if key != "hybrid_override_pattern"]
+    assert {key: getattr(made, key) for key in same} == {key: changes[key] for key in same}
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    assert model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=3, min_new_tokens=3, do_sample=False).shape == (
+        1,
+        6,
+    )
+
+
+@pytest.mark.parametrize("kind", ["nemotron_h", "llama"])
+def test_any_slice_is_that_of_the_whole(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr("megatron_lite.compress.surgery.BLOCK_BYTES", 300)  # a few rows at a time
+    sizes, layers, _ = TARGETS[kind]
+    _, _, tensors = pruned(make_folder(tmp_path / "hf", kind), sizes, layers, head_residual=True)
+    generator = torch.Generator().manual_seed(0)
+    for name in tensors.names():
+        whole = read_whole(tensors, name)
+        for _ in range(3):
+            box = []
+            for length in whole.shape:
+                start = int(torch.randint(0, length + 1, (1,), generator=generator))
+                box.append(slice(start, int(torch.randint(start, length + 1, (1,), generator=generator))))
+            part = tensors.read(name, [b.start for b in box], [b.stop - b.start for b in box])
+            assert torch.equal(part, whole[tuple(box)]), name
+
+
+def test_the_residual_of_pruned_heads(tmp_path):
+    folder = make_folder(tmp_path / "hf", "mistral", num_attention_heads=16, head_dim=6)  # 2 groups of 8 query heads
+    weights, selection, tensors = pruned(folder, {"heads": 10}, (0, 1, 2, 3), head_residual=True)
+    scores = random_scores(weights.config, 3)
+    per_head = scores.root("layers.0.mixer", "l2").view(16, 6).norm(dim=1)
+    q = load_file(folder / "model.safetensors")["model.layers.0.self_attn.q_proj.weight"]
+    expected = {}
+    for group in range(2):
+        ranked = sorted(range(8 * group, 8 * group + 8), key=lambda head: -per_head[head])
+        for i in range(1, 6):  # as the paper counts: L = 8 heads, K = 5; head i gets the residual of head 2 K - i + 1
+            head = q[head_rows([ranked[i - 1]], 6)]
+            partner = 2 * 5 - i + 1
+            expected[ranked[i - 1]] = 2 * head - q[head_rows([ranked[partner - 1]], 6)] if partner <= 8 else head
+    export_folder(tmp_path / "out", config=tensors.config, tensors=WholeTensors(tensors), extra=weights.extra)
+    ours = load_file(tmp_path / "out" / "model.safetensors")
+    kept = sorted(expected)
+    assert selection.inner[0]["heads"].tolist() == kept
+    assert (selection.inner[0][RESIDUAL] >= 0).sum() == 6
+    assert torch.equal(ours["model.layers.0.self_attn.q_proj.weight"], torch.cat([expected[head] for head in kept]))
+    plain = pruned(folder, {"heads": 10}, (0, 1, 2, 3))[2]
+    assert not torch.equal(
+        read_whole(plain, "layers.0.mixer.qkv.weight"), read_whole(tensors, "layers.0.mixer.qkv.weight")
+    )
+
+
+@pytest.mark.parametrize(
+    ("source", "sizes", "pattern", "parameters"),
+    [
+        ("mistral_nemo_12b", {"hidden_size": 4096, "ffn_size": 11520}, None, 8_414_105_600),
+        (
+            "nemotron_nano2_12b",
+            {"hidden_size": 4480, "ffn_size": 15680},
+            "M-M-M-MM-M-M-M*-M-M-M*-M-M-M-M*-M-M-M-M*-M-MM-M-M-M-M-M-",
+            8_888_227_328,
+        ),
+    ],
+)
+def test_published_sizes(source, sizes, pattern, parameters):
+    from megatron_lite.commands.plan import PlanConfig
+    from megatron_lite.compress.target import TargetConfig
+
+    config = compose_config("plan", PlanConfig, [f"model={source}"]).model
+    layers = TargetConfig(pattern=pattern).layers_of(config, range(len(config.symbols)))
+    assert parameter_count(resized(config, sizes_of(config) | sizes, layers)) == parameters
+
+
+class Renamed:
+    """A source with one more parameter."""
+
+    def __init__(self, source) -> None:
+        self.source = source
+
+    def names(self):
+        return [*self.source.names(), "layers.0.mixer.later.weight"]
+
+    def shape(self, name):
+        return self.source.shape(name)
+
+
+def test_what_no_row_knows_is_refused(tmp_path):
+    weights, selection, _ = pruned(make_folder(tmp_path / "hf", "llama"), {"heads": 2}, (0, 1))
+    with pytest.raises(ValueError, match=r"layers\.0\.mixer\.later\.weight cannot be pruned"):
+        PrunedTensors(Renamed(weights.tensors), weights.config, selection)
