@@ -5,7 +5,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check install -q --no-compi
 # Of a demo: `make fp8 SMALL=1` for a look, `TINY=1` to see that every part of it runs.
 SIZE   := $(if $(TINY),tiny,$(if $(SMALL),small,full))
 
-.PHONY: help fp8 minitron minitron-smollm2 smoke test test-slow test-gpu soak lint format env env-dev clean
+.PHONY: help smoke fp8 families minitron minitron-smollm2 test test-slow test-gpu soak lint format env env-dev clean
 
 help:            ## show this list
 	@grep -hE '^[a-z0-9-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 18
@@ -15,6 +15,9 @@ smoke: env       ## set up .venv, build the sample corpus, train the smoke exper
 
 fp8: env         ## does FP8 train as well as bf16? 40 minutes on two quiet cores; SMALL=1: 8
 	$(BIN)/python -m benchmarks.fp8 --size $(SIZE)
+
+families: env    ## four model families at equal size: 50 minutes on two quiet cores; SMALL=1: 7
+	$(BIN)/python -m benchmarks.families --size $(SIZE)
 
 # Whole files for a process: what the tests of a file share is made once.
 test: env-dev    ## set up .venv with [dev] and run the tests

@@ -77,7 +77,7 @@ def measure(decoder: Decoder, batch: int, length: int, new: int) -> tuple[int, f
     """(bytes of the cache, prompt tokens a second, new tokens a second)."""
     cache = decoder.new_cache(length + new)
     began = time.perf_counter()
-    state_BD = decoder.hidden(torch.randint(0, 1024, (batch, length)), cache=cache)[:, -1]
+    state_BD = decoder.hidden(torch.randint(0, decoder.config.vocab_size, (batch, length)), cache=cache)[:, -1]
     read = time.perf_counter()
     for _ in range(new):
         next_BT = decoder.logits(state_BD).argmax(dim=-1)[:, None]
