@@ -229,6 +229,8 @@ def _outcome(directory: Path, words: list[str]) -> str | None:
         return None
     record = json.loads(path.read_text())
     if record["overrides"] != words:
+        if not (directory / METRICS_FILE).exists():  # those settings were refused, or never used
+            return None
         changed = sorted(set(record["overrides"]) ^ set(words)) or "their order"
         raise ValueError(
             f"{directory} was made with other settings ({changed}); give another --folder, or move it out of the way"

@@ -17,7 +17,7 @@ import os
 import platform
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ import torch
 
 from benchmarks.arms import Points
 from megatron_lite.atomic import whole_file
+from megatron_lite.errors import CheckpointError, WorkFailedError, error_text
 from megatron_lite.tracking.jsonl import encode_row
 from megatron_lite.tracking.plot import COLORS, DASHES
 
@@ -93,28 +94,42 @@ def t_quantile(degrees: int, *, confidence: float = 0.95) -> float:
 
 @dataclass(frozen=True)
 class Options:
-    """size: one of SIZES. overrides: words that follow those of every arm."""
+    """size: one of SIZES. arms: the names that were chosen. overrides: words that follow those of every arm."""
 
     size: str
     folder: Path
     jobs: int
+    arms: tuple[str, ...]
     overrides: tuple[str, ...]
 
 
-def options_of(description: str | None, *, name: str, arguments: Sequence[str] | None = None) -> Options:
-    """Parse the command line of a demo; the folder is runs/<name>/<size> if none is given. `-- words` are overrides of every run."""
+def options_of(
+    description: str | None,
+    *,
+    name: str,
+    arms: tuple[Sequence[str], Sequence[str]] = ((), ()),
+    arguments: Sequence[str] | None = None,
+) -> Options:
+    """Parse the command line of a demo; the folder is runs/<name>/<size> if none is given. `-- words` are overrides of every run.
+
+    arms: the names that `--arms` may choose from, and those that are run without it.
+    """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="full")
     parser.add_argument(
         "--folder", type=Path, help=f"default: runs/{name}/<size>; run again with the same one to continue"
     )
     parser.add_argument("--jobs", type=int, help="runs at the same time, one thread each; default: the number of cores")
+    if arms[0]:
+        parser.add_argument("--arms", nargs="+", choices=arms[0], default=arms[1], help="which runs to compare")
     parser.add_argument("overrides", nargs="*", help="after `--`: overrides for every run")
     found = parser.parse_args(arguments)
     jobs = found.jobs or (1 if found.size == "tiny" else (os.cpu_count() or 1))
     if jobs < 1:
         parser.error(f"--jobs={jobs} must be at least 1")
-    return Options(found.size, found.folder or Path("runs") / name / found.size, jobs, tuple(found.overrides))
+    folder = found.folder or Path("runs") / name / found.size
+    chosen = tuple(found.arms) if arms[0] else ()
+    return Options(found.size, folder, jobs, arms=chosen, overrides=tuple(found.overrides))
 
 
 def machine() -> dict[str, Any]:
@@ -168,6 +183,14 @@ def write_summary(options: Options, name: str, *, text: str, data: Mapping[str, 
     for suffix, content in ((".md", text), (".json", _as_json({"machine": where, **data}))):
         with whole_file(options.folder / f"{name}{suffix}") as temporary:
             temporary.write_text(content)
+
+
+def run_demo(main: Callable[[], None]) -> None:
+    """Call `main`; a user's error becomes one line and exit code 1."""
+    try:
+        main()
+    except (ValueError, OSError, CheckpointError, WorkFailedError) as error:
+        sys.exit(f"error: {error_text(error)}")
 
 
 def _as_json(data: Mapping[str, Any]) -> str:

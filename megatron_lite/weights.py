@@ -30,7 +30,8 @@ from megatron_lite.models.decoder import Decoder
 from megatron_lite.models.huggingface import expected_shapes, is_folder, open_folder, read_config
 from megatron_lite.parallel.assemble import assemble, bare, from_tensors
 from megatron_lite.parallel.global_view import Piece
-from megatron_lite.parallel.mesh import Mesh, ParallelConfig
+from megatron_lite.parallel.mesh import Mesh
+from megatron_lite.parallel.parallelize import Recipe
 from megatron_lite.ranks import Ranks
 from megatron_lite.tensor_files import TensorSource, WholeTensors
 
@@ -154,7 +155,7 @@ def load(path: str | Path, *, device: str | torch.device = "cpu") -> tuple[Decod
     weights = open_weights(path)
     tokenizer = load_tokenizer(weights.tokenizer) if weights.tokenizer else None
     mesh, fill = Mesh(device=torch.device(device)), from_tensors(weights.tensors)
-    decoder, _ = assemble(weights.config, mesh=mesh, parallel=ParallelConfig(), fill=fill, wrap=bare)
+    decoder, _ = assemble(weights.config, mesh=mesh, recipe=Recipe(), fill=fill, wrap=bare)
     return decoder.eval(), tokenizer
 
 

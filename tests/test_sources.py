@@ -16,6 +16,7 @@ from megatron_lite.models.decoder import Decoder
 from megatron_lite.models.huggingface import export_folder, folder
 from megatron_lite.objectives.next_token import NextTokenConfig
 from megatron_lite.parallel.mesh import ParallelConfig
+from megatron_lite.precision.dtypes import PrecisionConfig
 from megatron_lite.ranks import Ranks
 from megatron_lite.tensor_files import BLOCK
 from megatron_lite.training.build import build_engine, build_grid
@@ -74,7 +75,11 @@ def start_from(rank: int, size: int, path: str) -> tuple[Counter[str], dict[str,
         return honest_hash(file, block)
 
     run = RunConfig(
-        model=model_config(SIZES), parallel=ParallelConfig(tp=2), engine=FsdpConfig(), objective=NextTokenConfig()
+        model=model_config(SIZES),
+        precision=PrecisionConfig(),
+        parallel=ParallelConfig(tp=2),
+        engine=FsdpConfig(),
+        objective=NextTokenConfig(),
     )
     mesh = build_grid(run.parallel, run.engine, world_size=size, device=torch.device("cpu"))
     reader.read_slice = folder.read_slice = read_slice

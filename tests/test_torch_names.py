@@ -25,6 +25,8 @@ PRIVATE = {
     "torch.ops.aten._scaled_dot_product_flash_attention.default": "what selective recompute keeps",
     "torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default": "what selective recompute keeps",
     "torch.ops.aten._scaled_mm.default": "what selective recompute keeps",
+    "torch.ops.profiler._record_function_enter_new.default": "what selective recompute does not count",
+    "torch.ops.profiler._record_function_exit._RecordFunction": "what selective recompute does not count",
 }
 
 

@@ -34,7 +34,9 @@ from megatron_lite.engine.fsdp import computing
 from megatron_lite.objectives.next_token import NextToken
 from megatron_lite.parallel.assemble import assemble, from_tensors
 from megatron_lite.parallel.mesh import ParallelConfig
+from megatron_lite.parallel.parallelize import Recipe
 from megatron_lite.precision.dtypes import PrecisionConfig
+from megatron_lite.precision.recipes import precision_class
 from megatron_lite.ranks import Ranks
 from megatron_lite.runtime import Runtime, set_threads
 from megatron_lite.tracking.console import number, perplexity
@@ -49,7 +51,7 @@ class EvaluateConfig:
 
     checkpoint: str = "???"
     data: DataConfig = field(default_factory=DataConfig)
-    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    precision: Any = None  # a `Precision`, chosen by its group
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     engine: Any = None  # an `EngineConfig`, chosen by its group
     micro_batch_size: int = 8
@@ -91,7 +93,8 @@ def compose_over_run(name: str, schema: type, overrides: list[str]) -> Any:
     run = trained_with(compose_config("evaluate", EvaluateConfig, named).checkpoint)
     data, train = run.get("data", {}), run.get("train", {})
     register_choice("checkpoint", data, group="data")
-    register_choice("checkpoint", run.get("precision", {}), group="precision")
+    precision = run.get("precision", {})
+    register_choice("checkpoint", from_dict(precision_class(precision.get("name", "")), precision), group="precision")
     windows = {key: data[key] for key in ("seq_len", "reset_attention", "mask_eod_loss", "validation") if key in data}
     defaults = schema(
         data=from_dict(DataConfig, windows),
@@ -136,7 +139,7 @@ def measure(config: EvaluateConfig, runtime: Runtime, ranks: Ranks) -> Measured:
         lambda: assemble(
             weights.config,
             mesh=mesh,
-            parallel=config.parallel,
+            recipe=Recipe(config.parallel, config.precision),
             fill=from_tensors(weights.tensors),
             wrap=NextToken,
             distribute=config.engine.distribute(mesh, dtype),
@@ -216,4 +219,4 @@ def _print(measured: Measured, *, as_json: bool) -> None:
 
 
 register_choice("checkpoint", {}, group="data")  # what --help shows: no checkpoint is named there
-register_choice("checkpoint", {}, group="precision")
+register_choice("checkpoint", PrecisionConfig(), group="precision")

@@ -23,6 +23,7 @@ from megatron_lite.models.huggingface.generation import end_tokens, not_applied
 from megatron_lite.models.sampling import SamplingConfig, generate_batch, generate_tokens
 from megatron_lite.parallel.assemble import assemble, bare, from_tensors
 from megatron_lite.parallel.mesh import ParallelConfig, build_mesh
+from megatron_lite.parallel.parallelize import Recipe
 from megatron_lite.ranks import Ranks
 from megatron_lite.runtime import Runtime
 from megatron_lite.training.support import refuse_unsupported
@@ -86,7 +87,7 @@ def texts(config: GenerateConfig, runtime: Runtime, ranks: Ranks) -> Iterator[st
     fill = from_tensors(weights.tensors)
     model, _ = ranks.attempt(
         "read the weights",
-        lambda: assemble(weights.config, mesh=mesh, parallel=config.parallel, fill=fill, wrap=bare),
+        lambda: assemble(weights.config, mesh=mesh, recipe=Recipe(config.parallel), fill=fill, wrap=bare),
     )
     model.eval()
     for first in range(0, len(prompts), config.batch_size):

@@ -28,7 +28,7 @@ from megatron_lite.engine.fsdp import computing
 from megatron_lite.models.config import ModelConfig
 from megatron_lite.parallel.assemble import assemble, from_tensors
 from megatron_lite.parallel.mesh import Mesh, ParallelConfig
-from megatron_lite.precision.dtypes import PrecisionConfig
+from megatron_lite.parallel.parallelize import Recipe
 from megatron_lite.ranks import Ranks
 from megatron_lite.runtime import Runtime
 from megatron_lite.tensor_files import BLOCK, TensorSource, block_digest
@@ -53,7 +53,7 @@ class PruneConfig:
     importance: ImportanceConfig = field(default_factory=ImportanceConfig)
     head_residual: bool = False
     data: DataConfig = field(default_factory=DataConfig)
-    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    precision: Any = None  # a `Precision`, chosen by its group
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     engine: Any = None  # an `EngineConfig`, chosen by its group
     micro_batch_size: int = 8
@@ -198,12 +198,13 @@ class Session:
     def _assembled(self, model: ModelConfig, tensors: TensorSource) -> Probe:
         """The model at this layout, in evaluation mode; a rank reads only what it holds."""
         parallel = replace(self.config.parallel, compile=False)  # a compiled layer calls no hooks of its parts
+        recipe = Recipe(parallel, self.config.precision)
         probe, _ = self.ranks.attempt(
             "read the weights",
             lambda: assemble(
                 model,
                 mesh=self.mesh,
-                parallel=parallel,
+                recipe=recipe,
                 fill=from_tensors(tensors),
                 wrap=Probe,
                 distribute=self.config.engine.distribute(self.mesh, self.config.precision.dtype),

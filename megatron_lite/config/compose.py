@@ -35,8 +35,8 @@ def register_schema(name: str, schema: Any, *, group: str | None = None) -> None
     ConfigStore.instance().store(f"{name}_schema", schema, group=group)
 
 
-def register_choice(name: str, values: dict[str, Any], *, group: str) -> None:
-    """Let `group=name` choose `values`, which come from elsewhere than a YAML file."""
+def register_choice(name: str, values: Any, *, group: str) -> None:
+    """Let `group=name` choose `values` (a dict, or an object of a config class), which come from elsewhere than a YAML file."""
     ConfigStore.instance().store(name, values, group=group)
 
 

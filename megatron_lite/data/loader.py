@@ -128,6 +128,10 @@ class DataLoader:
             for batch, micro_batches in ahead:
                 yield batch, [self._move(one) for one in micro_batches]
 
+    def again(self, consumed: int, batch: int) -> list[Batch]:
+        """The micro-batches of `step` on the device, beside those that are read ahead."""
+        return [self._move(one) for one in self.step(consumed, batch)]
+
     def validation(self) -> Iterable[tuple[str, Iterable[Batch]]]:
         """(source, this rank's held-out batches), always the same ones."""
         for name, source in self.held_out.sources.items():

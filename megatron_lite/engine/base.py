@@ -19,9 +19,10 @@ from megatron_lite.objectives.base import Loss, Objective
 from megatron_lite.optim.optimizer import OptimConfig
 from megatron_lite.optim.spikes import Judge, not_finite
 from megatron_lite.parallel.assemble import Distribute
-from megatron_lite.parallel.global_view import State
+from megatron_lite.parallel.global_view import Layout, Piece, State
 from megatron_lite.parallel.layers import ShardInfo
 from megatron_lite.parallel.mesh import Mesh, sum_over
+from megatron_lite.precision.numerics import Numerics
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,12 @@ class StepResult:
 
 
 class Engine(Protocol):
-    """One step, one evaluation, and the state of both model and optimizer in global names."""
+    """One step, one evaluation, and the state of both model and optimizer in global names.
+
+    numerics: how the linear layers of what it trains compute.
+    """
+
+    numerics: Numerics
 
     def train_step(self, micro_batches: list[Batch], *, lr: float, judge: Judge = not_finite) -> StepResult:
         """Forward, backward and update with this rank's micro-batches of one global batch.
@@ -52,9 +58,13 @@ class Engine(Protocol):
     def evaluate(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """(summed cross-entropy, counted tokens) of this rank's batch, without gradient."""
 
+    def diagnose(self, micro_batches: list[Batch]) -> None:
+        """Run this rank's micro-batches of one global batch through the weights for whoever collects from `numerics`: forward and, where
+        the engine can drop its gradients, backward. Changes nothing."""
+
     def state(self) -> State:
-        """This rank's shards of the global tensors `<kind>.<name>` (`model`, `exp_avg`, `exp_avg_sq`, ..., buffers too), to be saved,
-        or filled and loaded; and the counters (`adam_step`: optimizer updates done)."""
+        """This rank's shards of the global tensors `<kind>.<name>` (`model`, `exp_avg`, `exp_avg_sq`, and what `Numerics` keeps), to be
+        saved, or filled and loaded; and the counters (`adam_step`: optimizer updates done)."""
 
     def load_state(self, state: State) -> None:
         """Load shards that `state` returned and that were filled since (all, or only some), and the counters."""
@@ -89,6 +99,11 @@ class EngineConfig(Protocol):
 
         shards: for every parameter of the decoder its global shape and its tensor-parallel dimension.
         """
+
+
+def numerics_pieces(numerics: Numerics, layout: Layout) -> dict[str, Piece]:
+    """What `numerics` keeps, which is the same on every rank."""
+    return {name: layout.piece(t, t.shape, dp_sharded=False) for name, t in numerics.tensors().items()}
 
 
 class BatchSums:

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_lite.data.packing import Batch
-from megatron_lite.engine.base import BatchSums, StepResult
+from megatron_lite.engine.base import BatchSums, StepResult, numerics_pieces
 from megatron_lite.engine.master_weights import compute_with_master_weights
 from megatron_lite.engine.mpu import ModelParallelUnit
 from megatron_lite.engine.replicas import Replicas
@@ -41,6 +41,7 @@ from megatron_lite.parallel.global_view import State
 from megatron_lite.parallel.layers import ShardInfo
 from megatron_lite.parallel.mesh import Mesh
 from megatron_lite.precision.dtypes import fp32_modules
+from megatron_lite.precision.numerics import numerics_of
 from megatron_lite.runtime import ensure_process_group
 
 # Elements that travel in one collective, at most. DeepSpeed reserves memory for them, 2 GB with its own 5e8.
@@ -122,6 +123,7 @@ class DeepSpeedEngine:
         deepspeed, self.unit = _start(mesh)
         self.objective, self.mesh = objective, mesh
         self.shards, self.stage = shards, config.zero_stage
+        self.numerics = numerics_of(objective.decoder)
         self.replicas = Replicas(shards, mesh)
         self.parameters = dict(objective.decoder.named_parameters())
         for name, parameter in self.parameters.items():
@@ -156,11 +158,13 @@ class DeepSpeedEngine:
         sums = BatchSums(micro_batches, self.mesh.loss_groups)
         # DeepSpeed divides the sum of the ranks' gradients by their number
         factor = self.unit.get_data_parallel_world_size() / sums.num_tokens
-        for index, batch in enumerate(micro_batches):
-            self.engine.set_gradient_accumulation_boundary(index + 1 == len(micro_batches))
-            loss = self.engine(batch)
-            self.engine.backward(loss.total * factor, scale_wrt_gas=False)
-            sums.add(loss)
+        with self.numerics.step(keep_weights=self.stage < 3):
+            for index, batch in enumerate(micro_batches):
+                self.engine.set_gradient_accumulation_boundary(index + 1 == len(micro_batches))
+                with self.numerics.micro_batch():
+                    loss = self.engine(batch)
+                    self.engine.backward(loss.total * factor, scale_wrt_gas=False)
+                sums.add(loss)
         mean, parts = sums.means()
         verdicts: list[Tensor] = []
 
@@ -186,8 +190,14 @@ class DeepSpeedEngine:
     def evaluate(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """See `Engine`."""
         self.engine.eval()
-        loss = self.engine(batch)
+        with self.numerics.forward_only():
+            loss = self.engine(batch)
         return loss.total, loss.tokens
+
+    def diagnose(self, micro_batches: list[Batch]) -> None:
+        """See `Engine`. Forward only: ZeRO adds gradients up where they cannot be dropped."""
+        for batch in micro_batches:
+            self.evaluate(batch)
 
     def state(self) -> State:
         """See `Engine`: copies on the CPU, a data-parallel rank's share of the rows of each tensor.
@@ -206,7 +216,7 @@ class DeepSpeedEngine:
                 pieces[f"{kind}.{name}"] = self.mesh.layout.piece(rows, info.global_shape, tp_dim=info.tp_dim)
         self.replicas.check()
         steps = next(iter(self.adamw.state.values()))["step"]
-        return State(pieces, {"adam_step": int(steps.item())})
+        return State(pieces | numerics_pieces(self.numerics, self.mesh.layout), {"adam_step": int(steps.item())})
 
     def _whole(self, kind: str, name: str) -> Tensor:
         """This tensor-parallel rank's shard of a tensor, all its rows. Collective over the data-parallel ranks."""
@@ -216,8 +226,10 @@ class DeepSpeedEngine:
 
     def load_state(self, state: State) -> None:
         """See `Engine`."""
+        kept = self.numerics.tensors()  # live: filled already
         for key, piece in state.tensors.items():
-            self._write(key, piece.tensor())
+            if key not in kept:
+                self._write(key, piece.tensor())
         self._show_master_weights()
         for of_flat in self.adamw.state.values():
             of_flat["step"].fill_(float(state.counters["adam_step"]))

@@ -14,6 +14,7 @@ Notable features:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -32,7 +33,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 
 from megatron_lite.data.packing import Batch
-from megatron_lite.engine.base import BatchSums, StepResult
+from megatron_lite.engine.base import BatchSums, StepResult, numerics_pieces
 from megatron_lite.engine.replicas import Replicas
 from megatron_lite.objectives.base import Objective
 from megatron_lite.optim.optimizer import AdamW, OptimConfig
@@ -42,6 +43,7 @@ from megatron_lite.parallel.global_view import State
 from megatron_lite.parallel.layers import ShardInfo
 from megatron_lite.parallel.mesh import CPU, Mesh, sum_over
 from megatron_lite.precision.dtypes import computing_in, fp32_modules
+from megatron_lite.precision.numerics import numerics_of
 
 SHARD_MODES = ("none", "optimizer", "full")
 
@@ -106,8 +108,9 @@ class FsdpConfig:
         shards: dict[str, ShardInfo],
     ) -> FsdpEngine:
         """See `EngineConfig`."""
-        keep = self.shard == "optimizer"
-        return FsdpEngine(objective, optim=optim, dtype=dtype, mesh=mesh, shards=shards, keep_gathered=keep)
+        return FsdpEngine(
+            objective, optim=optim, dtype=dtype, mesh=mesh, shards=shards, keep_gathered=self.shard != "full"
+        )
 
 
 def computing(dtype: torch.dtype, objective: nn.Module) -> AbstractContextManager[None]:
@@ -134,6 +137,7 @@ class FsdpEngine:
         self.keep_gathered = keep_gathered
         self.objective, self.mesh, self.dtype, self.shards = objective, mesh, dtype, shards
         self.clip_grad = optim.clip_grad
+        self.numerics = numerics_of(objective.decoder)
         self.replicas = Replicas(shards, mesh)
         self.parameters = dict(objective.decoder.named_parameters())
         self.optimizer = AdamW({name: _local(parameter) for name, parameter in self.parameters.items()}, optim)
@@ -141,14 +145,9 @@ class FsdpEngine:
 
     def train_step(self, micro_batches: list[Batch], *, lr: float, judge: Judge = not_finite) -> StepResult:
         """See `Engine`."""
-        self.objective.train()
-        sums = BatchSums(micro_batches, self.mesh.loss_groups)
-        for index, batch in enumerate(micro_batches):
-            self._begin_micro_batch(last=index + 1 == len(micro_batches))
-            with computing(self.dtype, self.objective):
-                loss = self.objective(batch)
-                (loss.total / sums.num_tokens).backward()
-            sums.add(loss)
+        keeps_weights = self.keep_gathered or not isinstance(self.objective, FSDPModule)
+        with self.numerics.step(keep_weights=keeps_weights):
+            sums = self._backward(micro_batches, self.numerics.micro_batch)
         mean, parts = sums.means()
         gradients = self._take_gradients()
         self.replicas.take_first(gradients)
@@ -160,11 +159,28 @@ class FsdpEngine:
         self.optimizer.step(gradients, lr=lr, skip=skipped.to(self.optimizer_device))
         return StepResult(loss=mean, grad_norm=norm, valid_tokens=sums.tokens, skipped=skipped, parts=parts)
 
+    def diagnose(self, micro_batches: list[Batch]) -> None:
+        """See `Engine`."""
+        self._backward(micro_batches, self.numerics.forward_only)
+        self._take_gradients()
+
+    def _backward(self, micro_batches: list[Batch], around: Callable[[], AbstractContextManager[None]]) -> BatchSums:
+        """Forward and backward of every micro-batch, each within `around()`."""
+        self.objective.train()
+        sums = BatchSums(micro_batches, self.mesh.loss_groups)
+        for index, batch in enumerate(micro_batches):
+            self._begin_micro_batch(last=index + 1 == len(micro_batches))
+            with around(), computing(self.dtype, self.objective):
+                loss = self.objective(batch)
+                (loss.total / sums.num_tokens).backward()
+            sums.add(loss)
+        return sums
+
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """See `Engine`."""
         self.objective.eval()
-        with computing(self.dtype, self.objective):
+        with self.numerics.forward_only(), computing(self.dtype, self.objective):
             loss = self.objective(batch)
         return loss.total, loss.tokens
 
@@ -179,7 +195,7 @@ class FsdpEngine:
             for key, tensor in local.items()
             for info in [self.shards[key.split(".", 1)[1]]]
         }
-        return State(pieces, {"adam_step": self.optimizer.adam_step})
+        return State(pieces | numerics_pieces(self.numerics, layout), {"adam_step": self.optimizer.adam_step})
 
     def load_state(self, state: State) -> None:
         """See `Engine`. The pieces are the live tensors: filling them loads the state."""

@@ -48,7 +48,11 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
-        return F.linear(x, self.weight, self.bias)
+        return self.product(x, self.bias)
+
+    def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x W^T (+ bias): the matrix product alone, which other arithmetic replaces."""
+        return F.linear(x, self.weight, bias)
 
     def with_weight(self, function: Callable[[Tensor, Tensor], T], x: Tensor) -> T:
         """`function(x, weight)`, for a loss that reads the weight itself. An engine that shards the weight gathers it for this

@@ -146,6 +146,10 @@ class BatchSize:
         """Samples of the step that starts at sample `consumed`."""
         return self._sizes[bisect.bisect_right(self._starts, consumed) - 1]
 
+    def before(self, end: int) -> int:
+        """Samples of the step that ended at sample `end`."""
+        return next((size for size in self._sizes if self.at(end - size) == size), self.at(end))
+
     def samples(self, steps: int, *, start: int = 0) -> int:
         """Samples consumed, those before `start` included, after `steps` more steps from sample `start` on."""
         return self._walk(start, steps=steps, samples=None)[1]

@@ -1,7 +1,7 @@
 """From a model's config to this process's part of the model, allocated and initialized: all steps in order.
 
     decoder = Decoder(config)            on the meta device: shapes, no memory
-    parallelize(decoder, ...)            cut by the plan, then recompute and compile each layer
+    parallelize(decoder, ...)            FP8 layers, the tensor-parallel plan, then recompute and compile each layer
     shards = shard_info(decoder)         what this process holds of each global parameter
     module = wrap(decoder)               the objective around it, if there is one
     distribute(module, materialize)      the engine shards over the data-parallel ranks, memory and values come in between
@@ -27,8 +27,8 @@ from megatron_lite.models.initialization import Distribution, initialize_region_
 from megatron_lite.narrowing import narrow
 from megatron_lite.parallel.global_view import Layout, Piece
 from megatron_lite.parallel.layers import ShardInfo, shard_info
-from megatron_lite.parallel.mesh import Mesh, ParallelConfig
-from megatron_lite.parallel.parallelize import parallelize
+from megatron_lite.parallel.mesh import Mesh
+from megatron_lite.parallel.parallelize import Recipe, parallelize
 from megatron_lite.tensor_files import TensorSource
 
 M = TypeVar("M", bound=nn.Module)
@@ -120,18 +120,18 @@ def assemble(
     config: ModelConfig,
     *,
     mesh: Mesh,
-    parallel: ParallelConfig,
+    recipe: Recipe,
     fill: Fill,
     wrap: Callable[[Decoder], M],
     distribute: Distribute = undivided,
 ) -> tuple[M, dict[str, ShardInfo]]:
     """What `wrap` makes of this process's part of the model, and for every parameter of the decoder what that part is.
 
-    Raises ValueError when the model does not divide by the tensor-parallel degree, and what `fill` raises.
+    Raises ValueError when the model does not divide by the tensor-parallel degree or the precision cannot be had, and what `fill` raises.
     """
     with torch.device("meta"):
         decoder = Decoder(config)
-    parallelize(decoder, mesh, parallel)
+    parallelize(decoder, mesh, recipe)
     shards = shard_info(decoder)
     module = wrap(decoder)
     distribute(module, Materialize(decoder, shards, mesh.layout, mesh.device, fill))

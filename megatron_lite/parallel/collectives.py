@@ -18,7 +18,7 @@ operators never write into their input, which recompute may hold on to, and torc
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -68,6 +68,13 @@ def scatter(x: Tensor, group: dist.ProcessGroup, *, dim: int = 1) -> Tensor:
 def gather(x: Tensor, group: dist.ProcessGroup, *, dim: int = -1) -> Tensor:
     """All slices of x along `dim`, used alike on every rank, so that the gradient arrives replicated and is cut."""
     return _Conjugate.apply(x, partial(_all_gather, group=group, dim=dim), partial(_slice, group=group, dim=dim))
+
+
+def maximum(x: Tensor, groups: Sequence[dist.ProcessGroup]) -> Tensor:
+    """The elementwise maximum of x over the ranks of each group in turn; not differentiable."""
+    for group in groups:
+        x = _c10d.wait_tensor(_c10d.all_reduce(x.contiguous(), "max", group.group_name))
+    return x
 
 
 class _Conjugate(torch.autograd.Function):

@@ -120,12 +120,12 @@ class InOrderColumnParallelLinear(ColumnParallelLinear):
 class RowParallelLinear(TensorParallelModule):
     """A linear layer with a share of the input features: weight (out, in/tp), bias replicated and added after the sum."""
 
-    weight: nn.Parameter
+    product: Callable[..., Tensor]
     bias: nn.Parameter | None
 
     def forward(self, x: Tensor) -> Tensor:
         """What column layers computed (..., in/tp) -> the residual stream (B, T, out)."""
-        y = self.tp.leave(F.linear(x, self.weight))
+        y = self.tp.leave(self.product(x))
         return y if self.bias is None else y + self.tp.on_stream(self.bias).to(y.dtype)
 
 

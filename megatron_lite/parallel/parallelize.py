@@ -1,10 +1,12 @@
-"""From a plain decoder to this process's part of it: apply the tensor-parallel plan, then recompute and compilation, layer
-by layer.
+"""From a plain decoder to this process's part of it, in this order: FP8 linear layers, the tensor-parallel plan, then recompute and
+compilation, layer by layer.
 
 Works on the meta device, where it costs neither memory nor communication.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass, field
 
 import torch.distributed as dist
 
@@ -12,14 +14,29 @@ from megatron_lite.models.decoder import Decoder
 from megatron_lite.parallel.layers import TensorParallel
 from megatron_lite.parallel.mesh import Mesh, ParallelConfig
 from megatron_lite.parallel.plans import apply_plan, check_divisible, decoder_plan
+from megatron_lite.parallel.quantization import quantize
 from megatron_lite.parallel.recompute import recompute_layer
+from megatron_lite.precision.dtypes import PrecisionConfig
+from megatron_lite.precision.recipes import Fp8Config, Precision
 
 
-def parallelize(decoder: Decoder, mesh: Mesh, config: ParallelConfig) -> None:
-    """Cut the decoder over the tensor-parallel ranks, in place, and set its layers' recompute and compilation.
+@dataclass(frozen=True)
+class Recipe:
+    """What is applied to a decoder from outside. The defaults leave it as it is."""
 
-    Raises ValueError when the model does not divide by `config.tp`.
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    precision: Precision = field(default_factory=PrecisionConfig)
+
+
+def parallelize(decoder: Decoder, mesh: Mesh, recipe: Recipe) -> None:
+    """Make the decoder's linear layers FP8, cut it over the tensor-parallel ranks, in place, and set its layers' recompute and
+    compilation.
+
+    Raises ValueError when the model does not divide by `parallel.tp`, or the precision cannot be had.
     """
+    config = recipe.parallel
+    if isinstance(recipe.precision, Fp8Config):
+        quantize(decoder, recipe.precision, mesh)
     if mesh.tp_size > 1:
         check_divisible(decoder.config, tp=mesh.tp_size, sequence_parallel=config.sequence_parallel)
         tp = TensorParallel(mesh.tp_rank, mesh.tp_size, mesh.group("tp"), config.sequence_parallel)

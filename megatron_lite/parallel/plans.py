@@ -1,4 +1,4 @@
-"""Tensor-parallel plans: what each module becomes, as data.
+"""Plans: what each module becomes, as data. Here is tensor parallelism's; `quantization.py` has that of FP8.
 
 A plan maps a name below the module to an entry, or to several that are applied in order:
 
@@ -13,6 +13,7 @@ A plan maps a name below the module to an entry, or to several that are applied 
     copy_in          the module's output enters the sharded region: its gradient is summed in backward
     copy_in_order    the same with whole sequences, for what looks along them
     tied_logits      decoder whose head is its embedding: gathers the logits in `logits`
+    Replace(make)    another module takes its place, before any entry that follows
 
 What column, row and copy_in do is Megatron-LM's (arXiv 1909.08053, section 3): one all-reduce a layer forward and one
 backward. Under sequence parallelism (arXiv 2205.05198) the same plan holds: `copy_in` gathers, `row` and `vocab` scatter. What is
@@ -60,6 +61,14 @@ class Entry:
     tp_dims: Mapping[str, int]
 
 
+@dataclass(frozen=True)
+class Replace:
+    """make: (name, module) -> the module that takes its place. It has the same parameters under the same names: the same module with
+    another class, or one of a library with our parameters moved into it."""
+
+    make: Callable[[str, nn.Module], nn.Module]
+
+
 def shard(dim: int) -> Entry:
     """The entry for a plain parameter, named in the plan as `submodule.parameter`."""
     return Entry(None, {"": dim})
@@ -78,7 +87,7 @@ copy_in = Entry(CopyIn, {})
 copy_in_order = Entry(CopyInOrder, {})
 tied_logits = Entry(TiedLogits, {})
 
-Plan = Mapping[str, tuple[Entry, ...]]
+Plan = Mapping[str, tuple[Entry | Replace, ...]]
 
 # The norm before a mixer hands its output to column layers, the final norm hands its output to the head.
 ENTRANCE = (replicated_norm, copy_in)
@@ -131,9 +140,9 @@ def mixer_plan(mixer: nn.Module, index: int) -> MixerPlan:
     return MIXERS[type(mixer)]
 
 
-def decoder_plan(decoder: Decoder) -> dict[str, tuple[Entry, ...]]:
+def decoder_plan(decoder: Decoder) -> dict[str, tuple[Entry | Replace, ...]]:
     """The plan of a whole decoder. Raises ValueError for a layer type without a plan."""
-    plan: dict[str, tuple[Entry, ...]] = {"embedding": (vocab_embedding,), "final_norm": FINAL}
+    plan: dict[str, tuple[Entry | Replace, ...]] = {"embedding": (vocab_embedding,), "final_norm": FINAL}
     plan |= {"": (tied_logits,)} if decoder.head is None else {"head": (vocab_head,)}
     for index, layer in enumerate(decoder.layers):
         plan[f"layers.{index}.norm"] = ENTRANCE
@@ -144,10 +153,14 @@ def decoder_plan(decoder: Decoder) -> dict[str, tuple[Entry, ...]]:
     return plan
 
 
-def apply_plan(model: nn.Module, plan: Plan, tp: TensorParallel) -> None:
-    """Turn the modules and parameters that the plan names into tensor-parallel ones, in place."""
+def apply_plan(model: nn.Module, plan: Plan, tp: TensorParallel | None) -> None:
+    """Turn the modules and parameters that the plan names into what it says, in place. tp None: the plan only replaces."""
     for name, entries in plan.items():
         for entry in entries:
+            if isinstance(entry, Replace):
+                model.set_submodule(name, entry.make(name, model.get_submodule(name)))
+                continue
+            assert tp is not None, f"{name}: a tensor-parallel entry without tensor parallelism"
             if entry.mixin is None:
                 parent, _, parameter = name.rpartition(".")
                 shard_parameter(model.get_submodule(parent), parameter, entry.tp_dims[""], tp)

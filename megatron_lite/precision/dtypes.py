@@ -1,4 +1,4 @@
-"""fp32 and bf16 training.
+"""fp32 and bf16 training (FP8: see `recipes.py`).
 
 Weights, gradients and optimizer state are always kept in fp32 ("master weights"); `bf16` means that every forward and backward
 pass runs on a bf16 copy of the weights, that the gradient of that copy is added up in fp32, and that norms, softmax and loss
@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -31,10 +31,14 @@ class PrecisionConfig:
 
     name: str = "fp32"
 
+    fallback_after: ClassVar[int] = 0  # there is nothing more exact to fall back to
+
     def validate(self) -> None:
         """Raise ValueError for a name that is not in DTYPES."""
         if self.name not in DTYPES:
-            raise ValueError(f"precision.name={self.name} is unknown; choose one of {', '.join(DTYPES)}")
+            raise ValueError(
+                f"precision.name={self.name} is unknown; choose one of {', '.join(DTYPES)}, or an FP8 recipe by precision=<its file>"
+            )
 
     def warn_if_slow(self, device: torch.device) -> None:
         """Warn where fp32 leaves a GPU's tensor cores idle: an H100 then reaches 67 TFLOP/s of 989."""
@@ -48,6 +52,11 @@ class PrecisionConfig:
     def dtype(self) -> torch.dtype:
         """The dtype of matrix products."""
         return DTYPES[self.name]
+
+    @property
+    def peak(self) -> str:
+        """What `hardware.device_peak_flops` calls it."""
+        return self.name
 
 
 def fp32_modules(module: nn.Module) -> list[nn.Module]:

@@ -40,6 +40,7 @@ def write_report(run_dir: str | Path) -> Path:
         _losses(curves),
         _small_charts(curves),
         _blend(status.get("blend_seen"), newest),
+        _precision_events(newest.get("precision_events")),
         _checkpoints(manifests),
         _config(run_dir / "config.yaml"),
     ]
@@ -163,6 +164,16 @@ def _phases(phases: list[dict[str, Any]]) -> str:
         shares = [phase.get("shares", {}).get(source, "0") for phase in phases]
         rows.append([escape(source), *(f"{float(Fraction(str(share))):.2%}" for share in shares)])
     return table(head, rows)
+
+
+def _precision_events(events: Any) -> str:
+    """What an FP8 run found out about its spikes, from the newest checkpoint: a rollback keeps this, not the rows."""
+    if not isinstance(events, list) or not events:
+        return ""
+    keys = ("step", "module", "operand", "why", "rung")
+    rows = [[escape(str(event.get(key, ""))) for key in keys] for event in events if isinstance(event, dict)]
+    listed = table(("step", "first module out of line", "operand", "why", "computes on in"), rows)
+    return f"<section><h2>Spikes in FP8</h2>{listed}</section>"
 
 
 def _checkpoints(manifests: list[tuple[Path, dict[str, Any]]]) -> str:

@@ -39,10 +39,14 @@ from megatron_lite.models.flops import flops_per_token, parameter_count
 from megatron_lite.optim.schedule import BatchSize, LearningRate, Progress, Projection, Schedule, ScheduleConfig
 from megatron_lite.parallel.assemble import assemble, from_tensors, seeded
 from megatron_lite.parallel.mesh import Mesh, ParallelConfig, build_mesh
+from megatron_lite.parallel.parallelize import Recipe
+from megatron_lite.parallel.quantization import formats_table
+from megatron_lite.precision.recipes import Fp8Config
 from megatron_lite.runtime import Runtime
 from megatron_lite.tracking import RunInfo, build_tracker
 from megatron_lite.tracking.profile import Profiler
 from megatron_lite.training.config import RunConfig
+from megatron_lite.training.ladder import Ladder
 from megatron_lite.training.metrics import Metrics, Work
 from megatron_lite.training.resume import (
     ResumePoint,
@@ -143,7 +147,7 @@ def build_engine(
     objective, shards = assemble(
         run.model,
         mesh=mesh,
-        parallel=run.parallel,
+        recipe=Recipe(run.parallel, run.precision),
         fill=seeded(run.seed) if source is None else from_tensors(source.tensors),
         wrap=wrap,
         distribute=config.distribute(mesh, dtype),
@@ -191,6 +195,9 @@ def build_trainer(
     check_batch_sizes(run, schedule, world_size=runtime.world_size)
     if runtime.is_main:
         run.precision.warn_if_slow(runtime.device)
+        if isinstance(run.precision, Fp8Config):
+            backend = run.precision.backend_on(runtime.device)
+            print("\n".join([f"{run.precision.name}, {backend}:", *formats_table(run.model, run.precision)]))
     mesh = build_grid(run.parallel, run.engine, world_size=runtime.world_size, device=runtime.device)
     starts_from_source = point is None and run.init_from.path is not None
     source = open_source(run, tokenizer, store.ranks) if starts_from_source else None
@@ -208,6 +215,7 @@ def build_trainer(
         status=Status(Path(run.run.dir), main_process=runtime.is_main, lost=lost),
         watchdog=watchdog,
         spikes=SpikeGuard(run.train.on_spike, run.spike, runtime.device),
+        ladder=Ladder(engine.numerics, recipe=run.precision.name, after=run.precision.fallback_after),
         profiler=Profiler(run.profile, Path(run.run.dir) / "profile", main_process=runtime.is_main),
         base_manifest={
             "config": to_dict(run),
@@ -282,7 +290,7 @@ def build_metrics(run: RunConfig, runtime: Runtime, *, consumed: int, teacher: T
         flops_per_token=flops,
         seq_len=run.data.seq_len,
         devices=runtime.world_size,
-        peak=device_peak_flops(runtime.device, run.precision.name),
+        peak=device_peak_flops(runtime.device, run.precision.peak),
         device=runtime.device,
     )
     return Metrics(work, log_every=run.train.log_every, consumed_samples=consumed)

@@ -15,7 +15,7 @@ from omegaconf import MISSING
 
 from megatron_lite.checkpoint.store import CheckpointConfig
 from megatron_lite.config import errors
-from megatron_lite.config.compose import compose_config, flatten, register_schema, to_dict
+from megatron_lite.config.compose import compose_config, flatten, register_choice, register_schema, to_dict
 from megatron_lite.data.config import DataConfig
 from megatron_lite.data.loader import rank_samples
 from megatron_lite.engine.deepspeed import DeepSpeedConfig
@@ -29,7 +29,9 @@ from megatron_lite.optim.schedule import ScheduleConfig
 from megatron_lite.optim.spikes import SpikeConfig
 from megatron_lite.parallel.mesh import ParallelConfig
 from megatron_lite.parallel.plans import check_divisible
+from megatron_lite.parallel.quantization import check_sizes
 from megatron_lite.precision.dtypes import PrecisionConfig
+from megatron_lite.precision.recipes import RECIPES, Fp8Config, Nvfp4Config
 from megatron_lite.tracking.base import TrackingConfig
 from megatron_lite.tracking.profile import ProfileConfig
 from megatron_lite.training.lineage import ONCE
@@ -77,7 +79,7 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
-    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    precision: Any = None  # a `Precision`, chosen by its group
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     engine: Any = None  # an `EngineConfig`, chosen by its group
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -158,6 +160,9 @@ def validate_model(run: RunConfig) -> None:
             f"parallel.sequence_parallel needs; data.seq_len={run.data.seq_len // run.parallel.tp * run.parallel.tp} "
             "would, or switch sequence_parallel off"
         )
+    if isinstance(run.precision, Fp8Config):
+        tokens = run.train.micro_batch_size * run.data.seq_len
+        check_sizes(run.model, run.precision, tp=run.parallel.tp, tokens=tokens)
     if run.data.seq_len > run.model.max_seq_len:
         raise ValueError(
             f"data.seq_len={run.data.seq_len} is longer than model.max_seq_len={run.model.max_seq_len}; shorten the "
@@ -167,6 +172,10 @@ def validate_model(run: RunConfig) -> None:
 
 register_schema("fsdp", FsdpConfig, group="engine")
 register_schema("deepspeed", DeepSpeedConfig, group="engine")
+register_schema("plain", PrecisionConfig, group="precision")
+for name, recipe in RECIPES.items():
+    register_schema(name, recipe, group="precision")
+register_choice("nvfp4", Nvfp4Config(), group="precision")
 register_schema("next_token", NextTokenConfig, group="objective")
 register_schema("distillation", DistillationConfig, group="objective")
 

@@ -23,6 +23,7 @@ import torch
 from megatron_lite.errors import TrainingDivergedError
 from megatron_lite.optim.schedule import Progress
 from megatron_lite.optim.spikes import Judge, SpikeConfig, SpikeDetector, Spikes, not_finite
+from megatron_lite.training.ladder import OnLadder, climb_down
 
 MODES = ("ignore", "skip", "rollback", "stop")
 
@@ -60,16 +61,17 @@ class SpikeGuard:
             self.detector.load_state(manifest["spikes"])
 
 
-class Trained(Protocol):
-    """What a rollback needs of a `Trainer` (which imports this module, not the other way)."""
+class Trained(OnLadder, Protocol):
+    """What this needs of a `Trainer` (which imports this module, not the other way)."""
 
-    runtime: Any
-    position: Any
-    schedule: Any
+    config: Any
     spikes: SpikeGuard
+    skips: Any
     store: Any
     tracker: Any
     metrics: Any
+    watchdog: Any
+    preemption: Any
 
     @property
     def schedule_from(self) -> Callable[[Progress], Any]: ...
@@ -77,6 +79,53 @@ class Trained(Protocol):
     def restore(self, path: Any) -> None: ...
 
     def write_checkpoint(self) -> None: ...
+
+
+def look_into_spikes(trainer: Trained, row: dict[str, Any]) -> Spikes | None:
+    """The spikes since the last row, put into `row` with what the ladder finds and does about them."""
+    spikes = trainer.spikes.read()
+    if spikes:
+        row["spikes"] = spikes.count
+    hopeless = _is_hopeless(trainer)
+    if spikes or hopeless:
+        position = trainer.position
+        trainer.watchdog.enter("look into a spike", position.step)
+        with trainer.metrics.paused():
+            skips = int(trainer.skips.item())
+            event = spikes or Spikes(skips, position.step - skips + 1, position.consumed_samples)
+            found, fell = climb_down(trainer, event, at_once=hopeless)
+        row |= found
+        if fell:  # the next rung may skip as often again
+            trainer.skips.zero_()
+    return spikes
+
+
+def act_on_spikes(trainer: Trained, spikes: Spikes | None) -> bool:
+    """What the mode says; returns whether the run went back. Raises TrainingDivergedError where it cannot go on."""
+    mode, step = trainer.spikes.mode, trainer.position.step
+    if spikes and mode == "rollback":
+        trainer.watchdog.enter("roll back", step)
+        with trainer.metrics.paused():
+            if roll_back(trainer, spikes):
+                trainer.preemption.resume()
+                return True
+    if spikes and mode == "stop":
+        raise TrainingDivergedError(
+            f"{spikes.count} spike(s) from step {spikes.first_step} on, and train.on_spike=stop: look at the samples before "
+            f"{spikes.end_sample}, or choose skip, rollback or ignore"
+        )
+    if _is_hopeless(trainer):
+        what = "a finite loss or gradient" + (", or with a spike" if mode != "ignore" else "")
+        raise TrainingDivergedError(
+            f"{int(trainer.skips.item())} steps in a row without {what}, the last one step {step}: lower optim.lr, lengthen "
+            "schedule.warmup_steps, or resume from an earlier checkpoint (train.max_skipped_steps sets how many are allowed)"
+        )
+    return False
+
+
+def _is_hopeless(trainer: Trained) -> bool:
+    """Whether so many updates in a row were left out that the run must not go on like this."""
+    return bool(trainer.skips.item() >= trainer.config.max_skipped_steps)
 
 
 def roll_back(trainer: Trained, spikes: Spikes) -> bool:
@@ -104,6 +153,7 @@ def roll_back(trainer: Trained, spikes: Spikes) -> bool:
         )
         return False
     trainer.restore(path)
+    trainer.skips.zero_()
     position = trainer.position
     skipped = {"step": spikes.first_step, "end": spikes.end_sample, "back_to": position.step}
     known = any(skipped.items() <= entry.items() for entry in guard.skipped_samples)

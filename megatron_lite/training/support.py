@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from megatron_lite.engine.base import EngineConfig
 from megatron_lite.parallel.mesh import ParallelConfig
 from megatron_lite.precision.dtypes import PrecisionConfig
+from megatron_lite.precision.recipes import Precision
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ _ENGINES = {
     "zero 3": "engine=deepspeed engine.zero_stage=3",
 }
 _FSDP, _ZERO = tuple(_ENGINES)[:3], tuple(_ENGINES)[3:]
+
+_FP8 = "fp8_current, fp8_block, mxfp8"  # they differ in their scales only
 
 FEATURES: dict[str, Feature] = {
     "command": Feature(
@@ -62,7 +65,11 @@ FEATURES: dict[str, Feature] = {
     ),
     "dp": Feature("Data parallelism", {"1": "", "several": "the processes left after tensor parallelism"}),
     "replicas": Feature("Replicas (HSDP)", {"1": "parallel.dp_replicate=1", "several": "parallel.dp_replicate=2"}),
-    "precision": Feature("Precision", {name: f"precision={name}" for name in ("fp32", "bf16")}),
+    "precision": Feature(
+        "Precision",
+        {name: f"precision={name}" for name in ("fp32", "bf16", "fp8_delayed")}
+        | {_FP8: "precision=fp8_current (or fp8_block, mxfp8)"},
+    ),
     "recompute": Feature(
         "Activation recompute", {name: f"parallel.recompute={name}" for name in ("none", "selective", "full")}
     ),
@@ -113,13 +120,28 @@ UNSUPPORTED: tuple[Unsupported, ...] = (
         "set parallel.sequence_parallel=false",
     ),
     Unsupported(
+        {"precision": ("fp8_delayed",), "recompute": ("selective", "full")},
+        "a forward pass that runs again would count the largest numbers twice, and with other scales",
+        "set parallel.recompute=none, or precision=fp8_current",
+    ),
+    Unsupported(
+        {"precision": ("fp8_delayed",), "compile": ("on",)},
+        "torch.compile cannot follow histories",
+        "set parallel.compile=false, or precision=fp8_current",
+    ),
+    Unsupported(
+        {"command": ("evaluate", "prune"), "precision": ("fp8_delayed",)},
+        "the scales of delayed scaling belong to the training",
+        "set precision=bf16, which is what the model computes in without them",
+    ),
+    Unsupported(
         {"command": ("convert",), "processes": ("several",)}, "convert runs in one process", "start one process"
     ),
 )
 
 
 def choices_of(
-    command: str, *, parallel: ParallelConfig, engine: EngineConfig | None, precision: PrecisionConfig, world_size: int
+    command: str, *, parallel: ParallelConfig, engine: EngineConfig | None, precision: Precision, world_size: int
 ) -> tuple[dict[str, str], dict[str, str]]:
     """(feature -> choice, feature -> the setting that made it, for messages) of a command on `world_size` processes.
 
@@ -133,7 +155,7 @@ def choices_of(
         "sequence_parallel": _switch("parallel.sequence_parallel", parallel.sequence_parallel),
         "dp": (_count(degrees.data_parallel), f"{degrees.data_parallel} data-parallel processes"),
         "replicas": (_count(degrees.dp_replicate), f"parallel.dp_replicate={degrees.dp_replicate}"),
-        "precision": (precision.name, f"precision={precision.name}"),
+        "precision": (_FP8 if precision.name in _FP8.split(", ") else precision.name, f"precision={precision.name}"),
         "recompute": (parallel.recompute, f"parallel.recompute={parallel.recompute}"),
         "compile": _switch("parallel.compile", parallel.compile),
     }
@@ -150,7 +172,7 @@ def refuse_unsupported(
     *,
     parallel: ParallelConfig,
     engine: EngineConfig | None = None,
-    precision: PrecisionConfig | None = None,
+    precision: Precision | None = None,
     world_size: int,
 ) -> None:
     """Raise ValueError naming the settings that do not work together, and what to do instead. engine None: none is used."""

@@ -22,6 +22,7 @@ from megatron_lite.engine.fsdp import FsdpConfig
 from megatron_lite.parallel.assemble import assemble, from_tensors
 from megatron_lite.parallel.frozen import FrozenDecoder
 from megatron_lite.parallel.mesh import Mesh
+from megatron_lite.parallel.parallelize import Recipe
 from megatron_lite.parallel.plans import check_divisible
 from megatron_lite.ranks import Ranks
 from megatron_lite.training.config import RunConfig
@@ -73,7 +74,7 @@ def assemble_teacher(run: RunConfig, mesh: Mesh, weights: Weights) -> FrozenDeco
     frozen, _ = assemble(
         weights.config,
         mesh=mesh,
-        parallel=run.parallel,
+        recipe=Recipe(run.parallel),
         fill=from_tensors(weights.tensors),
         wrap=partial(FrozenDecoder, dtype=dtype),
         distribute=FsdpConfig(shard="full").distribute(mesh, dtype),

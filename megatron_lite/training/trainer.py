@@ -26,18 +26,18 @@ from megatron_lite.data.loader import DataLoader
 from megatron_lite.data.packing import Batch
 from megatron_lite.data.token_bytes import bits_per_byte
 from megatron_lite.engine.base import Engine, StepResult
-from megatron_lite.errors import TrainingDivergedError
 from megatron_lite.optim.schedule import BatchSize, Progress, RampStage, Schedule
 from megatron_lite.optim.spikes import not_finite
 from megatron_lite.parallel.global_view import State
 from megatron_lite.runtime import Runtime, Signals
 from megatron_lite.tracking.base import Tracker
 from megatron_lite.tracking.profile import Profiler
+from megatron_lite.training.ladder import Ladder
 from megatron_lite.training.metrics import Metrics
 from megatron_lite.training.preemption import Preemption
 from megatron_lite.training.reporting import reported, write_end, write_status
 from megatron_lite.training.rng import rng_state, set_rng_state
-from megatron_lite.training.spikes import MODES, SpikeGuard, roll_back
+from megatron_lite.training.spikes import MODES, SpikeGuard, act_on_spikes, look_into_spikes
 from megatron_lite.training.status import Status
 from megatron_lite.training.watchdog import Watchdog
 
@@ -118,10 +118,15 @@ class Trainer:
     profiler: Profiler
     watchdog: Watchdog
     spikes: SpikeGuard
+    ladder: Ladder
     base_manifest: dict[str, Any]  # the part of every manifest that a run never changes
     position: Position = field(default_factory=Position)
     preemption: Preemption = field(init=False)
     last_save: LastSave = field(init=False)
+    skips: torch.Tensor = field(init=False)  # updates in a row that were left out, on the device
+
+    def __post_init__(self) -> None:
+        self.skips = torch.zeros((), device=self.runtime.device)
 
     def fit(self) -> str:
         """Train to the end, `stop_at` or a signal; returns finished, stopped or preempted. A failure raises."""
@@ -146,12 +151,11 @@ class Trainer:
 
     def _train(self, batches: Iterator[tuple[int, list[Batch]]], outcome: str) -> str:
         """Step, log, validate and save while the outcome is `running`; returns the one that ends it, maybe `rolled back`."""
-        skips = torch.zeros((), device=self.runtime.device)  # updates in a row that were left out
         while outcome == "running":
             result, lr = self._step(batches)
-            skips = (skips + result.skipped) * result.skipped
+            self.skips = (self.skips + result.skipped) * result.skipped
             outcome = self._outcome(ask=True)
-            if self._log(result, lr=lr, skips=skips, outcome=outcome):
+            if self._log(result, lr=lr, outcome=outcome):
                 return "rolled back"
             if self._due(self.config.eval_every) or outcome == "finished":
                 outcome = self.validate(outcome)
@@ -192,28 +196,18 @@ class Trainer:
         self.watchdog.enter("agree", self.position.step)
         return "preempted" if self.preemption.requested_after("step") else "running"
 
-    def _log(self, result: StepResult, *, lr: float, skips: torch.Tensor, outcome: str) -> bool:
+    def _log(self, result: StepResult, *, lr: float, outcome: str) -> bool:
         """Write a row if one is due, and react to the spikes in it; returns whether that took the run back."""
         self.watchdog.enter("log", self.position.step)
         row = self.metrics.update(result, at=self.position, lr=lr, last=outcome != "running")
         if not row:
             return False
-        regular = self._due(self.config.log_every) or outcome == "finished"  # not the row of a signal or of stop_at
-        spikes = self.spikes.read() if regular else None
-        self.tracker.log(row | ({"spikes": spikes.count} if spikes else {}))
-        if spikes and self.config.on_spike == "rollback":
-            self.watchdog.enter("roll back", self.position.step)
-            with self.metrics.paused():
-                if roll_back(self, spikes):
-                    self.preemption.resume()
-                    return True
-        if spikes and self.config.on_spike == "stop":
-            raise TrainingDivergedError(
-                f"{spikes.count} spike(s) from step {spikes.first_step} on, and train.on_spike=stop: look at the samples before "
-                f"{spikes.end_sample}, or choose skip, rollback or ignore"
-            )
-        self._give_up_after(skips)
-        return False
+        if not (self._due(self.config.log_every) or outcome == "finished"):  # the row of a signal or of stop_at
+            self.tracker.log(row)
+            return False
+        spikes = look_into_spikes(self, row)
+        self.tracker.log(row)
+        return act_on_spikes(self, spikes)
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.position.step % every == 0
@@ -262,6 +256,8 @@ class Trainer:
             manifest = {
                 **self.base_manifest,
                 **self.spikes.state(),
+                **self.ladder.state(),
+                "skipped_in_a_row": int(self.skips.item()),
                 "consumed_samples": self.position.consumed_samples,
                 "consumed_tokens": self.position.consumed_tokens,
                 "validation_due": self.position.validation_due,
@@ -280,17 +276,11 @@ class Trainer:
         done = manifest["step"], manifest["consumed_samples"], manifest["consumed_tokens"]
         self.position = Position(*done, validation_due=due)
         self.spikes.load_state(manifest)
+        self.ladder.load_state(manifest)
+        self.skips.fill_(manifest.get("skipped_in_a_row", 0))
         set_rng_state(manifest["rng"])
 
     def declare_finished(self) -> None:
         """Write status.json for a run whose last checkpoint exists: a job may have been killed between the two."""
         write_status(self, "finished", "all steps done")
         self.status.finish()
-
-    def _give_up_after(self, skips: torch.Tensor) -> None:
-        if skips.item() >= self.config.max_skipped_steps:
-            what = "a finite loss or gradient" + (", or with a spike" if self.config.on_spike != "ignore" else "")
-            raise TrainingDivergedError(
-                f"{int(skips.item())} steps in a row without {what}, the last one step {self.position.step}: lower optim.lr, lengthen "
-                "schedule.warmup_steps, or resume from an earlier checkpoint (train.max_skipped_steps sets how many are allowed)"
-            )

@@ -13,6 +13,7 @@ from megatron_lite.compress.scores import ImportanceConfig, Scores
 from megatron_lite.engine.fsdp import FsdpConfig
 from megatron_lite.parallel.assemble import assemble, from_tensors
 from megatron_lite.parallel.mesh import CPU, Mesh, ParallelConfig, build_mesh
+from megatron_lite.parallel.parallelize import Recipe
 from megatron_lite.weights import load, open_weights
 from tests.compress.reference import readings
 from tests.distributed import run_ranks
@@ -97,7 +98,7 @@ def assembled(path, mesh, parallel):
     probe, _ = assemble(
         weights.config,
         mesh=mesh,
-        parallel=parallel,
+        recipe=Recipe(parallel),
         fill=from_tensors(weights.tensors),
         wrap=Probe,
         distribute=FsdpConfig().distribute(mesh, torch.float32),

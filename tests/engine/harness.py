@@ -20,7 +20,7 @@ from megatron_lite.objectives.next_token import NextTokenConfig
 from megatron_lite.optim.optimizer import OptimConfig
 from megatron_lite.parallel.global_view import State
 from megatron_lite.parallel.mesh import ParallelConfig
-from megatron_lite.precision.dtypes import PrecisionConfig
+from megatron_lite.precision.recipes import precision_class
 from megatron_lite.training.build import build_engine, build_grid
 from megatron_lite.training.config import RunConfig
 from megatron_lite.training.teacher import Teacher
@@ -51,7 +51,8 @@ Boxes = dict[str, tuple[tuple[int, ...], tuple[int, ...], torch.Tensor]]
 class Case:
     """One layout, engine and precision. `parallel` and `engine` are fields of their configs, `model` holds dotted keys.
 
-    distillation: fields of its config, with the checkpoint of a teacher; empty for next-token prediction.
+    numbers: fields of the precision's config. distillation: fields of its config, with the checkpoint of a teacher; empty for
+    next-token prediction.
     """
 
     parallel: dict[str, Any] = field(default_factory=dict)
@@ -60,6 +61,7 @@ class Case:
     model: dict[str, Any] = field(default_factory=dict)
     micro_batch: int = 2
     distillation: dict[str, Any] = field(default_factory=dict)
+    numbers: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -86,7 +88,7 @@ def run_config(case: Case) -> RunConfig:
         engine=kinds[settings.pop("kind", "fsdp")](**settings),
         objective=DistillationConfig(**case.distillation) if case.distillation else NextTokenConfig(),
         parallel=ParallelConfig(**case.parallel),
-        precision=PrecisionConfig(case.precision),
+        precision=precision_class(case.precision)(case.precision, **case.numbers),
         optim=OptimConfig(lr=PEAK, eps=EPS, weight_decay=0.5, clip_grad=CLIP),
     )
 

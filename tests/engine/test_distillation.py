@@ -15,7 +15,8 @@ from megatron_lite.checkpoint import CheckpointConfig, CheckpointStore
 from megatron_lite.config.compose import to_dict
 from megatron_lite.models.decoder import Decoder
 from megatron_lite.parallel.assemble import assemble, bare, seeded
-from megatron_lite.parallel.mesh import Mesh, ParallelConfig
+from megatron_lite.parallel.mesh import Mesh
+from megatron_lite.parallel.parallelize import Recipe
 from megatron_lite.weights import load
 from tests.distributed import run_ranks
 from tests.engine import harness
@@ -61,7 +62,7 @@ def teachers(tmp_path_factory) -> dict[str, str]:
     home, made = tmp_path_factory.mktemp("teachers"), {}
     for name, changes in (("hybrid", {}), ("tied", {"tie_embeddings": True, "init_std": 0.1})):
         config = model_config(TEACHER | changes)
-        decoder, _ = assemble(config, mesh=Mesh(), parallel=ParallelConfig(), fill=seeded(3), wrap=bare)
+        decoder, _ = assemble(config, mesh=Mesh(), recipe=Recipe(), fill=seeded(3), wrap=bare)
         tensors = {f"model.{key}": value.detach() for key, value in decoder.named_parameters()}
         state = harness.manifest_state({"adam_step": 0}) | {"config": {"model": to_dict(config)}}
         CheckpointStore(home / name / "checkpoints", CheckpointConfig()).save(1, tensors, state)

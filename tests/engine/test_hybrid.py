@@ -157,8 +157,8 @@ def one_process_in_bf16() -> tuple[list[float], list[float], set[str]]:
 # partial sums are rounded to bf16 before they are added, which is compared in step 1 (tests/engine/test_bf16.py).
 @pytest.mark.parametrize(
     ("parallel", "engine", "tolerance"),
-    [({}, {}, 1e-5), ({}, zero(3), 1e-4), (SEQUENCE, {}, 1e-3)],
-    ids=["dp, full", "zero 3", "tp, sequence parallel"],
+    [({}, {}, 1e-5), ({"recompute": "selective"}, {}, 1e-5), ({}, zero(3), 1e-4), (SEQUENCE, {}, 1e-3)],
+    ids=["dp, full", "dp, full, recompute", "zero 3", "tp, sequence parallel"],
 )
 def test_bf16(parallel: dict[str, Any], engine: dict[str, Any], tolerance: float) -> None:
     losses, norms, seen = one_process_in_bf16()

@@ -34,7 +34,7 @@ def test_nemotron4_15b_has_exactly_the_published_shapes():
 # NVIDIA's configs of Nemotron Nano 2.
 SIZES = {
     "smollm2_135m": 134_515_008, "mistral_nemo_12b": 12_247_782_400, "minitron_8b": 8_414_105_600, "minitron_4b": 4_190_509_056,
-    "nemotron_nano2_12b": 12_310_001_152, "nemotron_nano2_9b": 8_888_227_328,
+    "nemotron4_minitron_8b": 8_271_699_968, "nemotron_nano2_12b": 12_310_001_152, "nemotron_nano2_9b": 8_888_227_328,
 }  # fmt: skip
 
 

@@ -70,6 +70,27 @@ def test_its_state_goes_through_json_to_the_same_verdicts():
         assert second.read() == Spikes(count=4, first_step=25, end_sample=320)
 
 
+def test_a_burst_longer_than_the_window_stays_one():
+    """Spikes that entered the window would become what the next ones are measured against."""
+    rows = curves(40, dict.fromkeys(range(15, 30), (9.0, 5.0)))
+    assert verdicts(SpikeDetector(CONFIG, device=CPU), rows) == [15 <= step < 30 for step in range(1, 41)]
+
+
+def test_a_state_replaces_what_was_there_by_its_newest_rows():
+    high, rows = [(50.0, 50.0)] * 12, curves(30, {})
+    saved = SpikeDetector(CONFIG, device=CPU)
+    verdicts(saved, high[:3] + rows)
+    smaller = SpikeDetector(SpikeConfig(window=5, threshold=5.0), device=CPU)
+    smaller.load_state(saved.state())
+    assert smaller.state()["recent"] == saved.state()["recent"][-5:]
+    part = SpikeDetector(CONFIG, device=CPU)
+    verdicts(part, rows[:4])
+    going_back = SpikeDetector(CONFIG, device=CPU)
+    verdicts(going_back, high)
+    going_back.load_state(part.state())
+    assert going_back.state() == part.state()
+
+
 @pytest.mark.parametrize("state", [{}, {"recent": [[1.0]], "unread": [0, 0, 0]}, {"recent": [], "unread": ["x"]}])
 def test_another_state_is_refused(state):
     with pytest.raises(ValueError, match="spike detector"):

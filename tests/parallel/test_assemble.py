@@ -17,6 +17,7 @@ from megatron_lite.objectives.next_token import NextToken
 from megatron_lite.parallel.assemble import assemble, from_tensors
 from megatron_lite.parallel.global_view import Piece
 from megatron_lite.parallel.mesh import CPU, ParallelConfig, build_mesh
+from megatron_lite.parallel.parallelize import Recipe
 from megatron_lite.weights import load, open_weights
 from tests.distributed import run_ranks
 from tests.hf_folders import make_folder
@@ -47,7 +48,7 @@ def read_at_tp2_dp2(rank: int, world_size: int, path: str, engine: str) -> dict[
         objective, shards = assemble(
             weights.config,
             mesh=mesh,
-            parallel=parallel,
+            recipe=Recipe(parallel),
             fill=fill,
             wrap=NextToken,
             distribute=ENGINES[engine].distribute(mesh, torch.float32),

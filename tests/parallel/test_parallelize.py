@@ -22,7 +22,7 @@ from megatron_lite.parallel.collectives import sequence_gather
 from megatron_lite.parallel.cross_entropy import cross_entropy_sum
 from megatron_lite.parallel.layers import ShardInfo, TensorParallel, shard_info
 from megatron_lite.parallel.mesh import CPU, Mesh, ParallelConfig, build_mesh
-from megatron_lite.parallel.parallelize import parallelize, vocabulary_shard
+from megatron_lite.parallel.parallelize import Recipe, parallelize, vocabulary_shard
 from tests.distributed import run_ranks
 
 SEED = 5
@@ -131,7 +131,7 @@ def build(world_size: int, config: ModelConfig, parallel: ParallelConfig) -> Dec
     torch.use_deterministic_algorithms(True)  # fills what `torch.empty` returns with NaN
     try:
         assert torch.empty(3).isnan().all()
-        decoder, _ = assemble(config, mesh=mesh, parallel=parallel, fill=seeded(SEED), wrap=bare)
+        decoder, _ = assemble(config, mesh=mesh, recipe=Recipe(parallel), fill=seeded(SEED), wrap=bare)
     finally:
         torch.use_deterministic_algorithms(False)
     return decoder
@@ -329,7 +329,7 @@ def test_compile_is_handed_to_each_layer(monkeypatch: pytest.MonkeyPatch) -> Non
     compiled_layers: list[torch.nn.Module] = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled_layers.append(self))
     decoder = Decoder(NEMOTRON)
-    parallelize(decoder, Mesh(), ParallelConfig(compile=True))
+    parallelize(decoder, Mesh(), Recipe(ParallelConfig(compile=True)))
     assert compiled_layers == list(decoder.layers)
 
 
@@ -375,7 +375,7 @@ def test_a_layer_can_be_given_away_before_the_next_has_memory() -> None:
             layer.to("meta")  # stands for: gives its memory away
 
     with pytest.raises(AssertionError, match="not materialized"):
-        assemble(NEMOTRON, mesh=Mesh(), parallel=ParallelConfig(), fill=seeded(SEED), wrap=bare, distribute=distribute)
+        assemble(NEMOTRON, mesh=Mesh(), recipe=Recipe(), fill=seeded(SEED), wrap=bare, distribute=distribute)
     assert max(real) == max(len(list(layer.parameters())) for layer in Decoder(NEMOTRON).layers)
 
 
@@ -384,7 +384,7 @@ def fully_sharded(rank: int, world_size: int, parallel: ParallelConfig) -> dict[
     objective, _ = assemble(
         LLAMA,
         mesh=mesh,
-        parallel=parallel,
+        recipe=Recipe(parallel),
         fill=seeded(SEED),
         wrap=NextToken,
         distribute=FsdpConfig().distribute(mesh, torch.float32),

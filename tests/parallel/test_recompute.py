@@ -12,7 +12,7 @@ from megatron_lite.models.config import AttentionConfig, MlpConfig, ModelConfig
 from megatron_lite.models.decoder import Decoder
 from megatron_lite.models.initialization import initialize_model_
 from megatron_lite.parallel.mesh import Mesh, ParallelConfig
-from megatron_lite.parallel.parallelize import parallelize
+from megatron_lite.parallel.parallelize import Recipe, parallelize
 
 CONFIG = ModelConfig(
     family="nemotron4",
@@ -40,7 +40,7 @@ class Calls(TorchDispatchMode):
 def backward_calls(mode: str) -> Counter[str]:
     decoder = Decoder(CONFIG)
     initialize_model_(decoder, 0)
-    parallelize(decoder, Mesh(), ParallelConfig(recompute=mode))
+    parallelize(decoder, Mesh(), Recipe(ParallelConfig(recompute=mode)))
     loss = decoder(torch.arange(16).view(2, 8)).square().mean()
     with Calls() as calls:
         loss.backward()
@@ -65,10 +65,10 @@ def test_what_runs_again_in_backward() -> None:
 def test_names_stay() -> None:
     decoder = Decoder(CONFIG)
     names = list(decoder.state_dict())
-    parallelize(decoder, Mesh(), ParallelConfig(recompute="full"))
+    parallelize(decoder, Mesh(), Recipe(ParallelConfig(recompute="full")))
     assert list(decoder.state_dict()) == names
 
 
 def test_an_unknown_mode_is_refused() -> None:
     with pytest.raises(ValueError, match=r"parallel.recompute=half is unknown; choose one of none, selective, full"):
-        parallelize(Decoder(CONFIG), Mesh(), ParallelConfig(recompute="half"))
+        parallelize(Decoder(CONFIG), Mesh(), Recipe(ParallelConfig(recompute="half")))

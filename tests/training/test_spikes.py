@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from megatron_lite.checkpoint.manifest import read_manifest
 from megatron_lite.checkpoint.opening import find_checkpoint
@@ -17,8 +19,10 @@ from megatron_lite.commands import train as command
 from megatron_lite.data.blend import Blend
 from megatron_lite.errors import TrainingDivergedError
 from megatron_lite.objectives.next_token import NextToken
+from megatron_lite.optim.spikes import SpikeConfig, Spikes
 from megatron_lite.tracking.jsonl import JsonlTracker
 from megatron_lite.training.config import compose_run
+from megatron_lite.training.spikes import SpikeGuard, roll_back
 from megatron_lite.training.trainer import Trainer
 from tests import runs
 from tests.distributed import run_ranks
@@ -152,6 +156,8 @@ def test_stopped_between_a_spike_and_its_row_it_is_the_same_run(train):
     train("rollback", *options, "train.stop_at=17")
     run_dir = train("rollback", *options)
     good = {row["step"]: row["loss"] for row in runs.rows(whole)}
+    for row in runs.rows(whole):  # the speed counts the tokens of the steps that the row is of
+        assert row["tokens_per_second"] * row["step_seconds"] == pytest.approx(8 * 32)
     assert {row["step"]: row["loss"] for row in runs.rows(run_dir) if row["step"] in good} == good
     assert runs.digest(find_checkpoint(run_dir)) == runs.digest(find_checkpoint(whole))
 
@@ -186,6 +192,23 @@ def test_stop_fails_and_says_where(train):
 def test_it_does_not_go_back_for_ever(train):
     with pytest.raises(TrainingDivergedError, match=r"step 16.*spike\.max_rollbacks"):
         train("rollback", "spike.max_rollbacks=0")
+
+
+@pytest.mark.parametrize(("within", "raises"), [(6, False), (7, True)])
+def test_only_recent_rollbacks_and_regular_checkpoints_count(within, raises):
+    """One rollback is allowed within so many steps. Steps 2 and 9 were saved by a signal, step 12 is too new."""
+    config = SpikeConfig(window=6, max_rollbacks=1, within_steps=within)
+    offered: list[list[int]] = []
+    store = SimpleNamespace(
+        config=SimpleNamespace(every=4), recovered_steps=lambda: [2, 4, 8, 9, 12], newest_of=offered.append
+    )
+    trainer = SimpleNamespace(
+        spikes=SpikeGuard("rollback", config, torch.device("cpu"), [{"step": 10}]), position=SimpleNamespace(step=16),
+        store=store, runtime=SimpleNamespace(is_main=False),
+    )  # fmt: skip
+    with pytest.raises(TrainingDivergedError, match=r"within 7 steps") if raises else nullcontext():
+        assert not roll_back(trainer, Spikes(1, 16, 128))
+        assert offered == [[4, 8]]
 
 
 def test_without_an_old_checkpoint_the_update_is_left_out(train):

@@ -123,7 +123,7 @@ def references(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
     made = {}
     for objective, how in support.FEATURES["objective"].choices.items():
         for family, words in FAMILIES.items():
-            made[family, objective] = folder / f"{family} {objective}"
+            made[family, objective] = folder / str(len(made))
             learned = how.replace("PATH", str(made["nemotron4", "next token"])).split()
             runs.run(tiny_data, made[family, objective], "train.max_steps=2", *words, *learned)
     return made

@@ -1,0 +1,60 @@
+"""What an engine knows about the precision of the linear layers: when to say that a step or a micro-batch begins and ends.
+
+`Numerics` does nothing: products in the dtype of their operands. `emulated.py` has the one of the FP8 recipes computed with torch.
+It hangs on the decoder that it belongs to, so that whatever runs the decoder finds it (`numerics_of`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Observation:
+    """One quantized operand. operand: input | weight | grad_output. amax, overflow, underflow: 0-dim fp32 on the device.
+
+    overflow: share of the elements beyond the largest number, or not finite. underflow: share of those not 0 that became 0.
+    """
+
+    module: str
+    operand: str
+    amax: Tensor
+    overflow: Tensor
+    underflow: Tensor
+
+
+class Numerics:
+    """Plain products. rungs: what `rung` can be set to, from the fastest on; none here."""
+
+    rungs: tuple[str, ...] = ()
+    rung: str = ""
+
+    def step(self, *, keep_weights: bool) -> AbstractContextManager[None]:
+        """Around all micro-batches of a step: the weights do not change inside. keep_weights: they stay in memory as a whole, so that
+        what is made of them may stay too."""
+        return nullcontext()
+
+    def micro_batch(self) -> AbstractContextManager[None]:
+        """Around forward and backward of one micro-batch of training. Collective where histories are kept."""
+        return nullcontext()
+
+    def forward_only(self) -> AbstractContextManager[None]:
+        """Around an evaluation or a diagnosis, which leave no trace in the state."""
+        return nullcontext()
+
+    def collect(self, observe: Callable[[Observation], None]) -> AbstractContextManager[None]:
+        """Inside, `observe` is called for every operand that is quantized."""
+        return nullcontext()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint must hold to continue with the same bits: live fp32 tensors by their names, the same on all ranks."""
+        return {}
+
+
+def numerics_of(decoder: nn.Module) -> Numerics:
+    """The numerics that were applied to `decoder`, or plain ones."""
+    return getattr(decoder, "numerics", None) or Numerics()
