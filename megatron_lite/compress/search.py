@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import product
-from math import prod
 
 import torch
 
@@ -196,9 +195,5 @@ def kept_share(scores: Scores, config: ModelConfig, selection: Selection, option
         channels = rows[layer].rows(config, selection.inner[layer])[rows[layer].inner].keep
         mixers.append(float(roots[channels].sum() / roots.sum().clamp(min=1e-30)))
     units = [unit for unit, layers in enumerate(unit_layers(config)) if layers[0] in selection.layers]
-    shares = (
-        depth[units].sum() / depth.sum(),
-        hidden[selection.hidden].sum() / hidden.sum(),
-        sum(mixers) / len(mixers),
-    )
-    return prod(map(float, shares))
+    of_depth = float(depth[units].sum() / depth.sum())
+    return of_depth * float(hidden[selection.hidden].sum() / hidden.sum()) * sum(mixers) / len(mixers)
