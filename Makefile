@@ -19,9 +19,9 @@ fp8: env         ## does FP8 train as well as bf16? 40 minutes on two quiet core
 test: env-dev    ## set up .venv with [dev] and run the tests
 	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu"
 
-# Four at a time and launchers first: those mostly wait.
+# Five at a time and launchers first: those mostly wait.
 test-slow: env-dev  ## the long tests: random layouts, kills, a real Slurm where it is installed
-	$(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder -m "slow and not gpu" tests/launch tests
+	$(BIN)/python -m pytest -n 5 --dist loadfile --no-loadscope-reorder -m "slow and not gpu" tests/launch tests
 
 test-gpu: env-dev  ## what GPUs can show, as many as there are; skips what needs more
 	$(BIN)/python -m pytest -m gpu

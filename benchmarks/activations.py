@@ -91,7 +91,7 @@ def kept(tp: TensorParallel | None, mode: str, dtype: torch.dtype, *, blocks: in
     x_BTD = torch.randn(shape[0], length, WIDTH).to(dtype).requires_grad_()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watch:
         for layer in decoder.layers:
-            x_BTD = layer(x_BTD, context)
+            x_BTD, _ = layer(x_BTD, context)
     return sum(event.nbytes() for event in watch.profiler.kineto_results.events() if event.name() == "[memory]")
 
 

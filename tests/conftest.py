@@ -40,7 +40,7 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def straight(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of 20 steps without interruption, not to be changed: copy it first (`copy_of`)."""
     directory = tmp_path_factory.mktemp("runs") / "straight"
-    assert runs.run(tiny_data, directory) == 0
+    assert runs.run(tiny_data, directory, drawn=True) == 0
     return directory
 
 

@@ -7,8 +7,8 @@
         results = run_ranks(2, sums, 3.0)           # one result a rank
 
 Notable features:
-- One pool of workers for each world size, started at its first use and kept until pytest ends: importing torch costs
-  seconds a process, a job then costs milliseconds. Each pytest-xdist worker has pools of its own.
+- One pool of workers for each world size, started at its first use and kept until pytest ends: a job then costs
+  milliseconds. Workers are forks of a server that has imported torch (`tests.forked`). Each pytest-xdist worker has its own.
 - Rendezvous through a file in a temporary folder: no port to collide on.
 - `device()` is the device of this process, the one place that decides it; tests that need more GPUs than there are skip themselves.
 - A rank's exception arrives in the test with its rank and traceback. A rank that hangs is named after the timeout, with
@@ -38,6 +38,8 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+from tests.forked import PROCESSES
 
 # How long a worker may take to start, and a job: only what hangs takes that long, also on a machine that does five things at once.
 PATIENCE_SECONDS = 600.0
@@ -100,16 +102,17 @@ class _Pool:
         if self.processes and all(process.is_alive() for process in self.processes):
             return
         self.stop()
-        spawn = multiprocessing.get_context("spawn")  # fork is unsafe once torch runs threads
         self.folder = Path(tempfile.mkdtemp(prefix="ranks-"))
         for rank in range(self.world_size):
-            here, there = spawn.Pipe()
-            process = spawn.Process(target=_serve, args=(rank, self.world_size, str(self.folder), there), daemon=True)
+            here, there = PROCESSES.Pipe()
+            process = PROCESSES.Process(
+                target=_serve, args=(rank, self.world_size, str(self.folder), there), daemon=True
+            )
             process.start()
             there.close()
             self.processes.append(process)
             self.pipes.append(here)
-        for rank, pipe in enumerate(self.pipes):  # the imports take seconds, which no job's timeout should count
+        for rank, pipe in enumerate(self.pipes):  # the first imports take seconds, which no job's timeout should count
             if not pipe.poll(PATIENCE_SECONDS) or not self._receive(rank)[0]:
                 self.stop()
                 raise RanksFailed(f"rank {rank} of {self.world_size} did not start within {PATIENCE_SECONDS:g} s")

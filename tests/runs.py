@@ -7,11 +7,16 @@ import json
 import random
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from unittest.mock import patch
 
+import pytest
 import yaml
 
-from megatron_lite.commands.train import train
+from megatron_lite.commands import ranks
+from megatron_lite.commands import train as training
 from megatron_lite.data.indexed import IndexedWriter, best_dtype
 from megatron_lite.data.sidecar import Sidecar, write_sidecar
 from megatron_lite.data.tokenizer import encode_documents, fingerprint, load_tokenizer, train_tokenizer
@@ -31,6 +36,8 @@ TINY = [
     "train.global_batch_size=8", "train.micro_batch_size=4", "train.max_steps=20", "train.threads=1", "optim.lr=1e-2",
     "schedule.warmup_steps=2", "checkpoint.every=4", "checkpoint.keep=3",
 ]  # fmt: skip
+
+DRAWINGS = ("write_loss_plot", "write_report")
 
 
 def make_data(folder: Path) -> Path:
@@ -75,14 +82,33 @@ def arguments(data: Path, run_dir: Path, *overrides: str) -> list[str]:
     return ["--config-dir", str(data), *TINY, f"run.dir={run_dir}", *overrides]
 
 
-def run(data: Path, run_dir: Path, *overrides: str) -> int:
-    """Train in this process."""
-    return train(compose_run(arguments(data, run_dir, *overrides)))
+def run(data: Path, run_dir: Path, *overrides: str, drawn: bool = False) -> int:
+    """Train in this process. drawn: with loss.png and report.html, which take longer than the twenty steps."""
+    run = compose_run(arguments(data, run_dir, *overrides))
+    with nullcontext() if drawn else undrawn():
+        return training.train(run)
 
 
-def start(data: Path, run_dir: Path, *overrides: str, command: str = "train") -> subprocess.Popen:
+def undrawn() -> AbstractContextManager[object]:
+    """In it `mlite train` in this process draws nothing at its end."""
+    return patch.multiple(training, **dict.fromkeys(DRAWINGS, lambda directory: None))
+
+
+@contextmanager
+def as_rank(rank: int, world_size: int) -> Iterator[pytest.MonkeyPatch]:
+    """In it a command is a rank of the pool (`tests.distributed`), whose process group it leaves open, and draws nothing."""
+    place = {"RANK": rank, "WORLD_SIZE": world_size, "MASTER_ADDR": "here", "MASTER_PORT": 0}
+    with pytest.MonkeyPatch.context() as patch, undrawn():
+        for key, value in place.items():
+            patch.setenv(key, str(value))
+        for module in (training, ranks):
+            patch.setattr(module, "stop", lambda: None)
+        yield patch
+
+
+def start(data: Path, run_dir: Path, *overrides: str) -> subprocess.Popen:
     """Train in a process of its own; stdout and stderr are one pipe."""
-    words = [sys.executable, "-m", "megatron_lite", command, *arguments(data, run_dir, *overrides)]
+    words = [sys.executable, "-m", "megatron_lite", "train", *arguments(data, run_dir, *overrides)]
     return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 

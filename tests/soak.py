@@ -2,8 +2,8 @@
 
     python -m tests.soak --kills 100 --seed 0
 
-Every job is a process of its own: a fork of a server that has only imported things, so that a kill costs a fraction of a second
-instead of a start of Python. Checkpoints are written slowly, so that many kills fall into a save; some jobs save in the background
+Every job is a process of its own (a fork, see `tests.forked`), so that a kill costs a fraction of a second instead of a start of
+Python. Checkpoints are written slowly, so that many kills fall into a save; some jobs save in the background
 (`checkpoint.async_save`), some do not. A kill (SIGKILL) comes at one of these moments, drawn by `--seed`:
     anywhere    some time after the start: reading data, building the model, restoring, training
     row         some time after the next row of metrics.jsonl
@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
-import multiprocessing
 import os
 import random
 import shutil
@@ -31,15 +30,12 @@ from pathlib import Path
 from typing import Any
 
 from tests import runs
+from tests.forked import PROCESSES
 
 STEPS, EVERY = 40, 3
 OVERRIDES = [f"train.max_steps={STEPS}", f"checkpoint.every={EVERY}", "checkpoint.keep=2", "train.eval_every=15"]
 MOMENTS = ("anywhere", "row", "save", "save")
 DEADLINE = 120.0  # seconds that a job may take at most before it counts as hanging
-
-# The server imports once; its forks have one thread and have computed nothing, like a process that was just started.
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["tests.soak_imports"])
 
 
 class SlowFile:

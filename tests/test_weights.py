@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import megatron_lite
 from megatron_lite.checkpoint.opening import find_checkpoint, load_tensors
+from megatron_lite.commands import train as training
 from megatron_lite.data.blend import open_blend
 from megatron_lite.parallel.mesh import Mesh
 from megatron_lite.training.build import build_engine, build_schedule, open_tokenizer
@@ -29,9 +30,8 @@ def config(data, run_dir, *overrides):
 
 
 def train(data, run_dir, *overrides) -> int:
-    from megatron_lite.commands.train import train as train_command
-
-    return train_command(config(data, run_dir, *overrides))
+    with runs.undrawn():
+        return training.train(config(data, run_dir, *overrides))
 
 
 def saved(run_dir) -> dict[str, torch.Tensor]:

@@ -8,6 +8,7 @@ Notable features:
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -70,12 +71,12 @@ def _require_config_dir(folder: Path | None) -> str:
 
 def to_yaml(config: Any) -> str:
     """A typed config as YAML text (what `config.yaml` of a run holds)."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    return OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))
 
 
 def to_dict(config: Any) -> dict[str, Any]:
     """A typed config as plain dicts, lists and values (what a checkpoint's manifest holds)."""
-    return OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)  # type: ignore[return-value]
+    return asdict(config)
 
 
 def from_dict(schema: type, values: dict[str, Any]) -> Any:

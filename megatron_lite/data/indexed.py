@@ -21,7 +21,7 @@ import os
 import struct
 from array import array
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
@@ -75,15 +75,15 @@ class IndexedDataset:
         index, tokens = idx_path(prefix), bin_path(prefix)
         for path in (index, tokens):
             _require_content(path)
-        self.dtype, self.num_sequences, entries = _read_header(index)
+        self._index = np.memmap(index, dtype=np.uint8, mode="r").view(np.ndarray)
+        self.dtype, self.num_sequences, entries = _read_header(index, self._index)
         self.num_documents = entries - 1
-        buffer = np.memmap(index, dtype=np.uint8, mode="r")
         offset = HEADER.size
-        self._lengths = np.frombuffer(buffer, "<i4", self.num_sequences, offset)
+        self._lengths = np.frombuffer(self._index, "<i4", self.num_sequences, offset)
         offset += self._lengths.nbytes
-        self._pointers = np.frombuffer(buffer, "<i8", self.num_sequences, offset)
+        self._pointers = np.frombuffer(self._index, "<i8", self.num_sequences, offset)
         offset += self._pointers.nbytes
-        self._documents = np.frombuffer(buffer, "<i8", entries, offset)
+        self._documents = np.frombuffer(self._index, "<i8", entries, offset)
         self._check_ends(tokens.stat().st_size)
         self._tokens = np.memmap(tokens, dtype=self.dtype, mode="r").view(np.ndarray)
         self.num_tokens = len(self._tokens)
@@ -128,6 +128,12 @@ class IndexedDataset:
         starts = [self.document_start(document) for document in range(first, last)]
         return list(dict.fromkeys(starts))  # a document without tokens begins where the next one does
 
+    def ends(self, size: int) -> Iterator[bytes]:
+        """The first and the last `size` bytes of the index, and those of the tokens."""
+        for content in (self._index, self._tokens.view(np.uint8)):
+            yield content[:size].tobytes()
+            yield content[-size:].tobytes()
+
 
 def _require_content(path: Path) -> None:
     if not path.is_file():
@@ -139,16 +145,14 @@ def _require_content(path: Path) -> None:
         raise ValueError(f"{path} is empty: no document was written, or writing was cut off; tokenize the source again")
 
 
-def _read_header(path: Path) -> tuple[np.dtype, int, int]:
+def _read_header(path: Path, index: npt.NDArray[np.uint8]) -> tuple[np.dtype, int, int]:
     """(dtype, sequences, length of the document index) of an index whose size agrees with its header."""
-    with path.open("rb") as file:
-        header = file.read(HEADER.size)
+    header, size = index[: HEADER.size].tobytes(), len(index)
     if header[: len(MAGIC)] != MAGIC[: len(header)]:
         raise ValueError(
             f"{path} is not a Megatron index: it begins with {header[:9]!r} instead of {MAGIC!r}; tokenize "
             "the source into Megatron's mmap .bin/.idx format"
         )
-    size = path.stat().st_size
     if len(header) < HEADER.size:
         raise ValueError(
             f"{path} is truncated: {size} bytes, the header alone has {HEADER.size}; copy or tokenize it again"

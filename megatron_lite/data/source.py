@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_lite.data.config import DataConfig
-from megatron_lite.data.indexed import IndexedDataset, bin_path, idx_path
+from megatron_lite.data.indexed import IndexedDataset
 from megatron_lite.data.packing import Example, PackingOptions, pack
 from megatron_lite.data.sidecar import Sidecar, TokenizerIdentity, read_sidecar, sidecar_path
 
@@ -124,11 +124,8 @@ class Source:
         tokenizer = self.manifest.tokenizer if self.manifest else ""
         counts = [self.num_tokens, self.num_documents, str(self.dataset.dtype), tokenizer]
         digest = hashlib.blake2b(json.dumps(counts).encode(), digest_size=16)
-        for path in (idx_path(self.dataset.prefix), bin_path(self.dataset.prefix)):
-            with path.open("rb") as file:
-                digest.update(file.read(_SAMPLED_BYTES))
-                file.seek(max(0, path.stat().st_size - _SAMPLED_BYTES))
-                digest.update(file.read(_SAMPLED_BYTES))
+        for end in self.dataset.ends(_SAMPLED_BYTES):
+            digest.update(end)
         return digest.hexdigest()
 
 

@@ -46,7 +46,12 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase) -> npt.NDArray[np.int64]:
         for index, token in vocabulary.items():
             sizes[index] = len(token) if alphabet.issuperset(token) else len(token.encode())
         return sizes
-    single = [index for token, index in tokenizer.get_vocab().items() if _BYTE.fullmatch(token)]
+    bytes_as_characters = _spells_bytes(tokenizer)
+    single = [
+        index
+        for token, index in tokenizer.get_vocab().items()
+        if _BYTE.fullmatch(token) or (bytes_as_characters and len(token) == 1)
+    ]
     rest = list(vocabulary.keys() - set(single))
     sizes[rest] = _added_bytes(tokenizer, rest)
     sizes[single] = 1
@@ -73,6 +78,13 @@ def _is_byte_level(tokenizer: Any) -> bool:
     decoder = json.loads(backend.to_str())["decoder"] if backend is not None else None
     parts = (decoder or {}).get("decoders", [decoder])
     return any(part and part["type"] == "ByteLevel" for part in parts)
+
+
+def _spells_bytes(tokenizer: Any) -> bool:
+    """Whether the token of every byte is the character of the same number, as in ByT5: those above 127 decode to nothing alone."""
+    letter = "é"
+    ids = tokenizer(letter, add_special_tokens=False)["input_ids"]
+    return tokenizer.convert_ids_to_tokens(ids) == [chr(byte) for byte in letter.encode()]
 
 
 def _added_bytes(tokenizer: Any, ids: list[int]) -> list[int]:

@@ -128,9 +128,7 @@ class DeepSpeedEngine:
         self.parameters = dict(objective.decoder.named_parameters())
         for name, parameter in self.parameters.items():
             parameter.tensor_model_parallel = shards[name].tp_dim is not None  # type: ignore[attr-defined]
-        self.adamw = torch_adamw(
-            self.parameters, optim, dims={name: len(info.global_shape) for name, info in shards.items()}
-        )
+        self.adamw = torch_adamw(self.parameters, optim, {name: info.kind for name, info in shards.items()})
         elements = sum(math.prod(info.global_shape) for info in shards.values())
         self.engine = deepspeed.initialize(
             model=objective,

@@ -140,7 +140,8 @@ class FsdpEngine:
         self.numerics = numerics_of(objective.decoder)
         self.replicas = Replicas(shards, mesh)
         self.parameters = dict(objective.decoder.named_parameters())
-        self.optimizer = AdamW({name: _local(parameter) for name, parameter in self.parameters.items()}, optim)
+        local = {name: _local(parameter) for name, parameter in self.parameters.items()}
+        self.optimizer = AdamW(local, optim, {name: info.kind for name, info in shards.items()})
         self.optimizer_device = next(iter(self.optimizer.parameters.values())).device  # the CPU with engine.cpu_offload
 
     def train_step(self, micro_batches: list[Batch], *, lr: float, judge: Judge = not_finite) -> StepResult:

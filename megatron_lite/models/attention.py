@@ -1,11 +1,17 @@
 """Causal self-attention with grouped queries (GQA, arXiv 2305.13245) and partial rotary positions.
 
+    softmax(Q K^T / sqrt(K)) V over the keys that a query sees: the tokens of its document up to itself; with a window only the last
+    `window` of them and itself, and the first `always_visible` (Longformer, arXiv 2004.05150; StreamingLLM, arXiv 2309.17453)
+
+`AttentionCore` has no projections: `Attention` puts it between `qkv` and `out`, other layer types use it too. A layer may use the keys
+and values of an earlier one (`LayerSpec.kv_from`; cross-layer sharing, arXiv 2405.12981): it projects and rotates only its queries.
+
 The fused projection `qkv` is group-major: KV group by KV group, rows [q_1 .. q_n k v]. Any tensor-parallel
 shard of whole groups is then one contiguous range of rows, and the module finds the number of groups it
 holds from the width it gets.
 
-Shapes: B batch, T sequence, S keys, D hidden, H heads, G KV groups, N = H/G + 2 (a group's queries, key and
-value), K head dim.
+Shapes: B batch, T sequence, S keys, D hidden, H heads, G KV groups, R = H/G queries of a group, N = R + 1 (a group's queries and key;
+R without a key), K head dim of queries and keys, V head dim of values.
 """
 
 from __future__ import annotations
@@ -14,94 +20,117 @@ import torch
 from torch import Tensor, nn
 
 from megatron_lite.models import rope
-from megatron_lite.models.attention_kernel import attention_kernel
-from megatron_lite.models.cache import KeyValueCache
+from megatron_lite.models.attention_kernel import attend
+from megatron_lite.models.attention_mask import Visibility
+from megatron_lite.models.cache import KeyValue, KeyValueCache
 from megatron_lite.models.config import ModelConfig
 from megatron_lite.models.context import LayerContext
 from megatron_lite.models.linear import Linear
 from megatron_lite.models.norm import NORMS
+from megatron_lite.models.pattern import LayerSpec
+
+
+class AttentionCore(nn.Module):
+    """From projected queries, keys and values to the heads' outputs: norms, rotation, cache, sharing, mask, kernel."""
+
+    def __init__(self, config: ModelConfig, spec: LayerSpec) -> None:
+        super().__init__()
+        self.shares, self.uses_others = spec.shares, spec.kv_from is not None
+        self.visibility = Visibility(spec.window, config.attention.always_visible)
+        self.queries = config.attention.heads // config.attention.kv_heads
+        self.head_dim, self.value_head_dim = config.head_dim, config.value_head_dim
+        self.rotary = rope.Rotary(config)
+        make_norm = NORMS[config.norm] if config.attention.qk_norm else None
+        self.q_norm = None if make_norm is None else make_norm(self.head_dim, config.norm_eps)
+        self.k_norm = None if make_norm is None or self.uses_others else make_norm(self.head_dim, config.norm_eps)
+
+    @property
+    def sizes(self) -> list[int]:
+        """Rows of one KV group in the fused projection: queries and key, value."""
+        keys = 0 if self.uses_others else 1
+        return [(self.queries + keys) * self.head_dim, keys * self.value_head_dim]
+
+    def forward(self, qk_BTGX: Tensor, value_BTGV: Tensor, context: LayerContext) -> tuple[Tensor, KeyValue | None]:
+        """((B, T, H V), keys and values for other layers or None). X = N K; V = 0 where another layer's are used."""
+        qk_BTGNK = self._normed(qk_BTGX.unflatten(-1, (-1, self.head_dim)))
+        if self.rotary.dim:
+            dtype = torch.promote_types(qk_BTGX.dtype, torch.float32)  # bf16 has too few digits for angles
+            cos, sin = self.rotary.tables(context.positions_BT, dtype=dtype)
+            qk_BTGNK = rope.apply_rotary(qk_BTGNK, cos, sin)  # queries and keys in one go
+        if self.uses_others:
+            assert context.kv is not None, "the decoder hands on the keys of the layer that the spec names"
+            query, kv = qk_BTGNK, context.kv
+        else:
+            query, key = qk_BTGNK.split([self.queries, 1], dim=3)
+            kv = KeyValue(key.squeeze(3).transpose(1, 2), value_BTGV.transpose(1, 2))
+            if self.shares:  # views would lose the hooks by which FSDP2 learns of their gradients
+                kv = KeyValue(kv.key_BGSK.contiguous(), kv.value_BGSV.contiguous())
+            if isinstance(context.cache, KeyValueCache):
+                kv = context.cache.append(kv.key_BGSK, kv.value_BGSV, context.positions_BT)
+        y_BHTV = self.attend(query.flatten(2, 3).transpose(1, 2), kv, context)
+        return y_BHTV.transpose(1, 2).flatten(2), kv if self.shares else None
+
+    def _normed(self, qk_BTGNK: Tensor) -> Tensor:
+        if self.q_norm is None:
+            return qk_BTGNK
+        if self.k_norm is None:
+            return self.q_norm(qk_BTGNK)
+        query, key = qk_BTGNK.split([self.queries, 1], dim=3)
+        return torch.cat([self.q_norm(query), self.k_norm(key)], dim=3)
+
+    def attend(self, query_BHTK: Tensor, kv: KeyValue, context: LayerContext) -> Tensor:
+        """(B, H, T, V). What a sequence that is cut over ranks replaces."""
+        return attend(query_BHTK, kv, context, self.visibility)
 
 
 class Attention(nn.Module):
-    """softmax(Q K^T / sqrt(K)) V, heads concatenated and projected back to D."""
+    """The heads' outputs concatenated and projected back to D."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, spec: LayerSpec) -> None:
         super().__init__()
-        heads, kv_heads = config.attention.heads, config.attention.kv_heads
-        self.head_dim = config.head_dim
-        self.queries_per_group = heads // kv_heads
-        self.rotary = rope.Rotary(config)
-        width = (heads + 2 * kv_heads) * self.head_dim
+        self.core = AttentionCore(config, spec)
+        width, heads = config.attention.kv_heads * sum(self.core.sizes), config.attention.heads
         bias = config.linear_bias or config.attention.qkv_bias
         self.qkv = Linear(config.hidden_size, width, init_std=config.init_std, bias=bias)
-        make_norm = NORMS[config.norm] if config.attention.qk_norm else None
-        self.q_norm = None if make_norm is None else make_norm(self.head_dim, config.norm_eps)
-        self.k_norm = None if make_norm is None else make_norm(self.head_dim, config.norm_eps)
         self.out = Linear(
-            heads * self.head_dim, config.hidden_size, init_std=config.output_init_std, bias=config.linear_bias
+            heads * config.value_head_dim, config.hidden_size, init_std=config.output_init_std, bias=config.linear_bias
         )
 
-    def forward(self, x_BTD: Tensor, context: LayerContext) -> Tensor:
-        """(B, T, D) -> (B, T, D)."""
-        qkv_BTGNK = self.qkv(x_BTD).unflatten(-1, (-1, self.queries_per_group + 2, self.head_dim))
-        length = qkv_BTGNK.shape[1]
+    def forward(self, x_BTD: Tensor, context: LayerContext) -> tuple[Tensor, KeyValue | None]:
+        """((B, T, D), keys and values for other layers or None)."""
+        grouped_BTGX = self.qkv(x_BTD).unflatten(-1, (-1, sum(self.core.sizes)))
         # split, not slices: its backward is one concatenation, that of every slice a whole tensor of zeros.
-        qk, value = qkv_BTGNK.split([self.queries_per_group + 1, 1], dim=3)
-        if self.q_norm is not None and self.k_norm is not None:
-            query, key = qk.split([self.queries_per_group, 1], dim=3)
-            qk = torch.cat([self.q_norm(query), self.k_norm(key)], dim=3)
-        if self.rotary.dim:
-            dtype = torch.promote_types(x_BTD.dtype, torch.float32)  # bf16 has too few digits for angles
-            cos, sin = self.rotary.tables(context.positions_BT, dtype=dtype)
-            qk = rope.apply_rotary(qk, cos, sin)  # queries and keys in one go
-        query, key = qk.split([self.queries_per_group, 1], dim=3)
-        query_BHTK = query.flatten(2, 3).transpose(1, 2)
-        key_BGSK, value_BGSK = key.squeeze(3).transpose(1, 2), value.squeeze(3).transpose(1, 2)
-        if isinstance(context.cache, KeyValueCache):
-            key_BGSK, value_BGSK = context.cache.append(key_BGSK, value_BGSK)
-        mask = attention_mask(context, keys=key_BGSK.shape[2])
-        kernel = attention_kernel(query_BHTK.device.type, query_BHTK.dtype, masked=mask is not None)
-        # Without a mask a single query is the newest token and sees everything; a causal mask would align it with the first key.
-        is_causal = mask is None and length > 1
-        y_BHTK = kernel(query_BHTK, key_BGSK, value_BGSK, mask=mask, is_causal=is_causal)
-        return self.out(y_BHTK.transpose(1, 2).flatten(2))
+        qk, value = grouped_BTGX.split(self.core.sizes, dim=3)
+        y_BTX, kv = self.core(qk, value, context)
+        return self.out(y_BTX), kv
 
 
-def attention_mask(context: LayerContext, *, keys: int) -> Tensor | None:
-    """(B or 1, 1, T, S) bool, True = attend, for S = `keys`. None: causal, or a single query that sees all keys.
-
-    A token sees the tokens of its document up to itself; positions rise within a document, so they say what comes before.
-    """
-    positions_BT = context.positions_BT
-    if context.documents_BT is not None:
-        documents_BT, positions_BT = context.documents_BT.int(), positions_BT.int()  # half as many bytes to compare
-        mask_BTS = documents_BT[:, :, None] == documents_BT[:, None, :]
-        mask_BTS &= positions_BT[:, :, None] >= positions_BT[:, None, :]
-        return mask_BTS[:, None]
-    keys_BS = torch.arange(keys, device=positions_BT.device)[None]
-    if context.starts_B is not None:
-        keys_BS = keys_BS - context.starts_B[:, None]
-        return (keys_BS[:, None, None] >= 0) & (keys_BS[:, None, None] <= positions_BT[:, None, :, None])
-    if positions_BT.shape[1] in (1, keys):
+def keys_cache(config: ModelConfig, spec: LayerSpec, capacity: int) -> KeyValueCache | None:
+    """The cache of one attention layer; None for one that uses another layer's keys and values."""
+    if spec.kv_from is not None:
         return None
-    return positions_BT[:, None, :, None] >= keys_BS[:, None, None]
+    return KeyValueCache(capacity, window=spec.kv_window, always_visible=config.attention.always_visible)
 
 
-def score_flops(config: ModelConfig, seq_len: int) -> float:
-    """Training FLOPs of a token in Q K^T and the weighted sum of values, in full, not halved for causality."""
-    return 12.0 * config.attention.heads * config.head_dim * seq_len
+def score_flops(config: ModelConfig, spec: LayerSpec, seq_len: int) -> float:
+    """Training FLOPs of a token in Q K^T and the weighted sum of values: 6 H (K + V) for each key, which are as many as the sequence
+    has, not halved for causality; with a window at most those that a query sees."""
+    keys = seq_len
+    if spec.window is not None:
+        keys = min(seq_len, config.attention.always_visible + spec.window + 1)
+    return 6.0 * config.attention.heads * (config.head_dim + config.value_head_dim) * keys
 
 
 def check(config: ModelConfig) -> None:
     """Raises ValueError naming the key of `config.attention` or `config.rope` that an attention layer cannot have."""
     attention = config.attention
-    for key, size in (("heads", attention.heads), ("kv_heads", attention.kv_heads)):
-        if size < 1:
-            raise ValueError(f"model.attention.{key}={size} must be at least 1")
-    if attention.head_dim is not None and attention.head_dim < 1:
-        raise ValueError(
-            f"model.attention.head_dim={attention.head_dim} must be at least 1, or null for hidden_size/heads"
-        )
+    for key in ("heads", "kv_heads"):
+        if getattr(attention, key) < 1:
+            raise ValueError(f"model.attention.{key}={getattr(attention, key)} must be at least 1")
+    for key, default in (("head_dim", "hidden_size/heads"), ("value_head_dim", "head_dim"), ("window", "no window")):
+        size = getattr(attention, key)
+        if size is not None and size < 1:
+            raise ValueError(f"model.attention.{key}={size} must be at least 1, or null for {default}")
     if attention.head_dim is None and config.hidden_size % attention.heads:
         raise ValueError(
             f"model.hidden_size={config.hidden_size} does not divide by model.attention.heads={attention.heads}; "
@@ -113,8 +142,11 @@ def check(config: ModelConfig) -> None:
             f"{attention.kv_heads}; every group of query heads shares one key-value head"
         )
     rope.check(config)
-    if attention.value_head_dim not in (None, config.head_dim):
-        raise ValueError(
-            f"model.attention.value_head_dim={attention.value_head_dim} is not built yet; set it to null, which "
-            f"means the head dim of queries and keys ({config.head_dim})"
-        )
+    if attention.always_visible < 0:
+        raise ValueError(f"model.attention.always_visible={attention.always_visible} must not be negative")
+    for key in ("always_visible", "global_layers"):
+        if attention.window is None and getattr(attention, key):
+            raise ValueError(
+                f"model.attention.{key}={getattr(attention, key)} has no effect without model.attention.window; set that, or "
+                f"drop model.attention.{key}"
+            )

@@ -1,15 +1,13 @@
 """The config of a model: sizes and choices, nothing about how or where it runs.
 
-It has keys for all planned model families. A checkpoint's manifest stores this tree, so keys are never renamed, and new keys
-are only added with a default that means "as before". Keys that are not implemented yet are refused unless they have their
-default.
+A checkpoint's manifest stores this tree, so keys are never renamed, and new keys are only added with a default that means "as
+before".
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
 
 from megatron_lite.models import pattern as layer_pattern
 
@@ -18,12 +16,13 @@ NORM_NAMES = ("layernorm1p", "rmsnorm", "layernorm")
 
 @dataclass
 class AttentionConfig:
-    """Self-attention, the symbol `*`.
+    """Self-attention, in the symbols `*` and `H`. Layers are counted among those that attend, from 0.
 
     heads: query heads. kv_heads: key-value heads, each shared by heads / kv_heads query heads.
     head_dim: dimensions of a query and a key; null = hidden_size / heads. value_head_dim: those of a value; null = head_dim.
-    window: tokens that a query looks back; null = all. always_visible: tokens at the start that every query sees.
-    global_layers: layers that attend without the window. kv_groups: layers that share the first one's keys and values.
+    window: tokens that a query looks back, itself not counted; null = all. always_visible: tokens at the start of a document, meta
+      tokens included, that every query sees. global_layers: layers that attend without the window.
+    kv_groups: groups of layers that use the keys and values of their first one.
     qkv_bias: biases in the query, key and value projections (Qwen2). qk_norm: norms over the head dim of queries and keys,
       before they rotate (Qwen3).
     """
@@ -73,7 +72,7 @@ class MlpConfig:
 
 @dataclass
 class MambaConfig:
-    """The state-space layer. version: 1 | 2. heads, head_dim: inner width = heads x head_dim. groups: of B and C.
+    """The state-space layers. version: 2 in `M`, 1 in `H`. heads, head_dim: inner width = heads x head_dim. groups: of B and C.
 
     state: states of a channel. conv: taps of the causal convolution. dt_rank: width of Mamba-1's time-step projection.
     dt_limits: [least, most] time step; null = no limits.
@@ -95,10 +94,10 @@ class ModelConfig:
 
     Sizes have no default: 0 means "not given" and is refused.
 
-    family: which Hugging Face mapping reads and writes it ("nemotron4", "nemotron_h", "llama", "mistral").
+    family: which Hugging Face mapping reads and writes it ("nemotron4", "nemotron_h", "llama", "mistral", "hymba").
     num_layers: number of transformer blocks, each an attention and a feed-forward layer; or `pattern`: one symbol for each layer
       (`layers.LAYER_TYPES`), with `|` where pipeline stages are cut.
-    meta_tokens: learned tokens in front of every sequence.
+    max_seq_len: tokens of text. meta_tokens: learned tokens that come before them and are in no loss.
     vocab_multiple: embedding and head have vocab_size rounded up to it; the extra rows are zero and never sampled.
     scaled_output_init: projections back into the residual stream start with init_std / sqrt(number of residual layers)
       (for a transformer, Megatron's std / sqrt(2 num_layers)).
@@ -136,6 +135,12 @@ class ModelConfig:
         return self.hidden_size // self.attention.heads if given is None else given
 
     @property
+    def value_head_dim(self) -> int:
+        """Dimensions of one value head."""
+        given = self.attention.value_head_dim
+        return self.head_dim if given is None else given
+
+    @property
     def rotary_dim(self) -> int:
         """How many of a head's dimensions rotate."""
         return int(self.head_dim * self.rope.fraction)
@@ -158,7 +163,6 @@ class ModelConfig:
         check_layers(self)
         if self.norm not in NORM_NAMES:
             raise ValueError(f"model.norm={self.norm!r} is not one of {', '.join(NORM_NAMES)}")
-        self._check_built()
 
     def _check_ranges(self) -> None:
         if not self.family:
@@ -170,6 +174,8 @@ class ModelConfig:
         ):
             if size < 1:
                 raise ValueError(f"model.{key}={size} must be at least 1")
+        if self.meta_tokens < 0:
+            raise ValueError(f"model.meta_tokens={self.meta_tokens} must not be negative (0 = none)")
         if self.vocab_multiple < 1:
             raise ValueError(f"model.vocab_multiple={self.vocab_multiple} must be at least 1 (1 = no padding)")
         for key, number in (("norm_eps", self.norm_eps), ("rope.base", self.rope.base), ("init_std", self.init_std)):
@@ -177,22 +183,3 @@ class ModelConfig:
                 raise ValueError(f"model.{key}={number} must be a positive number")
         if not 0 <= self.rope.fraction <= 1:
             raise ValueError(f"model.rope.fraction={self.rope.fraction} must be between 0 and 1")
-
-    def _check_built(self) -> None:
-        """Raises ValueError for a key that only a layer type or feature that does not exist yet would read."""
-        for prefix, section, names in (
-            ("attention.", self.attention, _ATTENTION_LATER),
-            ("", self, ("meta_tokens",)),
-        ):
-            for name in names:
-                value, default = getattr(section, name), _default(type(section), name)
-                if value != default:
-                    shown = "null" if default is None else default
-                    raise ValueError(f"model.{prefix}{name}={value} is not built yet; set it to {shown}, or drop it")
-
-
-_ATTENTION_LATER = ("window", "always_visible", "global_layers", "kv_groups")
-
-
-def _default(section: type, name: str) -> Any:
-    return getattr(section(), name)

@@ -14,9 +14,11 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_lite.models.initialization import Distribution, Uniform
+from megatron_lite.models.rope import restarting_positions
 
 
 class CausalConv(nn.Module):
@@ -28,11 +30,17 @@ class CausalConv(nn.Module):
         self.bias = nn.Parameter(torch.empty(channels))
 
     def forward(
-        self, x_BTW: Tensor, state_BKW: Tensor | None = None, documents_BT: Tensor | None = None
+        self,
+        x_BTW: Tensor,
+        state_BKW: Tensor | None = None,
+        documents_BT: Tensor | None = None,
+        *,
+        prefix: int = 0,
     ) -> tuple[Tensor, Tensor]:
         """((B, T, W), the last K - 1 inputs (B, K - 1, W)).
 
         state: the inputs before these, of the first token's document; None: zeros. documents: rise along a row.
+        prefix: the first tokens, which have the number of the first document and stand before every document.
         """
         batch, length, channels = x_BTW.shape
         before = self.weight.shape[-1] - 1
@@ -42,7 +50,19 @@ class CausalConv(nn.Module):
         if documents_BT is not None:
             documents_BT = torch.cat([documents_BT[:, :1].expand(-1, before), documents_BT], dim=1)
         y_BTW = _Taps.apply(inputs_BTW, self.weight[:, 0], self.bias, documents_BT)
+        if prefix and before and documents_BT is not None:
+            y_BTW = y_BTW + self._of_prefix(inputs_BTW[:, prefix : prefix + before], documents_BT[:, before:])
         return y_BTW, inputs_BTW[:, length:].clone()  # a view would keep all inputs
+
+    def _of_prefix(self, last_BKW: Tensor, documents_BT: Tensor) -> Tensor:
+        """What the prefix's last K - 1 tokens add to the first K - 1 of every document but the row's first, (B, T, W)."""
+        before = last_BKW.shape[1]
+        followed_BTW = F.pad(last_BKW, (0, 0, 0, before))  # by nothing
+        added_BKW = _Taps.apply(followed_BTW, self.weight[:, 0], torch.zeros_like(self.bias), None)
+        place_BT = restarting_positions(documents_BT)
+        place_BT = place_BT.masked_fill(documents_BT == documents_BT[:, :1], before)
+        at_place_BTK = place_BT[..., None] == torch.arange(before, device=place_BT.device)
+        return at_place_BTK.to(added_BKW.dtype) @ added_BKW
 
     def initial(self) -> dict[str, Distribution]:
         """As torch.nn.Conv1d, which is what Megatron-LM and mamba-ssm leave it at: uniform within 1 / sqrt(K)."""

@@ -1,7 +1,9 @@
 """The decoder: embedding, residual layers as defined by the pattern, final norm, head.
 
 Every residual layer is pre-norm:  x <- x + mixer(norm(x)).  A symbol of the pattern says which mixer; a
-transformer block is two of them (`*-`). Positions, documents and cache are handed to the layers as arguments.
+transformer block is two of them (`*-`). Positions, documents, cache and another layer's keys and values are handed to the layers as
+arguments. Meta tokens come into the sequence in the embedding and leave it after the final norm: tokens, documents, cached tokens
+and states are those of the text.
 
 Shapes: B batch, T sequence, D hidden, V vocabulary (Vp: padded).
 """
@@ -10,17 +12,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_lite.models.cache import Cache
+from megatron_lite.models.cache import Cache, KeyValue
 from megatron_lite.models.config import ModelConfig
 from megatron_lite.models.context import LayerContext
-from megatron_lite.models.layers import LAYER_TYPES
+from megatron_lite.models.layers import LAYER_TYPES, layer_specs
 from megatron_lite.models.linear import Embedding, Linear
+from megatron_lite.models.meta_tokens import PrefixedEmbedding
 from megatron_lite.models.norm import NORMS
 from megatron_lite.models.rope import restarting_positions
 
@@ -37,9 +41,10 @@ class ResidualLayer(nn.Module):
         self.norm = norm
         self.mixer = mixer
 
-    def forward(self, x_BTD: Tensor, context: LayerContext) -> Tensor:
-        """(B, T, D) -> (B, T, D)."""
-        return x_BTD + self.mixer(self.norm(x_BTD), context)
+    def forward(self, x_BTD: Tensor, context: LayerContext) -> tuple[Tensor, KeyValue | None]:
+        """(B, T, D) -> ((B, T, D), the mixer's keys and values if other layers use them)."""
+        y_BTD, kv = self.mixer(self.norm(x_BTD), context)
+        return x_BTD + y_BTD, kv
 
 
 class Decoder(nn.Module):
@@ -51,10 +56,12 @@ class Decoder(nn.Module):
         self.config = config
         rows, width = config.padded_vocab, config.hidden_size
         make_norm = NORMS[config.norm]
-        self.embedding = Embedding(rows, width, init_std=config.init_std, valid_rows=config.vocab_size)
+        self.specs = layer_specs(config)
+        make_embedding = partial(PrefixedEmbedding, prefix=config.meta_tokens) if config.meta_tokens else Embedding
+        self.embedding = make_embedding(rows, width, init_std=config.init_std, valid_rows=config.vocab_size)
         self.layers = nn.ModuleList(
-            ResidualLayer(make_norm(width, config.norm_eps), LAYER_TYPES[symbol].build(config))
-            for symbol in config.symbols
+            ResidualLayer(make_norm(width, config.norm_eps), LAYER_TYPES[spec.symbol].build(config, spec))
+            for spec in self.specs
         )
         self.final_norm = make_norm(width, config.norm_eps)
         self.head = (
@@ -89,17 +96,27 @@ class Decoder(nn.Module):
         cache: what the layers remember of the tokens before these (`new_cache`); these are added to it in place.
         """
         context = self.context(tokens_BT, documents_BT, cache)
-        x_BTD = self.embedding(tokens_BT)
-        for index, layer in enumerate(self.layers):
-            x_BTD = layer(x_BTD, context if cache is None else replace(context, cache=cache.layers[index]))
+        x_BTD = self.embedding(tokens_BT, begins=cache is None or cache.length == 0)
+        shared: dict[int, KeyValue] = {}
+        for index, (spec, layer) in enumerate(zip(self.specs, self.layers)):
+            of_layer = replace(
+                context,
+                cache=None if cache is None else cache.layers[index],
+                kv=None if spec.kv_from is None else shared[spec.kv_from],
+            )
+            x_BTD, kv = layer(x_BTD, of_layer)
+            if kv is not None:
+                shared[index] = kv
         if cache is not None:
             cache.length += tokens_BT.shape[1]
-        return self.final_norm(x_BTD)
+        x_BTD = self.final_norm(x_BTD)
+        return x_BTD[:, context.prefix :] if context.prefix else x_BTD
 
     def new_cache(self, capacity: int) -> Cache:
-        """An empty cache for `capacity` tokens."""
-        types = (LAYER_TYPES[symbol] for symbol in self.config.symbols)
-        return Cache(capacity, [None if layer.cache is None else layer.cache(capacity) for layer in types])
+        """An empty cache for `capacity` tokens of text."""
+        prefix = self.config.meta_tokens
+        layers = [LAYER_TYPES[spec.symbol].cache(self.config, spec, capacity + prefix) for spec in self.specs]
+        return Cache(capacity, layers, prefix=prefix)
 
     def context(
         self, tokens_BT: Tensor, documents_BT: Tensor | None = None, cache: Cache | None = None
@@ -108,14 +125,21 @@ class Decoder(nn.Module):
 
         Raises ValueError when documents and cache are both given, or the cache has no room for the tokens.
         """
-        if documents_BT is None:
-            past = 0 if cache is None else cache.length
+        prefix, length = self.config.meta_tokens, tokens_BT.shape[1]
+        if documents_BT is not None:
             if cache is not None:
-                cache.check_room(tokens_BT.shape[1])
-            positions_BT = torch.arange(past, past + tokens_BT.shape[1], device=tokens_BT.device)[None]
-            if cache is not None and cache.starts_B is not None:
-                return LayerContext(positions_BT - cache.starts_B[:, None], starts_B=cache.starts_B)
-            return LayerContext(positions_BT)
+                raise ValueError("a cache holds one document; call without documents, or without a cache")
+            if prefix:
+                documents_BT = torch.cat([documents_BT[:, :1].expand(-1, prefix), documents_BT], dim=1)
+            return LayerContext(restarting_positions(documents_BT, prefix=prefix), documents_BT, prefix)
+        if cache is None or cache.length == 0:
+            start, end = 0, prefix + length
+        else:
+            start, prefix = prefix + cache.length, 0
+            end = start + length
         if cache is not None:
-            raise ValueError("a cache holds one document; call without documents, or without a cache")
-        return LayerContext(restarting_positions(documents_BT), documents_BT)
+            cache.check_room(length)
+        positions_BT = torch.arange(start, end, device=tokens_BT.device)[None]
+        if cache is not None and cache.starts_B is not None:
+            positions_BT = positions_BT - cache.starts_B[:, None]
+        return LayerContext(positions_BT, prefix=prefix)

@@ -82,6 +82,17 @@ class Uniform:
         block.uniform_(self.low, self.high, generator=generator)
 
 
+def parameter_kinds(module: nn.Module) -> dict[str, str]:
+    """What each of the module's own parameters is for the optimizer: matrix | bias | norm | embedding | state.
+
+    A module names them in its attribute `kinds`; without one, a `bias` is a bias and the others are matrices. A "state" (a
+    recurrence's own parameters, meta tokens) never decays.
+    """
+    own = (name for name, _ in module.named_parameters(recurse=False))
+    kinds: dict[str, str] = getattr(module, "kinds", {})
+    return {name: kinds.get(name, "bias" if name == "bias" else "matrix") for name in own}
+
+
 def block_seed(seed: int, name: str, block: int) -> int:
     """The 63-bit seed of one block: blake2b over seed, name and block number (63 bits fit int64)."""
     digest = hashlib.blake2b(f"{seed}\0{name}\0{block}".encode(), digest_size=8).digest()

@@ -13,7 +13,7 @@ Shapes: V vocabulary rows, D width of a row.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -74,13 +74,19 @@ class Linear(nn.Module):
 class Embedding(nn.Module):
     """Row `tokens` of `weight` (V, D). `valid_rows` as in `Linear`."""
 
+    kinds: ClassVar[dict[str, str]] = {"weight": "embedding"}
+
     def __init__(self, num_embeddings: int, width: int, *, init_std: float, valid_rows: int | None = None) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_embeddings, width))
         self.init_std = init_std
         self.valid_rows = valid_rows
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens_BT: Tensor, *, begins: bool = True) -> Tensor:
+        """(B, T) int64 -> (B, T, D). begins: whether these are the first tokens of their sequences, which makes no difference here."""
+        return self.look_up(tokens_BT)
+
+    def look_up(self, tokens: Tensor) -> Tensor:
         """(...) int64 -> (..., D)."""
         return F.embedding(tokens, self.weight)
 

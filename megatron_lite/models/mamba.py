@@ -23,6 +23,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -35,13 +36,14 @@ from megatron_lite.models.conv import CausalConv
 from megatron_lite.models.initialization import Constant, Distribution
 from megatron_lite.models.linear import Linear
 from megatron_lite.models.norm import at_least_float32
+from megatron_lite.models.pattern import LayerSpec
 from megatron_lite.models.ssd import ssd
 
 
 class Mamba2(nn.Module):
     """Mixes along the sequence by a state of H P N numbers."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, spec: LayerSpec) -> None:
         super().__init__()
         mamba = config.mamba
         heads = mamba.heads // mamba.groups
@@ -58,24 +60,30 @@ class Mamba2(nn.Module):
             mamba.groups * inner, config.hidden_size, init_std=config.output_init_std, bias=config.linear_bias
         )
 
-    def forward(self, x_BTD: Tensor, context: LayerContext) -> Tensor:
-        """(B, T, D) -> (B, T, D)."""
+    def forward(self, x_BTD: Tensor, context: LayerContext) -> tuple[Tensor, None]:
+        """(B, T, D) -> ((B, T, D), None)."""
         cache = context.cache if isinstance(context.cache, StateCache) else StateCache()
         grouped_BTG = self.in_proj(x_BTD).unflatten(2, (-1, sum(self.gate_and_rest)))
         gate, mixed, dt = grouped_BTG.split(self.gate_and_rest, dim=3)
-        mixed_BTW, cache.conv = self.conv(mixed.flatten(2), cache.conv, context.documents_BT)
+        mixed_BTW, cache.conv = self.conv(mixed.flatten(2), cache.conv, context.documents_BT, prefix=context.prefix)
         grouped_BTG = F.silu(mixed_BTW).unflatten(2, (-1, sum(self.values_and_rest)))
         values, B_BTGN, C_BTGN = grouped_BTG.split(self.values_and_rest, dim=3)
         x_BTHP = values.flatten(2).unflatten(2, (-1, self.head_dim))
         y_BTHP, cache.ssm = self.ssm(
-            x_BTHP, dt.flatten(2), B_BTGN, C_BTGN, state_BHPN=cache.ssm, documents_BT=context.documents_BT
+            x_BTHP,
+            dt.flatten(2),
+            B_BTGN,
+            C_BTGN,
+            state_BHPN=cache.ssm,
+            documents_BT=context.documents_BT,
+            prefix=context.prefix,
         )
-        return self.out_proj(self.norm(y_BTHP.flatten(2).view_as(gate), gate))
+        return self.out_proj(self.norm(y_BTHP.flatten(2).view_as(gate), gate)), None
 
 
 @dataclass
 class StateCache(LayerCache):
-    """The state of the layer: the last K - 1 inputs of the convolution (B, K - 1, W), the scan's state (B, H, P, N)."""
+    """The state of a state-space layer: the last K - 1 inputs of the convolution (B, K - 1, W), the scan's state (B, H, P, N)."""
 
     conv: Tensor | None = None
     ssm: Tensor | None = None
@@ -85,7 +93,7 @@ class StateCache(LayerCache):
         return sum(tensor.nbytes for tensor in (self.conv, self.ssm) if tensor is not None)
 
     @classmethod
-    def batch(cls, caches: Sequence[LayerCache], lengths: Sequence[int], capacity: int) -> StateCache:
+    def batch(cls, caches: Sequence[LayerCache], capacity: int) -> StateCache:
         """See `LayerCache`."""
         conv, ssm = (torch.cat([getattr(cache, name) for cache in caches]) for name in ("conv", "ssm"))
         return cls(conv, ssm)
@@ -95,6 +103,7 @@ class StateSpace(nn.Module):
     """The scan with its own parameters `A_log`, `dt_bias` and `D` (H,): an error in them would grow with the length of the sequence."""
 
     compute_in_fp32 = True
+    kinds: ClassVar[dict[str, str]] = {"A_log": "state", "dt_bias": "state", "D": "state"}
 
     def __init__(self, heads: int, dt_limits: list[float] | None) -> None:
         super().__init__()
@@ -112,17 +121,18 @@ class StateSpace(nn.Module):
         *,
         state_BHPN: Tensor | None = None,
         documents_BT: Tensor | None = None,
+        prefix: int = 0,
     ) -> tuple[Tensor, Tensor]:
         """(y (B, T, H, P) in x's dtype, state after it (B, H, P, N) in float32 at least).
 
-        dt: as projected, without bias and softplus. state and documents: as in `ssd`.
+        dt: as projected, without bias and softplus. state, documents and prefix: as in `ssd`.
         """
         dt_BTH = F.softplus(at_least_float32(dt_BTH) + at_least_float32(self.dt_bias))
         if self.dt_limits is not None:
             dt_BTH = dt_BTH.clamp(*self.dt_limits)
         A_H = -at_least_float32(self.A_log).exp()
         y_BTHP, state_BHPN = self.scan(
-            x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, state_BHPN=state_BHPN, documents_BT=documents_BT
+            x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, state_BHPN=state_BHPN, documents_BT=documents_BT, prefix=prefix
         )
         return (y_BTHP + at_least_float32(self.D)[:, None] * x_BTHP).to(x_BTHP.dtype), state_BHPN
 
@@ -135,6 +145,8 @@ class StateSpace(nn.Module):
 
 class GatedGroupNorm(nn.Module):
     """RMSNorm(y silu(z)) of each group alone, with gain `weight` (G R P,)."""
+
+    kinds: ClassVar[dict[str, str]] = {"weight": "norm"}
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
@@ -179,7 +191,7 @@ class TimeStepBias:
         dt.add_(dt.neg().expm1().neg().log())
 
 
-def scan_flops(config: ModelConfig, seq_len: int) -> float:
+def scan_flops(config: ModelConfig, spec: LayerSpec, seq_len: int) -> float:
     """Training FLOPs of a token in the recurrence: 7 for each number of the state (Megatron-LM's count), and twice that backward."""
     return 3 * 7.0 * config.mamba.heads * config.mamba.head_dim * config.mamba.state
 
@@ -188,17 +200,25 @@ def check(config: ModelConfig) -> None:
     """Raises ValueError naming the key of `config.mamba` that such a layer cannot have."""
     mamba = config.mamba
     if mamba.version != 2:
-        raise ValueError(f"model.mamba.version={mamba.version} is not built yet; set it to 2")
+        raise ValueError(
+            f"model.mamba.version={mamba.version}, but layers 'M' of model.pattern are Mamba-2; set it to 2"
+        )
     if mamba.dt_rank is not None:
-        raise ValueError(f"model.mamba.dt_rank={mamba.dt_rank} belongs to Mamba-1, which is not built yet; drop it")
-    for key in ("heads", "head_dim", "groups", "state", "conv"):
-        if getattr(mamba, key) < 1:
-            raise ValueError(f"model.mamba.{key}={getattr(mamba, key)} must be at least 1")
+        raise ValueError(f"model.mamba.dt_rank={mamba.dt_rank} belongs to Mamba-1 (layers 'H'); drop it")
+    check_sizes(config)
     if mamba.heads % mamba.groups:
         raise ValueError(
             f"model.mamba.heads={mamba.heads} does not divide by model.mamba.groups={mamba.groups}; every group of heads "
             "shares B and C"
         )
+
+
+def check_sizes(config: ModelConfig) -> None:
+    """The part of `check` that both versions of Mamba share."""
+    mamba = config.mamba
+    for key in ("heads", "head_dim", "groups", "state", "conv"):
+        if getattr(mamba, key) < 1:
+            raise ValueError(f"model.mamba.{key}={getattr(mamba, key)} must be at least 1")
     if mamba.dt_limits is not None and not (len(mamba.dt_limits) == 2 and 0 <= mamba.dt_limits[0] < mamba.dt_limits[1]):
         raise ValueError(
             f"model.mamba.dt_limits={mamba.dt_limits} must be two numbers, 0 <= least < most (.inf: no upper limit), or null"

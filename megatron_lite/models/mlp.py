@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from megatron_lite.models.config import ModelConfig
 from megatron_lite.models.context import LayerContext
 from megatron_lite.models.linear import Linear
+from megatron_lite.models.pattern import LayerSpec
 
 
 def squared_relu(x: Tensor) -> Tensor:
@@ -40,9 +41,9 @@ class MLP(nn.Module):
             config.mlp.ffn_size, config.hidden_size, init_std=config.output_init_std, bias=config.linear_bias
         )
 
-    def forward(self, x_BTD: Tensor, context: LayerContext | None = None) -> Tensor:
-        """(B, T, D) -> (B, T, D); needs nothing of the context."""
-        return self.down(self.activation(self.up(x_BTD)))
+    def forward(self, x_BTD: Tensor, context: LayerContext | None = None) -> tuple[Tensor, None]:
+        """(B, T, D) -> ((B, T, D), None); needs nothing of the context."""
+        return self.down(self.activation(self.up(x_BTD))), None
 
 
 class GatedMLP(nn.Module):
@@ -57,12 +58,12 @@ class GatedMLP(nn.Module):
             config.mlp.ffn_size, config.hidden_size, init_std=config.output_init_std, bias=config.linear_bias
         )
 
-    def forward(self, x_BTD: Tensor, context: LayerContext | None = None) -> Tensor:
-        """(B, T, D) -> (B, T, D); needs nothing of the context."""
-        return self.down(self.activation(self.gate(x_BTD)) * self.up(x_BTD))
+    def forward(self, x_BTD: Tensor, context: LayerContext | None = None) -> tuple[Tensor, None]:
+        """(B, T, D) -> ((B, T, D), None); needs nothing of the context."""
+        return self.down(self.activation(self.gate(x_BTD)) * self.up(x_BTD)), None
 
 
-def build_mlp(config: ModelConfig) -> nn.Module:
+def build_mlp(config: ModelConfig, spec: LayerSpec) -> nn.Module:
     """The feed-forward layer that `config.mlp.activation` names."""
     return GatedMLP(config) if config.mlp.activation in GATED_ACTIVATIONS else MLP(config)
 

@@ -10,6 +10,8 @@ applied to g, pulls the gain to 1 and not to 0. It has a bias; "no bias" in the 
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -24,6 +26,8 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 class LayerNorm(nn.Module):
     """LayerNorm with gain `weight` (D,) and `bias` (D,)."""
+
+    kinds: ClassVar[dict[str, str]] = {"weight": "norm", "bias": "norm"}
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
@@ -56,6 +60,8 @@ class LayerNorm1p(LayerNorm):
 
 class RMSNorm(nn.Module):
     """RMSNorm with gain `weight` (D,)."""
+
+    kinds: ClassVar[dict[str, str]] = {"weight": "norm"}
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()

@@ -1,10 +1,12 @@
 """Layer patterns: one symbol, one residual layer (the symbols of Megatron-LM's hybrid pattern).
 
-`*` attention, `-` feed-forward, `M` Mamba-2; `LAYER_TYPES` in `layers.py` has them all. A transformer block is `*-`; hybrids
-spell the whole pattern. `|` marks where pipeline stages are cut; it is not a layer.
+`*` attention, `-` feed-forward, `M` Mamba-2, `H` Hymba's parallel heads; `LAYER_TYPES` in `layers.py` has them all. A transformer
+block is `*-`; hybrids spell the whole pattern. `|` marks where pipeline stages are cut; it is not a layer.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 BLOCK = "*-"
 CUT = "|"
@@ -16,6 +18,23 @@ NOT_BUILT = {
     "E": "mixture of experts",
     "/": "multi-token prediction",
 }
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """What one residual layer is.
+
+    window: how many tokens its queries look back, themselves not counted; None: all, as in layers that do not attend.
+    kv_from: the layer whose keys and values it uses; None: its own, if it has any.
+    kv_window: the widest window of the layers that use its keys and values, its own included; None: one of them sees all.
+    shares: other layers use its keys and values.
+    """
+
+    symbol: str
+    window: int | None = None
+    kv_from: int | None = None
+    kv_window: int | None = None
+    shares: bool = False
 
 
 def expand(*, num_layers: int | None, pattern: str | None) -> str:

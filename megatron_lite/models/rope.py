@@ -192,10 +192,14 @@ def apply_rotary(x_BTGNK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([*rotated, rest], dim=-1)
 
 
-def restarting_positions(documents_BT: Tensor) -> Tensor:
-    """Position of each token within its document: 0, 1, 2, and 0 again where `documents_BT` changes."""
+def restarting_positions(documents_BT: Tensor, *, prefix: int = 0) -> Tensor:
+    """Position of each token within its document: 0, 1, 2, and `prefix` again where `documents_BT` changes.
+
+    prefix: the first tokens of a row, which come before each of its documents and have the number of the first.
+    """
     index_T = torch.arange(documents_BT.shape[1], device=documents_BT.device)
-    is_first_BT = torch.ones_like(documents_BT, dtype=torch.bool)
-    is_first_BT[:, 1:] = documents_BT[:, 1:] != documents_BT[:, :-1]
-    start_BT = torch.where(is_first_BT, index_T, 0).cummax(dim=1).values
-    return index_T - start_BT
+    begins_BT = torch.ones_like(documents_BT, dtype=torch.bool)
+    begins_BT[:, 1:] = documents_BT[:, 1:] != documents_BT[:, :-1]
+    # the first document begins with the prefix, which the others have before their first token
+    zero_BT = torch.where(begins_BT, (index_T - prefix).clamp(min=0), 0).cummax(dim=1).values
+    return index_T - zero_BT

@@ -15,7 +15,8 @@ attention with the decay in the softmax's place, and one state is passed from ch
 Notable features:
 - A decay is the exponential of a sum of its own steps (`decays`), never of the difference of two running sums: after a strong decay
   such a difference has no digits left in fp32. It is masked before the exponential, so the exponential never overflows.
-- A state belongs to the document of the token that produced it, and is reset at a document boundary.
+- A state belongs to the document of the token that produced it, and is reset at a document boundary: to zero, or to what a prefix
+  of all documents has left.
 - Any length: the last chunk is filled up with steps of dt = 0, which change no state.
 - Backward recomputes the chunks from the inputs (`checkpoint`): the Q x Q decays of each head are never kept, and those of
   one
@@ -46,30 +47,45 @@ def ssd(
     *,
     state_BHPN: Tensor | None = None,
     documents_BT: Tensor | None = None,
+    prefix: int = 0,
     chunk: int = CHUNK,
 ) -> tuple[Tensor, Tensor]:
     """(y (B, T, H, P), the state after the last token (B, H, P, N)), computed in float32 at least, in the dtype of dt.
 
     dt: time steps, 0 or more. A: below 0. B, C: shared by the H / G heads of a group.
     state: the state before the first token, of the same document; None: zero. documents: rise along a row.
+    prefix: the first tokens, which have the number of the first document; the others begin with the state that they leave.
     """
+    sizes = segment_sizes(x_BTHP.shape[1], SEGMENT, first=0 if documents_BT is None else prefix)
     # split, not slices: its backward is one concatenation, that of every slice a whole tensor of zeros
-    inputs = [tensor.split(SEGMENT, dim=1) for tensor in (x_BTHP, dt_BTH, B_BTGN, C_BTGN)]
-    documents: Sequence[Tensor | None] = [None] * len(inputs[0])
+    inputs = [tensor.split(sizes, dim=1) for tensor in (x_BTHP, dt_BTH, B_BTGN, C_BTGN)]
+    documents: Sequence[Tensor | None] = [None] * len(sizes)
     if documents_BT is not None:
-        documents = documents_BT.split(SEGMENT, dim=1)
+        documents = documents_BT.split(sizes, dim=1)
     outputs: list[Tensor] = []
     last_B: Tensor | None = None
+    restart_BHPN: Tensor | None = None
     for x, dt, B, C, of_segment_BT in zip(*inputs, documents):
         if of_segment_BT is not None:
             if last_B is not None and state_BHPN is not None:
-                state_BHPN = state_BHPN * (of_segment_BT[:, 0] == last_B)[:, None, None, None]
+                goes_on_B111 = (of_segment_BT[:, 0] == last_B)[:, None, None, None]
+                restart = torch.zeros_like(state_BHPN) if restart_BHPN is None else restart_BHPN
+                state_BHPN = torch.where(goes_on_B111, state_BHPN, restart)
             last_B = of_segment_BT[:, -1]
-        arguments = (x, dt, A_H, B, C, state_BHPN, of_segment_BT, chunk)
+        arguments = (x, dt, A_H, B, C, state_BHPN, of_segment_BT, restart_BHPN, chunk)
         y_BTHP, state_BHPN = checkpoint(_ssd, *arguments, use_reentrant=False, preserve_rng_state=False)
         outputs.append(y_BTHP)
+        if prefix and documents_BT is not None and len(outputs) == 1:
+            restart_BHPN = state_BHPN
     assert state_BHPN is not None, "a sequence has a token"
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1), state_BHPN
+
+
+def segment_sizes(length: int, segment: int, *, first: int = 0) -> list[int]:
+    """Lengths of the parts of a sequence of `length` tokens: `first`, if it is not 0, then `segment` tokens each and the rest."""
+    sizes = [first] if first else []
+    left = length - first
+    return sizes + [segment] * (left // segment) + [left % segment] * (left % segment > 0)
 
 
 def _ssd(
@@ -80,9 +96,10 @@ def _ssd(
     C_BTGN: Tensor,
     state_BHPN: Tensor | None,
     documents_BT: Tensor | None,
+    restart_BHPN: Tensor | None,
     chunk: int,
 ) -> tuple[Tensor, Tensor]:
-    """`ssd` of one segment."""
+    """`ssd` of one segment. restart: the state with which a document begins; None: zero."""
     dtype = dt_BTH.dtype
     batch, length, heads, width = x_BTHP.shape
     groups, states = B_BTGN.shape[2:]
@@ -118,6 +135,16 @@ def _ssd(
     if state_BHPN is None:
         state_BHPN = x_BTHP.new_zeros(batch, heads, width, states, dtype=dtype)
     state_BGRPN = state_BHPN.to(dtype).unflatten(1, (groups, -1))
+    if restart_BHPN is not None and documents_BCQ is not None:
+        # how much of the state with which a document begins reaches each token, if the document begins in its chunk
+        begins_BCQ = torch.zeros_like(documents_BCQ, dtype=torch.bool)
+        begins_BCQ.view(batch, -1)[:, 1:] = documents_BCQ.flatten(1)[:, 1:] != documents_BCQ.flatten(1)[:, :-1]
+        first_BGRCQ = a_BGRCQ.exp() * begins_BCQ[:, None, None]
+        since_BCQGR = (decay_BGRCQQ * first_BGRCQ[..., None]).sum(-2).permute(0, 3, 4, 1, 2)
+        restart_BGRPN = restart_BHPN.to(dtype).unflatten(1, (groups, -1))
+        own_BCGRPN = own_BCGRPN + since_BCQGR[:, :, -1, ..., None, None] * restart_BGRPN[:, None]
+        of_restart = torch.einsum("bcqgn,bgrpn->bcqgrp", C_BCQGN, restart_BGRPN)
+        y_BCQGRP = torch.addcmul(y_BCQGRP, of_restart, since_BCQGR[..., None])
     entering = []
     for own_BGRPN, kept_BGR in zip(own_BCGRPN.unbind(1), reached_BCQGR[:, :, -1].unbind(1)):
         entering.append(state_BGRPN)

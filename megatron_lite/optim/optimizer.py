@@ -45,33 +45,23 @@ class OptimConfig:
             raise ValueError(f"optim.clip_grad={self.clip_grad} must not be negative; 0 switches clipping off")
 
 
-def decays(name: str, ndim: int, config: OptimConfig) -> bool:
-    """Whether weight decay applies to the parameter with this global name and number of dimensions.
+def decays(kind: str, config: OptimConfig) -> bool:
+    """Whether weight decay applies to parameters of this kind: matrix | bias | norm | embedding | state.
 
-    One-dimensional parameters outside norms count as biases; those of a state-space recurrence (`ssm`) never decay.
+    Matrices always decay; a state (a recurrence's own parameters, meta tokens) never does.
     """
-    parts = name.split(".")
-    if "ssm" in parts:
-        return False
-    if any("norm" in part for part in parts):
-        return config.decay_norms
-    if parts[-1] == "bias" or ndim < 2:
-        return config.decay_biases
-    if parts[0] == "embedding":
-        return config.decay_embeddings
-    return True
+    switches = {"bias": config.decay_biases, "norm": config.decay_norms, "embedding": config.decay_embeddings}
+    return {"matrix": True, "state": False, **switches}[kind]
 
 
-def torch_adamw(
-    parameters: Mapping[str, Tensor], config: OptimConfig, *, dims: Mapping[str, int] | None = None
-) -> torch.optim.AdamW:
+def torch_adamw(parameters: Mapping[str, Tensor], config: OptimConfig, kinds: Mapping[str, str]) -> torch.optim.AdamW:
     """torch's fused AdamW over `parameters` (global name -> tensor), those that decay in its first group.
 
-    dims: the number of dimensions of each global tensor, where the local tensor has another (flat partitions).
+    kinds: global name -> kind of the parameter (see `decays`).
     """
     groups: dict[bool, list[Tensor]] = {True: [], False: []}
     for name, tensor in parameters.items():
-        groups[decays(name, dims[name] if dims else tensor.ndim, config)].append(tensor)
+        groups[decays(kinds[name], config)].append(tensor)
     return torch.optim.AdamW(
         [
             {"params": groups[True], "weight_decay": config.weight_decay},
@@ -85,11 +75,11 @@ def torch_adamw(
 
 
 class AdamW:
-    """AdamW on `parameters`: global name -> local fp32 tensor, updated in place. Empty shards are fine."""
+    """AdamW on `parameters`: global name -> local fp32 tensor, updated in place. Empty shards are fine. kinds: see `torch_adamw`."""
 
-    def __init__(self, parameters: dict[str, Tensor], config: OptimConfig) -> None:
+    def __init__(self, parameters: dict[str, Tensor], config: OptimConfig, kinds: Mapping[str, str]) -> None:
         self.parameters = parameters
-        self._torch = torch_adamw(parameters, config)
+        self._torch = torch_adamw(parameters, config, kinds)
         for tensor in parameters.values():
             self._torch.state[tensor] = {
                 "step": torch.zeros((), dtype=torch.float32, device=tensor.device),

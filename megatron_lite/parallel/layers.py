@@ -27,6 +27,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megatron_lite.models.initialization import parameter_kinds
 from megatron_lite.models.norm import at_least_float32
 from megatron_lite.parallel import collectives
 from megatron_lite.parallel.reclass import reclass
@@ -83,11 +84,15 @@ class TensorParallel:
 
 @dataclass(frozen=True)
 class ShardInfo:
-    """A local parameter's place in its global tensor: from `start` on along `tp_dim`; None: every rank holds it all."""
+    """A local parameter's place in its global tensor: from `start` on along `tp_dim`; None: every rank holds it all.
+
+    kind: what it is for the optimizer (`models.initialization.parameter_kinds`).
+    """
 
     global_shape: tuple[int, ...]
     tp_dim: int | None = None
     start: int = 0
+    kind: str = "matrix"
 
 
 class TensorParallelModule(nn.Module):
@@ -137,18 +142,49 @@ class InOrderRowParallelLinear(RowParallelLinear):
         return super().forward(self.tp.by_rank(x))
 
 
+class InnerRowParallelLinear(TensorParallelModule):
+    """A row-parallel layer in the middle of a mixer: every rank gets the sum, whole sequences, and goes on to use it with its shard
+    (behind a module with `CopyInside`)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in/tp) -> (..., out)."""
+        return collectives.reduce_out(super().forward(x), self.tp.group)
+
+
+class CopyInside(TensorParallelModule):
+    """A module in the middle of a mixer whose output, the same on all ranks, each uses with its shard: the gradient is summed."""
+
+    def forward(self, *args: object) -> Tensor:
+        """What the module returns."""
+        return collectives.copy_in(super().forward(*args), self.tp.group)
+
+
 class VocabParallelEmbedding(TensorParallelModule):
     """An embedding with a share of the rows: looks up the words it holds, the others are zero, and sums."""
 
     weight: nn.Parameter
 
-    def forward(self, tokens_BT: Tensor) -> Tensor:
-        """(B, T) global word indices -> the residual stream (B, T, D)."""
+    def forward(self, tokens_BT: Tensor, *, begins: bool = True) -> Tensor:
+        """(B, T) global word indices -> the residual stream (B, T, D), with meta tokens (B, P + T, D)."""
+        return self.tp.leave(self.tp.by_rank(super().forward(tokens_BT, begins=begins)))
+
+    def look_up(self, tokens_BT: Tensor) -> Tensor:
+        """(B, T) -> (B, T, D), zero for the words of other ranks."""
         rows = self.weight.shape[0]
         local_BT = tokens_BT - self.tp.rank * rows
         is_here_BT = (local_BT >= 0) & (local_BT < rows)
-        x_BTD = super().forward(local_BT.masked_fill(~is_here_BT, 0))
-        return self.tp.leave(self.tp.by_rank(x_BTD.masked_fill(~is_here_BT[..., None], 0.0)))
+        x_BTD = super().look_up(local_BT.masked_fill(~is_here_BT, 0))  # type: ignore[misc]
+        return x_BTD.masked_fill(~is_here_BT[..., None], 0.0)
+
+
+class PrefixedVocabParallelEmbedding(VocabParallelEmbedding):
+    """One with meta tokens, which every rank holds: the first rank puts them into the sum, and their gradient, which arrives there
+    only, is summed."""
+
+    def prefix(self) -> Tensor:
+        """(P, D), zero on all ranks but the first."""
+        meta_PD = collectives.copy_in(super().prefix(), self.tp.group)  # type: ignore[misc]
+        return meta_PD if self.tp.rank == 0 else meta_PD * 0.0
 
 
 class VocabParallelHead(TensorParallelModule):
@@ -219,15 +255,15 @@ def shard_info(model: nn.Module) -> dict[str, ShardInfo]:
     """
     infos = {}
     for prefix, module in model.named_modules():
-        for name, parameter in module.named_parameters(recurse=False):
+        for name, kind in parameter_kinds(module).items():
             full_name = f"{prefix}.{name}" if prefix else name
-            shape = list(parameter.shape)
+            shape = list(module.get_parameter(name).shape)
             dim = getattr(module, "tp_dims", {}).get(name)
             if dim is None:
-                infos[full_name] = ShardInfo(tuple(shape))
+                infos[full_name] = ShardInfo(tuple(shape), kind=kind)
                 continue
             tp: TensorParallel = module.tp
             start = tp.rank * shape[dim]
             shape[dim] *= tp.size
-            infos[full_name] = ShardInfo(tuple(shape), tp_dim=dim, start=start)
+            infos[full_name] = ShardInfo(tuple(shape), tp_dim=dim, start=start, kind=kind)
     return infos

@@ -5,7 +5,9 @@ A plan maps a name below the module to an entry, or to several that are applied 
     column           linear layer, share of the output features; reads what a `copy_in` module returns
     row              linear layer, share of the input features; sums the ranks' results
     column_in_order, row_in_order    the same for layers that look along the sequence, as attention does
-    vocab            embedding or output head, share of the words
+    inner_row        row in the middle of a mixer: every rank gets the sum
+    copy_inside      the module's output is used by every rank with its shard: its gradient is summed in backward
+    vocab            embedding or output head, share of the words; an embedding may hold meta tokens
     shard(dim)       the plain parameter of that name, cut along dim
     replicated_norm  norm of the residual stream: weights on every rank, gradients summed under sequence parallelism
     sharded_norm     norm over a sharded width: statistics summed over the ranks
@@ -25,6 +27,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import gcd
+from operator import attrgetter
 
 import torch
 from torch import nn
@@ -32,15 +36,22 @@ from torch import nn
 from megatron_lite.models.attention import Attention
 from megatron_lite.models.config import ModelConfig
 from megatron_lite.models.decoder import Decoder
+from megatron_lite.models.hymba import Hymba
 from megatron_lite.models.layers import LAYER_TYPES
+from megatron_lite.models.linear import Embedding
 from megatron_lite.models.mamba import Mamba2
+from megatron_lite.models.meta_tokens import PrefixedEmbedding
 from megatron_lite.models.mlp import MLP, GatedMLP
+from megatron_lite.models.pattern import LayerSpec
 from megatron_lite.parallel.layers import (
     ColumnParallelLinear,
     CopyIn,
     CopyInOrder,
+    CopyInside,
+    InnerRowParallelLinear,
     InOrderColumnParallelLinear,
     InOrderRowParallelLinear,
+    PrefixedVocabParallelEmbedding,
     RowParallelLinear,
     TensorParallel,
     TensorParallelModule,
@@ -78,7 +89,10 @@ column = Entry(ColumnParallelLinear, {"weight": 0, "bias": 0})
 column_in_order = Entry(InOrderColumnParallelLinear, {"weight": 0, "bias": 0})
 row = Entry(RowParallelLinear, {"weight": 1})
 row_in_order = Entry(InOrderRowParallelLinear, {"weight": 1})
+inner_row = Entry(InnerRowParallelLinear, {"weight": 1})
+copy_inside = Entry(CopyInside, {})
 vocab_embedding = Entry(VocabParallelEmbedding, {"weight": 0})
+vocab_embedding_with_prefix = Entry(PrefixedVocabParallelEmbedding, {"weight": 0})
 vocab_head = Entry(VocabParallelHead, {"weight": 0, "bias": 0})
 replicated_norm = Entry(ReplicatedNorm, {})
 sharded_norm = Entry(ShardedNorm, {"weight": 0, "bias": 0})
@@ -119,7 +133,8 @@ def _ssm_groups(config: ModelConfig) -> dict[str, int]:
 
 MIXERS: dict[type[nn.Module], MixerPlan] = {
     Attention: MixerPlan(
-        {"qkv": (column_in_order,), "q_norm": (head_norm,), "k_norm": (head_norm,), "out": (row_in_order,)}, _kv_heads
+        {"qkv": (column_in_order,), "core.q_norm": (head_norm,), "core.k_norm": (head_norm,), "out": (row_in_order,)},
+        _kv_heads,
     ),
     MLP: MixerPlan({"up": (column,), "down": (row,)}, _ffn_size),
     GatedMLP: MixerPlan({"up": (column,), "gate": (column,), "down": (row,)}, _ffn_size),
@@ -128,6 +143,25 @@ MIXERS: dict[type[nn.Module], MixerPlan] = {
         | dict.fromkeys(("conv.weight", "conv.bias", "ssm.A_log", "ssm.dt_bias", "ssm.D", "norm.weight"), (shard(0),)),
         _ssm_groups,
     ),
+    Hymba: MixerPlan(
+        {
+            "in_proj": (column_in_order,),
+            "attention.q_norm": (head_norm,),
+            "attention.k_norm": (head_norm,),
+            "select": (copy_inside,),
+            "select.x_proj": (inner_row,),
+            "dt_proj": (column,),
+            "attention_norm": (sharded_norm,),
+            "ssm_norm": (sharded_norm,),
+            "out_proj": (row_in_order,),
+        }
+        | dict.fromkeys(("conv.weight", "conv.bias", "ssm.A_log", "ssm.dt_bias", "ssm.D"), (shard(0),)),
+        _kv_heads,  # a group of channels goes with each
+    ),
+}
+EMBEDDINGS: dict[type[nn.Module], Entry] = {
+    Embedding: vocab_embedding,
+    PrefixedEmbedding: vocab_embedding_with_prefix,
 }
 
 
@@ -142,13 +176,16 @@ def mixer_plan(mixer: nn.Module, index: int) -> MixerPlan:
 
 def decoder_plan(decoder: Decoder) -> dict[str, tuple[Entry | Replace, ...]]:
     """The plan of a whole decoder. Raises ValueError for a layer type without a plan."""
-    plan: dict[str, tuple[Entry | Replace, ...]] = {"embedding": (vocab_embedding,), "final_norm": FINAL}
+    plan: dict[str, tuple[Entry | Replace, ...]] = {
+        "embedding": (EMBEDDINGS[type(decoder.embedding)],),
+        "final_norm": FINAL,
+    }
     plan |= {"": (tied_logits,)} if decoder.head is None else {"head": (vocab_head,)}
     for index, layer in enumerate(decoder.layers):
         plan[f"layers.{index}.norm"] = ENTRANCE
         mixer = layer.get_submodule("mixer")
         for name, entries in mixer_plan(mixer, index).plan.items():
-            if getattr(mixer, name, name) is not None:  # an optional submodule that this mixer does not have is None
+            if attrgetter(name)(mixer) is not None:  # an optional submodule that this mixer does not have is None
                 plan[f"layers.{index}.mixer.{name}"] = entries
     return plan
 
@@ -177,15 +214,25 @@ def check_divisible(config: ModelConfig, *, tp: int, sequence_parallel: bool = F
     counts = {"the padded vocabulary (model.vocab_size up to model.vocab_multiple)": config.padded_vocab}
     for symbol in dict.fromkeys(config.symbols) if tp > 1 else ():
         with torch.device("meta"):
-            mixer = LAYER_TYPES[symbol].build(config)
+            mixer = LAYER_TYPES[symbol].build(config, LayerSpec(symbol))
         counts |= mixer_plan(mixer, config.symbols.index(symbol)).must_divide(config)
     if sequence_parallel:
-        counts["model.max_seq_len"] = config.max_seq_len
-    for key, number in counts.items():
-        if number % tp:
-            # of the divisors of tp: those divide the number of processes too
-            works = [d for d in range(1, tp) if tp % d == 0 and all(count % d == 0 for count in counts.values())]
-            raise ValueError(
-                f"{key}={number} does not divide by parallel.tp={tp}; with this model parallel.tp="
-                f"{' or '.join(map(str, works))} would work"
-            )
+        key = "model.max_seq_len" if config.meta_tokens == 0 else "model.meta_tokens + model.max_seq_len"
+        counts[key] = config.meta_tokens + config.max_seq_len
+    wrong = {key: number for key, number in counts.items() if number % tp}
+    if not wrong:
+        return
+    if gcd(*counts.values()) == 1:
+        way_out = (
+            f"{_named(counts)} have no common divisor, so no degree above 1 works for this model; set parallel.tp=1 and shard it over the "
+            "data-parallel ranks (engine=fsdp engine.shard=full, with parallel.dp_replicate for replicas)"
+        )
+    else:
+        # of the divisors of tp: those divide the number of processes too
+        works = [d for d in range(1, tp) if tp % d == 0 and all(count % d == 0 for count in counts.values())]
+        way_out = f"with this model parallel.tp={' or '.join(map(str, works))} would work"
+    raise ValueError(f"{_named(wrong)} {'do' if len(wrong) > 1 else 'does'} not divide by parallel.tp={tp}; {way_out}")
+
+
+def _named(counts: Mapping[str, int]) -> str:
+    return " and ".join(f"{key}={number}" for key, number in counts.items())

@@ -75,7 +75,7 @@ class RunInfo:
     config: dict[str, Any] = field(default_factory=dict)
     model: str = ""  # one line, e.g. "nemotron4, 4 layers, hidden 256"
     parameters: int | None = None
-    tokens_per_step: int | None = None  # at full batch size
+    total_tokens: int | None = None  # of all steps, those of a ramp with smaller batches too
     layout: str = ""  # e.g. "fsdp, dp 2 x tp 2"
     peak: str = ""  # what MFU is measured against, `str(Peak)`
 

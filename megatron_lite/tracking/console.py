@@ -76,8 +76,8 @@ class ConsoleTracker:
 
     def _header(self, run: RunInfo) -> None:
         steps = f"{run.total_steps:,} steps"
-        if run.tokens_per_step is not None:
-            steps = f"{human(run.total_steps * run.tokens_per_step)} ({steps} of {run.tokens_per_step:,})"
+        if run.total_tokens is not None:
+            steps = f"{human(run.total_tokens)} ({steps})"
         lines = {
             "name": run.name,
             "model": run.model,

@@ -51,6 +51,7 @@ class Profiler:
             return
         for _, early in zip(range(self.config.skip), steps):
             yield early
+        self.enabled = False  # once: after a rollback the same job watches its steps again
         recording = profile(activities=_activities())
         recording.start()
         done = 0

@@ -34,6 +34,8 @@ class TensorBoardTracker:
         for key, value in flatten(row).items():
             if key != "step" and isinstance(value, (int, float)):
                 self._writer.add_scalar(key, value, row["step"])
+            elif isinstance(value, str):
+                self._writer.add_text(key, value, row["step"])
         self._writer.flush()
 
     def close(self, status: str) -> None:

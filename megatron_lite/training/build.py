@@ -300,7 +300,9 @@ def run_info(run: RunConfig, trainer: Trainer) -> RunInfo:
     """What trackers show of a run."""
     model = run.model
     device, dtype = trainer.runtime.device.type, run.precision.dtype
-    kernel = attention_kernel(device, dtype, masked=run.data.reset_attention)
+    kernel = attention_kernel(
+        device, dtype, masked=run.data.reset_attention, same_head_dims=model.head_dim == model.value_head_dim
+    )
     ignored = (
         " (the cuts | of model.pattern have no effect without pipeline parallelism)"
         if "|" in (model.pattern or "")
@@ -316,7 +318,7 @@ def run_info(run: RunConfig, trainer: Trainer) -> RunInfo:
         config=to_dict(run),
         model=f"{model.family}, {size}",
         parameters=parameter_count(model),
-        tokens_per_step=run.train.global_batch_size * run.data.seq_len,
+        total_tokens=trainer.schedule.end.consumed_tokens,
         layout=f"{run.engine.name}, {run.precision.name}, {trainer.runtime.world_size} process(es), attention: {kernel.name}",
         peak=str(trainer.metrics.work.peak) if trainer.metrics.work.peak.flops else "",
     )

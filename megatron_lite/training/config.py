@@ -154,11 +154,16 @@ def validate_model(run: RunConfig) -> None:
     run.model.validate()
     family_named(run.model.family)
     check_divisible(run.model, tp=run.parallel.tp, sequence_parallel=run.parallel.sequence_parallel)
-    if run.parallel.sequence_parallel and run.data.seq_len % run.parallel.tp:
+    length, tp = run.data.seq_len + run.model.meta_tokens, run.parallel.tp
+    if run.parallel.sequence_parallel and length % tp:
+        meta = (
+            f" and model.meta_tokens={run.model.meta_tokens} make {length} tokens, which do"
+            if run.model.meta_tokens
+            else " does"
+        )
         raise ValueError(
-            f"data.seq_len={run.data.seq_len} does not divide by parallel.tp={run.parallel.tp}, which "
-            f"parallel.sequence_parallel needs; data.seq_len={run.data.seq_len // run.parallel.tp * run.parallel.tp} "
-            "would, or switch sequence_parallel off"
+            f"data.seq_len={run.data.seq_len}{meta} not divide by parallel.tp={tp}, as parallel.sequence_parallel needs; "
+            f"data.seq_len={length // tp * tp - run.model.meta_tokens} would, or switch sequence_parallel off"
         )
     if isinstance(run.precision, Fp8Config):
         tokens = run.train.micro_batch_size * run.data.seq_len

@@ -26,6 +26,7 @@ import torch.distributed as dist
 
 from megatron_lite.ranks import Ranks
 from megatron_lite.runtime import Runtime
+from megatron_lite.training.gpu_memory import memory_faults
 
 # A host is reported below this fraction of the fastest host's speed. Matmuls differ by a few percent between GPUs of the
 # same model (clocks, temperature), file systems by the load from other users.
@@ -41,7 +42,7 @@ class Report:
     """What one rank found.
 
     same: what must be equal on all ranks. speeds: by the keys of SLOW, in UNITS. clock: seconds since 1970, taken by all ranks
-    at once. unseen: the ranks whose file in the run directory this rank's node does not see.
+    at once. unseen: the ranks whose file in the run directory this rank's node does not see. faults: of the GPU's memory.
     """
 
     rank: int
@@ -51,6 +52,7 @@ class Report:
     speeds: dict[str, float]
     clock: float
     unseen: tuple[int, ...] = ()
+    faults: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -75,8 +77,9 @@ def measure(runtime: Runtime, ranks: Ranks, run_dir: Path) -> list[Report]:
     written, unseen = _files(runtime, ranks, run_dir, firsts)
     speeds |= written
     report = Report(
-        runtime.rank, runtime.local_rank, socket.gethostname(), versions(runtime.device), speeds, clock, unseen
-    )
+        runtime.rank, runtime.local_rank, socket.gethostname(), versions(runtime.device), speeds, clock, unseen,
+        memory_faults(runtime.device),
+    )  # fmt: skip
     return ranks.gather("reports", lambda: report)
 
 
@@ -146,7 +149,8 @@ def bandwidths(runtime: Runtime, ranks_per_node: int) -> Iterator[Bandwidth]:
 
 def out_of_line(reports: list[Report]) -> list[str]:
     """One line for everything that is not as on the other ranks; hosts are named with the rank."""
-    return [*_different(reports), *_slow(reports), *_clocks(reports), *_unseen(reports)]
+    faults = [f"the GPU of {_names([report])} has {fault}" for report in reports for fault in report.faults]
+    return [*_different(reports), *_slow(reports), *_clocks(reports), *_unseen(reports), *faults]
 
 
 def _different(reports: list[Report]) -> Iterator[str]:

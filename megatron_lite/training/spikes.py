@@ -153,7 +153,6 @@ def roll_back(trainer: Trained, spikes: Spikes) -> bool:
         )
         return False
     trainer.restore(path)
-    trainer.skips.zero_()
     position = trainer.position
     skipped = {"step": spikes.first_step, "end": spikes.end_sample, "back_to": position.step}
     known = any(skipped.items() <= entry.items() for entry in guard.skipped_samples)

@@ -113,8 +113,8 @@ FOLDERS = {
     "biases": ("llama", {"attention_bias": True}, r"attention_bias"),
     "scaled positions": (
         "llama",
-        {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}},
-        r"yarn",
+        {"rope_parameters": {"rope_type": "longrope", "factor": 4.0, "rope_theta": 1e4}},
+        r"longrope",
     ),
     "a window": ("mistral", {"sliding_window": 64}, r"sliding_window=64"),
     "another activation": ("nemotron", {"hidden_act": "gelu"}, r"hidden_act='gelu'"),

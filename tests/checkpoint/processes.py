@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -14,10 +13,7 @@ import torch
 import torch.distributed as dist
 
 from tests.distributed import PATIENCE_SECONDS
-
-# the server imports torch once; its forks start in milliseconds
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "megatron_lite.checkpoint"])
+from tests.forked import PROCESSES
 
 _GROUPS: dict[int, dist.ProcessGroup | None] = {}
 
@@ -46,8 +42,8 @@ def fresh_ranks(size: int, function: Callable[..., Any], *args: Any) -> list[Any
     with tempfile.TemporaryDirectory() as folder:
         pipes, processes = [], []
         for rank in range(size):
-            here, there = _CONTEXT.Pipe()
-            process = _CONTEXT.Process(target=_join, args=(rank, size, folder, there, function, args), daemon=True)
+            here, there = PROCESSES.Pipe()
+            process = PROCESSES.Process(target=_join, args=(rank, size, folder, there, function, args), daemon=True)
             process.start()
             there.close()
             pipes.append(here)
@@ -75,7 +71,7 @@ def _join(rank: int, size: int, folder: str, pipe: Connection, function: Callabl
 
 def run_alone(function: Callable[..., None], *args: Any, timeout: float = PATIENCE_SECONDS) -> int:
     """Run `function(*args)` in a process of its own and return its exit code."""
-    process = _CONTEXT.Process(target=_alone, args=(function, *args), daemon=True)
+    process = PROCESSES.Process(target=_alone, args=(function, *args), daemon=True)
     process.start()
     process.join(timeout)
     assert process.exitcode is not None, "still running"
@@ -84,7 +80,7 @@ def run_alone(function: Callable[..., None], *args: Any, timeout: float = PATIEN
 
 def start_alone(function: Callable[..., None], *args: Any) -> Any:
     """Start `function(*args)` in a process of its own."""
-    process = _CONTEXT.Process(target=_alone, args=(function, *args), daemon=True)
+    process = PROCESSES.Process(target=_alone, args=(function, *args), daemon=True)
     process.start()
     return process
 

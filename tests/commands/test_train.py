@@ -276,7 +276,7 @@ def test_killed_after_the_last_save_it_still_becomes_finished(tiny_data, straigh
     run_dir = copy_of(straight)
     (run_dir / "status.json").write_text('{"state": "running", "step": 1, "reason": ""}')
     (run_dir / "report.html").unlink()
-    assert runs.run(tiny_data, run_dir) == 0
+    assert runs.run(tiny_data, run_dir, drawn=True) == 0
     assert runs.status(run_dir)["state"] == "finished"
     assert (run_dir / "report.html").exists()
 

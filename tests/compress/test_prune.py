@@ -11,9 +11,11 @@ from transformers import AutoModelForCausalLM
 from megatron_lite.commands import prune as prune_command
 from megatron_lite.commands.plan import PlanConfig
 from megatron_lite.commands.prune import compose_prune, cut
+from megatron_lite.commands.train import train
 from megatron_lite.compress.target import TargetConfig, embedded
 from megatron_lite.config.compose import compose_config
 from megatron_lite.errors import CheckpointError
+from megatron_lite.training.config import compose_run
 from megatron_lite.weights import open_weights
 from tests import runs
 from tests.commands.test_on_ranks import place
@@ -58,7 +60,7 @@ def test_the_pruned_model_is_a_model_like_any_other(tiny_data, straight, tmp_pat
         "train.max_steps=4",
     ]
     for stop in ("train.stop_at=2", "train.stop_at=null"):
-        assert runs.train(runs.compose_run([*words, "checkpoint.every=2", stop])) == 0
+        assert train(compose_run([*words, "checkpoint.every=2", stop])) == 0
     assert [row["step"] for row in runs.rows(tmp_path / "run")] == [1, 2, 3, 4]
 
 

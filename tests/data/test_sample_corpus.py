@@ -5,13 +5,13 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -24,26 +24,27 @@ from megatron_lite.data.sample.corpus import prepare, sources
 from megatron_lite.data.sample.readers import pieces, read_source
 from megatron_lite.data.sample.sources import SOURCES, Source
 from tests.distributed import PATIENCE_SECONDS
+from tests.forked import PROCESSES
 
 MINIATURE = {"scale": 0.02, "vocab_size": 512}
 
-# argv: folder, what to do at each line of the report
-BUILD = f"""
-import os, signal, sys
-from megatron_lite.data.sample.corpus import prepare
 
-def report(line):
-    print(line, flush=True)
-    if sys.argv[2] and sys.argv[2] in line:
-        os.kill(os.getpid(), signal.SIGKILL)
+def build(folder: Path, log: Path, kill_at: str) -> None:
+    """In a process of its own, which dies at the first line of the report with `kill_at` in it."""
 
-prepare(sys.argv[1], report=report, **{MINIATURE})
-"""
+    def report(line: str) -> None:
+        with log.open("a") as file:
+            file.write(f"{line}\n")
+        if kill_at and kill_at in line:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    prepare(folder, report=report, **MINIATURE)
 
 
-def start_build(folder: Path, *, kill_at: str = "") -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", BUILD, str(folder), kill_at]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+def start_build(folder: Path, log: Path, *, kill_at: str = "") -> Any:
+    process = PROCESSES.Process(target=build, args=(folder, log, kill_at), daemon=True)
+    process.start()
+    return process
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -62,33 +63,36 @@ def corpus(tmp_path_factory):
 
 
 def test_three_processes_at_once_give_one_build_with_the_same_bytes(corpus, tmp_path):
-    processes = [start_build(tmp_path / "sample") for _ in range(3)]
-    output = [process.communicate()[0] for process in processes]
-    assert [process.returncode for process in processes] == [0] * 3
-    assert sum("reading the installed packages" in text for text in output) == 1
-    assert sum("waiting" in text for text in output) == 2
-    assert digests(tmp_path / "sample") == digests(corpus)
-    assert {path.name for path in tmp_path.iterdir()} == {"sample", ".sample.lock"}
+    logs = [tmp_path / f"{number}.log" for number in range(3)]
+    processes = [start_build(tmp_path / "there" / "sample", log) for log in logs]
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * 3
+    assert sum("reading the installed packages" in log.read_text() for log in logs) == 1
+    assert sum("waiting" in log.read_text() for log in logs) == 2
+    assert digests(tmp_path / "there" / "sample") == digests(corpus)
+    assert {path.name for path in (tmp_path / "there").iterdir()} == {"sample", ".sample.lock"}
 
 
 def test_killed_anywhere_it_leaves_nothing_that_looks_whole(corpus, tmp_path):
-    folder, building = tmp_path / "sample", tmp_path / ".sample.building"
-    killed = start_build(folder, kill_at="training a tokenizer")
-    killed.communicate()
-    assert killed.returncode == -signal.SIGKILL
+    there, log = tmp_path / "there", tmp_path / "log"
+    folder, building = there / "sample", there / ".sample.building"
+    killed = start_build(folder, log, kill_at="training a tokenizer")
+    killed.join()
+    assert killed.exitcode == -signal.SIGKILL
     assert building.exists()
     assert not folder.exists()
-    killed = start_build(folder)
+    killed = start_build(folder, log)
     deadline = time.monotonic() + PATIENCE_SECONDS
     while not list(building.glob("tokens/*.idx")) and time.monotonic() < deadline:
         time.sleep(0.002)
     killed.kill()  # in the middle of the token files
-    killed.communicate()
+    killed.join()
     assert list(building.glob("tokens/*.idx"))
     assert not folder.exists()
     prepare(folder, **MINIATURE)
     assert digests(folder) == digests(corpus)
-    assert {path.name for path in tmp_path.iterdir()} == {"sample", ".sample.lock"}
+    assert {path.name for path in there.iterdir()} == {"sample", ".sample.lock"}
 
 
 def test_no_document_is_there_twice_or_on_both_sides(corpus):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from megatron_lite.data.token_bytes import bits_per_byte, bytes_per_token, token_bytes
 from megatron_lite.data.tokenizer import load_tokenizer, train_tokenizer
@@ -20,7 +20,11 @@ def metaspace(folder):
     return load_tokenizer(metaspace_tokenizer(folder))
 
 
-@pytest.mark.parametrize("kind", [byte_level, metaspace])
+def bytes_alone(folder):
+    return ByT5Tokenizer()
+
+
+@pytest.mark.parametrize("kind", [byte_level, metaspace, bytes_alone])
 def test_they_add_up_to_the_text(kind, tmp_path):
     tokenizer = kind(tmp_path)
     sizes = token_bytes(tokenizer)

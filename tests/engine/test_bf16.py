@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_lite.models import attention
+from megatron_lite.models import attention, rope
 from megatron_lite.models.initialization import Distribution, Normal
 from megatron_lite.models.layers import LAYER_TYPES
 from megatron_lite.models.mlp import MLP
@@ -68,7 +68,7 @@ def train(rank: int, world_size: int, case: Case, work: Work, steps: int) -> Rep
     tables: list[tuple[str, str]] = []
     losses, norms = [], []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention, "apply_rotary", partial(watched_rotary, tables, attention.apply_rotary))
+        patch.setattr(rope, "apply_rotary", partial(watched_rotary, tables, rope.apply_rotary))
         for step in range(1, steps + 1):
             result = engine.train_step(batches(step, work, place, places), lr=harness.PEAK)
             losses.append(result.loss.item())
@@ -209,12 +209,12 @@ class Scale(nn.Module):
 
 
 class ScaledMLP(MLP):
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: Any, spec: Any) -> None:
         super().__init__(config)
         self.scale = Scale(config.hidden_size)
 
-    def forward(self, x_BTD: Tensor, context: Any = None) -> Tensor:
-        return self.scale(super().forward(x_BTD))
+    def forward(self, x_BTD: Tensor, context: Any = None) -> tuple[Tensor, None]:
+        return self.scale(super().forward(x_BTD)[0]), None
 
 
 def train_scaled(rank: int, world_size: int, case: Case) -> tuple[list[float], list[float], list[Tensor]]:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.launch import forked_run, local_run
 from tests.launch.slurm_cluster import SlurmCluster, missing
-from tests.launch.slurm_job import Job
 
 
 @pytest.fixture(scope="session")
@@ -29,10 +29,9 @@ def slurm() -> Iterator[SlurmCluster]:
         shutil.rmtree(root, ignore_errors=True)
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(slurm: SlurmCluster, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A two-node run that nothing disturbed."""
+@pytest.fixture(scope="session")
+def uninterrupted(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two ranks that nothing disturbed."""
     directory = tmp_path_factory.mktemp("slurm") / "whole"
-    job = Job(slurm, tiny_data, directory)
-    assert job.wait() == "COMPLETED", job.story()
+    assert forked_run.train(tiny_data, directory) == [0, 0], local_run.output(directory)
     return directory

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from megatron_lite.commands.launch import scripts_dir
 from tests import runs
+from tests.launch.slurm_cluster import wait_for
 
 SLOWED = Path(__file__).parent / "slowed"
 PROJECT = Path(__file__).parents[2]
@@ -38,6 +39,13 @@ def finish(process: subprocess.Popen[str], seconds: float = 900) -> int:
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         raise
+
+
+def wait_until_it_trains(run_dir: Path, *, log: Path | None = None) -> None:
+    """Until three steps are done; `log` is shown if they never are."""
+    rows = run_dir / "metrics.jsonl"
+    log = log or Path(f"{run_dir}.log")
+    wait_for(lambda: rows.exists() and len(runs.rows(run_dir)) >= 3, seconds=600, what=log.read_text)
 
 
 def output(run_dir: Path) -> str:

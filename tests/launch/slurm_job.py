@@ -41,6 +41,12 @@ class Job:
     def restarts(self) -> int:
         return int(self.cluster.job(self.number)["Restarts"])
 
+    def limit_to(self, seconds: int) -> None:
+        """Let Slurm's time limit, which is whole minutes, come in `seconds` or up to a minute later."""
+        hours, minutes, ran = map(int, self.cluster.job(self.number)["RunTime"].split(":"))
+        limit = (3600 * hours + 60 * minutes + ran + seconds) // 60 + 1
+        self.cluster.command("scontrol", "update", f"JobId={self.number}", f"TimeLimit={limit}")
+
     def story(self) -> str:
         """What there is to read when something went wrong."""
         files = [*(self.run_dir / "logs").glob("*"), self.run_dir / "attempts.log", self.run_dir / "status.json"]

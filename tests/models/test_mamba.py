@@ -18,6 +18,7 @@ from megatron_lite.models.conv import CausalConv
 from megatron_lite.models.flops import flops_per_token, parameter_count
 from megatron_lite.models.initialization import initialize_model_
 from megatron_lite.models.mamba import GatedGroupNorm, Mamba2
+from megatron_lite.models.pattern import LayerSpec
 from megatron_lite.models.ssd import ssd
 
 BATCH, HEADS, GROUPS, WIDTH, STATES = 2, 6, 2, 3, 5
@@ -130,7 +131,7 @@ def leak(kind: str, patch: pytest.MonkeyPatch) -> None:
         patch.setattr("megatron_lite.models.mamba.StateSpace.scan", lambda *a, documents_BT, **k: ssd(*a[1:], **k))
     else:
         right = CausalConv.forward
-        patch.setattr(CausalConv, "forward", lambda self, x, state, documents: right(self, x, state, None))
+        patch.setattr(CausalConv, "forward", lambda self, x, state, documents, **_: right(self, x, state, None))
 
 
 @pytest.mark.parametrize("kind", ["state", "convolution"])
@@ -224,7 +225,7 @@ def test_time_steps_keep_their_limits(hybrid, loud):
 def test_initial_values(hybrid):
     """A uniform in [1, 16], dt log-uniform in [0.001, 0.1], the convolution within 1 / sqrt(taps), D and gains one."""
     config = hybrid(**{"pattern": "M", "mamba.heads": 4000, "mamba.head_dim": 1, "mamba.groups": 4, "mamba.state": 1})
-    mixer = Mamba2(config)
+    mixer = Mamba2(config, LayerSpec("M"))
     initialize_model_(mixer, 0)
     A, dt = mixer.ssm.A_log.exp(), torch.nn.functional.softplus(mixer.ssm.dt_bias.double())
     for values, low, high in (

@@ -17,7 +17,7 @@ from megatron_lite.models.flops import flops_per_token
 from megatron_lite.models.initialization import initialize_model_
 from megatron_lite.models.layers import LAYER_TYPES, LayerType
 from megatron_lite.models.linear import Linear
-from megatron_lite.models.pattern import NOT_BUILT, expand
+from megatron_lite.models.pattern import NOT_BUILT, LayerSpec, expand
 from megatron_lite.parallel.layers import TensorParallel
 from megatron_lite.parallel.plans import MIXERS, MixerPlan, apply_plan, check_divisible, column, decoder_plan, row
 
@@ -46,7 +46,7 @@ def test_wrong_patterns_are_named(num_layers, pattern, message):
         expand(num_layers=num_layers, pattern=pattern)
 
 
-@pytest.mark.parametrize("symbol", ["H", *NOT_BUILT])
+@pytest.mark.parametrize("symbol", ["S", *NOT_BUILT])
 def test_symbols_without_a_layer_are_refused_by_name(nemotron, symbol):
     with pytest.raises(
         ValueError, match=rf"model\.pattern=.* has '{re.escape(symbol)}' as layer 2.*'\*' attention"
@@ -61,22 +61,22 @@ def test_symbols_without_a_layer_are_refused_by_name(nemotron, symbol):
 class Previous(nn.Module):
     """out(in(x_t) + in(x_{t-1})): a layer that remembers one token."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, spec: LayerSpec) -> None:
         super().__init__()
         self.into = Linear(config.hidden_size, config.mlp.ffn_size, init_std=config.init_std)
         self.out = Linear(config.mlp.ffn_size, config.hidden_size, init_std=config.output_init_std)
 
-    def forward(self, x_BTD: Tensor, context: LayerContext) -> Tensor:
+    def forward(self, x_BTD: Tensor, context: LayerContext) -> tuple[Tensor, None]:
         h_BTF = self.into(x_BTD)
         last = torch.zeros_like(h_BTF[:, :1])
         if isinstance(context.cache, LastToken):
             before, context.cache.state = context.cache.state, h_BTF[:, -1:]
             last = last if before is None else before
-        return self.out(h_BTF + torch.cat([last, h_BTF[:, :-1]], dim=1))
+        return self.out(h_BTF + torch.cat([last, h_BTF[:, :-1]], dim=1)), None
 
 
 class LastToken(LayerCache):
-    def __init__(self, capacity: int) -> None:
+    def __init__(self) -> None:
         self.state: Tensor | None = None
 
     def nbytes(self) -> int:
@@ -91,7 +91,7 @@ def check(config: ModelConfig) -> None:
 @pytest.fixture
 def with_previous(monkeypatch):
     """The two rows."""
-    row_of_models = LayerType("previous token", Previous, check, lambda config, seq_len: 1000.0, LastToken)
+    row_of_models = LayerType("previous token", Previous, check, lambda *_: 1000.0, lambda *_: LastToken())
     monkeypatch.setitem(LAYER_TYPES, "P", row_of_models)
     plan = MixerPlan({"into": (column,), "out": (row,)}, lambda config: {"model.mlp.ffn_size": config.mlp.ffn_size})
     monkeypatch.setitem(MIXERS, Previous, plan)

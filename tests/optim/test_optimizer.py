@@ -6,6 +6,7 @@ import torch
 from megatron_lite.optim.optimizer import AdamW, OptimConfig, decays
 
 NO_SKIP = torch.zeros(())
+MATRIX = {"head.weight": "matrix"}
 
 
 def float64_adamw(w, gradients, lr, decay, betas, eps):
@@ -22,7 +23,7 @@ def test_updates_follow_the_equations():
     config = OptimConfig(lr=0.01, weight_decay=0.3)
     start = {"layers.0.mixer.up.weight": torch.randn(5, 3), "layers.0.norm.weight": torch.randn(7)}
     live = {name: tensor.clone() for name, tensor in start.items()}
-    optimizer = AdamW(live, config)
+    optimizer = AdamW(live, config, {name: "norm" if "norm" in name else "matrix" for name in live})
     history = [{name: torch.randn_like(t) for name, t in start.items()} for _ in range(6)]
     for gradients in history:
         optimizer.step({k: g.clone() for k, g in gradients.items()}, lr=0.01, skip=NO_SKIP)
@@ -37,7 +38,7 @@ def test_updates_follow_the_equations():
 
 def test_a_skipped_step_leaves_everything_as_it_was():
     live = {"head.weight": torch.ones(4, 4)}
-    optimizer = AdamW(live, OptimConfig())
+    optimizer = AdamW(live, OptimConfig(), MATRIX)
     optimizer.step({"head.weight": torch.ones(4, 4)}, lr=0.1, skip=NO_SKIP)
     before = {"w": live["head.weight"].clone(), **{k: v.clone() for k, v in optimizer.moments().items()}}
     optimizer.step({"head.weight": torch.full((4, 4), float("nan"))}, lr=0.1, skip=torch.ones(()))
@@ -49,13 +50,13 @@ def test_a_skipped_step_leaves_everything_as_it_was():
 def test_state_loaded_in_place_continues_bitwise():
     torch.manual_seed(1)
     gradients = [{"head.weight": torch.randn(3, 3)} for _ in range(4)]
-    one = AdamW({"head.weight": torch.ones(3, 3)}, OptimConfig())
+    one = AdamW({"head.weight": torch.ones(3, 3)}, OptimConfig(), MATRIX)
     for g in gradients:
         one.step({"head.weight": g["head.weight"].clone()}, lr=0.1, skip=NO_SKIP)
-    first = AdamW({"head.weight": torch.ones(3, 3)}, OptimConfig())
+    first = AdamW({"head.weight": torch.ones(3, 3)}, OptimConfig(), MATRIX)
     for g in gradients[:2]:
         first.step({"head.weight": g["head.weight"].clone()}, lr=0.1, skip=NO_SKIP)
-    second = AdamW({"head.weight": first.parameters["head.weight"].clone()}, OptimConfig())
+    second = AdamW({"head.weight": first.parameters["head.weight"].clone()}, OptimConfig(), MATRIX)
     for key, tensor in second.moments().items():
         tensor.copy_(first.moments()[key])
     second.adam_step = first.adam_step
@@ -65,30 +66,17 @@ def test_state_loaded_in_place_continues_bitwise():
 
 
 @pytest.mark.parametrize(
-    ("name", "ndim", "switch"),
-    [
-        ("layers.0.norm.weight", 1, "decay_norms"),
-        ("final_norm.bias", 1, "decay_norms"),
-        ("layers.1.mixer.qkv.bias", 1, "decay_biases"),
-        ("embedding.weight", 2, "decay_embeddings"),
-    ],
+    ("kind", "switch"), [("norm", "decay_norms"), ("bias", "decay_biases"), ("embedding", "decay_embeddings")]
 )
-def test_each_group_decays_only_when_asked(name, ndim, switch):
-    assert not decays(name, ndim, OptimConfig())
-    assert decays(name, ndim, OptimConfig(**{switch: True}))
+def test_each_kind_decays_only_when_asked(kind, switch):
+    assert not decays(kind, OptimConfig())
+    assert decays(kind, OptimConfig(**{switch: True}))
 
 
-def test_matrices_and_head_always_decay():
-    assert decays("layers.0.mixer.qkv.weight", 2, OptimConfig())
-    assert decays("head.weight", 2, OptimConfig())
-
-
-def test_a_recurrence_never_decays():
+def test_matrices_always_decay_and_states_never():
     everything = OptimConfig(decay_norms=True, decay_biases=True, decay_embeddings=True)
-    for name in ("A_log", "dt_bias", "D"):
-        assert not decays(f"layers.0.mixer.ssm.{name}", 1, everything)
-    assert decays("layers.0.mixer.conv.weight", 3, OptimConfig())
-    assert decays("layers.0.mixer.conv.bias", 1, everything)
+    assert decays("matrix", OptimConfig())
+    assert not decays("state", everything)
 
 
 @pytest.mark.parametrize(

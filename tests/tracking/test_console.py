@@ -32,7 +32,7 @@ def play(tmp_path: Path, rows: list[dict], *, terminal: bool = False, start: int
         start_step=start,
         model="nemotron4 [tiny]",
         parameters=1_234_567,
-        tokens_per_step=1000,
+        total_tokens=200_000,
         layout="fsdp, dp 2 x tp 1",
         peak="measured: somehow",
     )
@@ -51,7 +51,14 @@ def test_without_a_terminal_there_is_one_plain_line_per_row(tmp_path: Path) -> N
         "step 80/200  loss 5.1230  grad_norm 0.500  lr 3.00e-04  tok/s 4,321  0.05 TFLOP/s  eta 01:00",
     ]
     assert "\x1b" not in text
-    for expected in ("nemotron4 [tiny]", "1,234,567", "200K", "fsdp, dp 2 x tp 1", "measured: somehow", "finished"):
+    for expected in (
+        "nemotron4 [tiny]",
+        "1,234,567",
+        "200K (200 steps)",
+        "fsdp, dp 2 x tp 1",
+        "measured: somehow",
+        "finished",
+    ):
         assert expected in text
 
 

@@ -54,6 +54,16 @@ def test_a_job_that_ends_early_leaves_what_it_has(tmp_path):
     assert len(spans(tmp_path / "p" / TRACE, "step")) == 2
 
 
+def test_a_job_that_goes_back_records_once(tmp_path):
+    profiler = Profiler(ProfileConfig(steps=2, skip=1), tmp_path / "p")
+    early, late = profiler.watch(iter(range(8))), profiler.watch(iter(range(3, 8)))
+    assert [next(early) for _ in range(5)] == [0, 1, 2, 3, 4]
+    early.close()
+    written = (tmp_path / "p" / TRACE).stat().st_mtime_ns
+    assert list(late) == [3, 4, 5, 6, 7]
+    assert (tmp_path / "p" / TRACE).stat().st_mtime_ns == written
+
+
 def test_other_ranks_record_nothing(tmp_path):
     profiler = Profiler(ProfileConfig(steps=2, skip=0), tmp_path / "p", main_process=False)
     assert list(profiler.watch(iter(range(4)))) == [0, 1, 2, 3]

@@ -94,6 +94,9 @@ def run_dir(tmp_path: Path) -> Path:
             {"start": 600, "shares": {EVIL: "1/2", "python": "1/2"}},
         ]
         manifest = {"step": step, "consumed_samples": 8 * step, "parameters": 12_345_678, "data": {"phases": phases}}
+        manifest["precision_events"] = [
+            {"step": 40, "module": EVIL, "operand": "input", "why": "not finite", "rung": "bf16"}
+        ]
         (folder / "manifest.json").write_text(json.dumps(manifest))
         (folder / "model.safetensors").write_bytes(bytes(3 * 2**20))
     (run_dir / "checkpoints" / ".tmp-step_00000150").mkdir()
@@ -110,6 +113,7 @@ def test_the_page_says_what_the_run_directory_says(run_dir: Path) -> None:
     assert blend[1:6] == ["1,500", "75.00%", "70.00%", "+5.00 pt", "1.25"]
     phases = [row for row in page.rows if row[0] == "python"][-1]
     assert phases == ["python", "30.00%", "50.00%"]
+    assert page.row("40") == ["40", EVIL, "input", "not finite", "bf16"]
     assert [row[:4] for row in page.rows if row[0].startswith("step_")] == [
         ["step_00000100", "800", "2", "3.0 MiB"],
         ["step_00000050", "400", "2", "3.0 MiB"],

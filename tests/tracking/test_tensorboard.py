@@ -21,7 +21,9 @@ def log(run_dir: Path, steps: range, *, start: int, offset: float) -> TensorBoar
     tracker = TensorBoardTracker()
     tracker.start(info(run_dir, start))
     for step in steps:
-        tracker.log({"step": step, "loss": offset + step, "mfu": None, "lr": 0.1 * step})
+        tracker.log(
+            {"step": step, "loss": offset + step, "mfu": None, "lr": 0.1 * step, "fp8": {"module": f"layers.{step}"}}
+        )
         if step % 2 == 0:
             tracker.log({"step": step, "val_loss": {"english text": offset + step / 2, "中文": math.nan}})
     return tracker
@@ -61,6 +63,8 @@ def test_a_resumed_run_has_each_step_once(tmp_path: Path) -> None:
     assert scalars["val_loss/english text"] == [(2, 1), (4, 2), (6, 103), (8, 104)]
     assert scalars["lr"] == [(i, pytest.approx(0.1 * i, rel=1e-7)) for i in range(1, 9)]  # fp32
     assert [math.isnan(value) for _, value in scalars["val_loss/中文"]] == [True] * 4
+    texts = load(tmp_path).Tensors("fp8/module/text_summary")
+    assert texts[-1].tensor_proto.string_val[0].decode() == "layers.8"
 
 
 def test_without_a_checkpoint_the_record_begins_anew(tmp_path: Path) -> None:

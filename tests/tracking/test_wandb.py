@@ -25,7 +25,7 @@ folder, start, end, hang = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 tracker = Trackers(None, [WandbTracker(WandbConfig(project="p", tags=["t"]))])  # on a thread of its own, as in a run
 tracker.start(RunInfo(run_dir=folder, name="smoke", total_steps=12, start_step=start, config={"seed": 7}))
 for step in range(start + 1, end + 1):
-    tracker.log({"step": step, "loss": 1 / step, "mfu": None})
+    tracker.log({"step": step, "loss": 1 / step, "mfu": None, "fp8": {"module": "layers.1"}})
     if step % 5 == 0:
         tracker.log({"step": step, "val_loss": {"english text": 2 / step}})
 if hang:
@@ -62,7 +62,7 @@ def history(found: dict[str, list[dict]]) -> list[dict]:
 
 def rows(steps: range) -> list[dict]:
     """What the script above logs, in the order of metrics.jsonl."""
-    training = [{"step": i, "loss": 1 / i} for i in steps]
+    training = [{"step": i, "loss": 1 / i, "fp8": {"module": "layers.1"}} for i in steps]
     validation = [{"step": i, "val_loss": {"english text": 2 / i}} for i in steps if i % 5 == 0]
     return sorted(training + validation, key=lambda row: row["step"])
 

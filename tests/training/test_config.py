@@ -68,7 +68,7 @@ def test_help_may_be_cut_off_by_the_reader():
     [
         ("train.max_stepz=4", "did you mean train.max_steps"),
         ("train.max_steps=many", "could not be converted to Integer"),
-        ("model=nemotron9", "choose one of llama_tiny"),
+        ("model=nemotron9", "choose one of .*llama_tiny"),
         ("--verbose", "--verbose is unknown"),
         ("--config-dir=/nowhere", "/nowhere is not a folder"),
         ("run.dir=caf\udce9", r"run\.dir=caf\\udce9.*not UTF-8"),
@@ -91,7 +91,7 @@ def test_a_config_dir_without_the_folder_of_a_group(tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "world_size", "message"),
     [
-        (["parallel.tp=3"], 3, r"does not divide by parallel\.tp=3.*parallel\.tp=1 would work"),
+        (["parallel.tp=3"], 3, r"not divide by parallel\.tp=3.*parallel\.tp=1 would work"),
         (["parallel.tp=2"], 3, r"tp\(2\).*world size 3"),
         (["data.seq_len=4096"], 1, r"data\.seq_len=4096 is longer than model\.max_seq_len=2048"),
         (["train.max_tokens=5"], 1, "exactly one of them"),

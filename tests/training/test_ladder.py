@@ -276,7 +276,7 @@ def rank_of_a_run(rank: int, world_size: int, words: list[str]) -> int:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "layout", ["engine.shard=full", "engine.shard=optimizer", "parallel.tp=2", "engine=deepspeed engine.zero_stage=2"]
+    "layout", ["engine.shard=full", "engine.shard=optimizer", "parallel.tp=2 engine=deepspeed engine.zero_stage=2"]
 )
 def test_all_ranks_agree(tiny_data, tmp_path, layout):
     """Only one data-parallel rank has the bad sample; both go down, and the main one says so."""

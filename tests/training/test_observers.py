@@ -37,12 +37,12 @@ def test_a_training_goes_on_without_any_of_them(fault, tiny_data, straight, tmp_
     for method in ("start", "log", "close"):
         monkeypatch.setattr(ConsoleTracker, method, fault)
     monkeypatch.setattr(Status, "_write", fault)
-    for name in ("write_loss_plot", "write_report"):
+    for name in runs.DRAWINGS:
         monkeypatch.setattr(train, name, fault)
     for module in (base, status):
         monkeypatch.setattr(module, "PATIENCE_SECONDS", 0.2)
     monkeypatch.setattr(train, "_DRAWING_SECONDS", 0.2)
-    assert runs.run(tiny_data, tmp_path / "r", "tracking.console=true") == 0
+    assert runs.run(tiny_data, tmp_path / "r", "tracking.console=true", drawn=True) == 0
     assert runs.curve(tmp_path / "r") == runs.curve(straight)
     said = [
         str(warning.message).split(" is left out")[0] for warning in recwarn if "is left out" in str(warning.message)

@@ -86,7 +86,6 @@ def test_the_step_after_a_save_is_followed_by_a_question():
 
 def signaled_rank(rank: int, world_size: int, words: list[str], every_step: bool) -> tuple[int, int]:
     """Train; rank 1 gets a signal in its 10th step. Returns the steps done and the all-reduces over all ranks."""
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "MASTER_ADDR": "here", "MASTER_PORT": "0"}
     steps, reduced = [], []
     train_step, all_reduce = FsdpEngine.train_step, dist.all_reduce
 
@@ -101,16 +100,13 @@ def signaled_rank(rank: int, world_size: int, words: list[str], every_step: bool
             reduced.append(tensor)
         return all_reduce(tensor, op=op, group=group, **kwargs)
 
-    with pytest.MonkeyPatch.context() as patch:
+    with runs.as_rank(rank, world_size) as patch:
         patch.setattr(FsdpEngine, "train_step", counted_step)
         patch.setattr(dist, "all_reduce", counted_reduce)
-        patch.setattr(command, "stop", lambda: None)  # the process group is the pool's
         patch.setattr(preemption, "REACTION_SECONDS", 600.0)  # a busy machine must not ask more often
         if every_step:  # the planted bug
             patch.setattr(Preemption, "requested_after", lambda self, kind: [self._ask(), self.signal is not None][1])
         command.train(compose_run(words))
-    for key in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        del os.environ[key]
     return len(steps), len(reduced)
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
@@ -13,6 +15,7 @@ import torch.distributed as dist
 from megatron_lite.ranks import Ranks
 from megatron_lite.runtime import Runtime
 from megatron_lite.training import preflight
+from megatron_lite.training.gpu_memory import faults, memory_faults
 from megatron_lite.training.preflight import Report, bandwidths, measure, out_of_line
 from tests.distributed import run_ranks
 
@@ -35,12 +38,39 @@ def test_nodes_that_are_alike():
         (3, {"speeds": {**SPEEDS, "link": 5.0}}, ["link is slow on node1 (rank 3)"]),
         (4, {"speeds": {**SPEEDS, "write": 0.5}}, ["write is slow on node2 (rank 4)"]),
         (2, {"clock": 1e9 - 30}, ["the clock of node1 (rank 2) is -30"]),
+        (4, {"faults": faults(["3", "0", "0"])}, ["the GPU of node2 (rank 4) has 3 uncorrectable ECC error"]),
         (2, {"unseen": (0, 4)}, ["run.dir on node1 (rank 2)", "node0 (rank 0), node2 (rank 4)"]),
     ],
 )
 def test_the_host_that_is_out_of_line_is_named(rank, change, said):
     (line,) = out_of_line([replace(report, **change) if report.rank == rank else report for report in WELL])
     assert all(text in line for text in said), line
+
+
+@pytest.mark.parametrize(
+    ("answers", "said"),
+    [
+        ({"gpu": "0", "remapped-rows": "No, No"}, []),
+        ({"gpu": "[N/A]", "remapped-rows": "[N/A], [N/A]"}, []),  # a GPU without ECC
+        ({"gpu": "0", "remapped-rows": "Yes, No"}, ["waits to be remapped: reset"]),
+        ({"gpu": "12", "remapped-rows": "1, 1"}, ["12 uncorrectable", "waits to be remapped", "could not be remapped"]),
+        ({"gpu": "7"}, ["7 uncorrectable"]),  # an old driver, which knows no remapped rows
+        ({}, []),
+    ],
+)
+def test_errors_of_a_gpus_memory(answers, said, tmp_path, monkeypatch):
+    """As a stand-in for nvidia-smi answers for the one GPU that it is asked for; unknown queries end with an error, as there."""
+    lines = [f'--query-{kind}=*) echo "{answer}" ;;' for kind, answer in answers.items()]
+    cases = " ".join(lines)
+    (tmp_path / "nvidia-smi").write_text(
+        f'#!/bin/sh\n[ "$3" = --id=GPU-7 ] || exit 6\ncase $1 in {cases} *) exit 2 ;; esac\n'
+    )
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="7"))
+    found = memory_faults(torch.device("cuda", 0))
+    assert len(found) == len(said)
+    assert all(text in fault for text, fault in zip(said, found))
 
 
 def test_a_clock_is_that_of_a_node():

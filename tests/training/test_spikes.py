@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import warnings
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
@@ -163,13 +162,9 @@ def test_stopped_between_a_spike_and_its_row_it_is_the_same_run(train):
 
 
 def rank_of_a_run(rank: int, world_size: int, words: list[str]) -> int:
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "MASTER_ADDR": "here", "MASTER_PORT": "0"}
-    with pytest.MonkeyPatch.context() as patch, planted_document(), warnings.catch_warnings(record=True) as caught:
+    with runs.as_rank(rank, world_size), planted_document(), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        patch.setattr(command, "stop", lambda: None)  # the process group is the pool's
         command.train(compose_run(words))
-    for key in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        del os.environ[key]
     return sum("went back to step 8" in str(warning.message) for warning in caught)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 from collections import Counter
@@ -35,7 +34,6 @@ sys.addaudithook(_note_open)
 def start_up(rank: int, world_size: int, words: list[str], folders: list[str]) -> tuple[dict[str, int], dict[str, int]]:
     """Begin a job and stop before its first step: (opened files by name, collectives by name) of this rank."""
     global OPENED
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "MASTER_ADDR": "here", "MASTER_PORT": "0"}
     called: Counter[str] = Counter()
 
     def counted(name):
@@ -47,17 +45,14 @@ def start_up(rank: int, world_size: int, words: list[str], folders: list[str]) -
 
         return call
 
-    with pytest.MonkeyPatch.context() as patch:
+    with runs.as_rank(rank, world_size) as patch:
         for name in COLLECTIVES:
             patch.setattr(dist, name, counted(name))
-        patch.setattr(command, "stop", lambda: None)  # the process group is the pool's
         patch.setattr(command, "_report", lambda *_: None)
         patch.setattr(Trainer, "fit", lambda self: "stopped")
         OPENED = []
         command.train(compose_run(words))
         opened, OPENED = OPENED, None
-    for key in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        del os.environ[key]
     ours = [Path(path) for path in opened if path.startswith(tuple(folders))]
     return dict(Counter(path.name for path in ours)), dict(called)
 
@@ -81,6 +76,7 @@ def test_no_rank_has_more_to_do_when_there_are_more(resumed, tiny_data, tmp_path
             expected_files, expected_calls = seen[2][min(rank, 1)]
             assert called == expected_calls, (ranks, rank)
             assert without_tensors(files) == without_tensors(expected_files), (ranks, rank)
+            assert {count for name, count in files.items() if name.endswith((".bin", ".idx"))} == {1}, files
 
 
 def without_tensors(files: dict[str, int]) -> dict[str, int]:

@@ -24,7 +24,7 @@ from megatron_lite.training.status import Status
 from megatron_lite.training.trainer import Position
 from megatron_lite.training.watchdog import Watchdog, WatchdogConfig, slow_ranks
 from tests import runs
-from tests.launch import local_run
+from tests.launch import forked_run, local_run
 
 
 def test_slow_ranks():
@@ -169,11 +169,11 @@ def free_port() -> int:
 @pytest.mark.slow
 def test_a_rank_that_sleeps_is_named(tiny_data, tmp_path):
     run = tmp_path / "asleep"
-    job = local_run.start(
-        tiny_data, run, "watchdog.timeout_seconds=20", "train.global_batch_size=6",
-        RANKS_PER_NODE="3", HANG_STEP="7", SLOW_RANK="1", SHUTDOWN_TIMEOUT="5", TORCH_FR_BUFFER_SIZE="200",
+    codes = forked_run.train(
+        tiny_data, run, "watchdog.timeout_seconds=15", "train.global_batch_size=6",
+        ranks=3, HANG_STEP="7", SLOW_RANK="1", TORCH_FR_BUFFER_SIZE="200",
     )  # fmt: skip
-    assert local_run.finish(job) != 0
+    assert all(codes)
     status = runs.status(run)
     assert status["state"] == "failed"
     assert "rank 1 is stuck in step 7, train_step, at launch/slowed/sitecustomize.py" in status["reason"], status
@@ -189,14 +189,11 @@ def test_a_rank_that_sleeps_is_named(tiny_data, tmp_path):
 def test_a_healthy_run_hears_nothing_and_a_rank_that_never_gets_to_the_loop_is_named(tiny_data, tmp_path):
     run, phase = tmp_path / "resumed", "restore step_00000004"
     healthy = ("train.stop_at=4", "watchdog.timeout_seconds=60", "watchdog.report_seconds=1")
-    assert local_run.finish(local_run.start(tiny_data, run, *healthy, RANKS_PER_NODE="2")) == 0
+    assert forked_run.train(tiny_data, run, *healthy) == [0, 0]
     assert "watchdog" not in local_run.output(run)
     assert not (run / "hang").exists()
-    job = local_run.start(
-        tiny_data, run, "watchdog.timeout_seconds=15",
-        RANKS_PER_NODE="2", HANG_IN="checkpoint.store:CheckpointStore.load", SLOW_RANK="1", SHUTDOWN_TIMEOUT="5",
-    )  # fmt: skip
-    assert local_run.finish(job) != 0
+    hangs = {"HANG_IN": "checkpoint.store:CheckpointStore.load", "SLOW_RANK": "1"}
+    assert all(forked_run.train(tiny_data, run, "watchdog.timeout_seconds=15", **hangs))
     reason = runs.status(run)["reason"]
     assert f"rank 1 is stuck in step 0, {phase}, at launch/slowed/sitecustomize.py" in reason, reason
     assert f"rank 0 waits for others in step 0, {phase}" in reason, reason
@@ -206,11 +203,7 @@ def test_a_healthy_run_hears_nothing_and_a_rank_that_never_gets_to_the_loop_is_n
 def test_a_rank_that_does_not_end_is_ended(tiny_data, tmp_path):
     """All is done and saved: the run stays finished."""
     run = tmp_path / "endless"
-    job = local_run.start(
-        tiny_data, run, "watchdog.timeout_seconds=15",
-        RANKS_PER_NODE="2", HANG_IN="runtime:stop", SLOW_RANK="1", SHUTDOWN_TIMEOUT="5",
-    )  # fmt: skip
-    local_run.finish(job)
+    forked_run.train(tiny_data, run, "watchdog.timeout_seconds=15", HANG_IN="commands.train:stop", SLOW_RANK="1")
     assert runs.status(run)["state"] == "finished"
     assert "rank 1 is stuck in step 20, end, at launch/slowed/sitecustomize.py" in local_run.output(run)
 
@@ -242,10 +235,7 @@ def test_a_stopped_rank_is_named(tiny_data, tmp_path):
 @pytest.mark.slow
 def test_a_slow_rank_is_reported(tiny_data, tmp_path):
     run = tmp_path / "slow"
-    job = local_run.start(
-        tiny_data, run, "watchdog.report_seconds=3", RANKS_PER_NODE="2", SLOW_STEP="0.6", SLOW_RANK="1"
-    )
-    assert local_run.finish(job) == 0
+    assert forked_run.train(tiny_data, run, "watchdog.report_seconds=3", SLOW_STEP="0.6", SLOW_RANK="1") == [0, 0]
     assert "slow: rank 1 0." in local_run.output(run)
     assert "slow: rank 0" not in local_run.output(run)
 

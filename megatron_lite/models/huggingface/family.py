@@ -22,7 +22,14 @@ from megatron_lite.models.pattern import BLOCK
 # Where older and newer transformers keep the same thing; always regenerated, never carried along.
 REWRITTEN = ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor", "dtype", "torch_dtype")
 # Of attention, what a family has to say that it can write.
-PLAIN_ATTENTION: dict[str, Any] = {"attention.qkv_bias": False, "attention.qk_norm": False}
+PLAIN_ATTENTION: dict[str, Any] = {
+    "attention.qkv_bias": False,
+    "attention.qk_norm": False,
+    "attention.value_head_dim": None,
+    "attention.window": None,
+    "attention.kv_groups": [],
+    "meta_tokens": 0,
+}
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ letters or with two sets of words, and an export uses the spelling of the import
 letters, which all readers know.
 
 `time_step_min` is the lower limit that transformers puts on dt (where it computes in chunks); it does not read `time_step_limit`.
+No limit is written as the smallest normal fp32 number, which no dt is below, since transformers initializes dt from its logarithm.
 `chunk_size` changes how the scan is computed and not what it gives, so it is kept beside the model, as is what only initializes.
 """
 
@@ -25,6 +26,7 @@ REQUIRED: dict[str, Any] = PLAIN_ATTENTION | {
     "linear_bias": False,
     "tie_embeddings": False,
 }
+NO_LIMIT = 2.0**-126
 WORDS = {"full_attention": "*", "attention": "*", "mlp": "-", "linear_attention": "M", "mamba": "M"}
 
 
@@ -35,7 +37,7 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
         raise ValueError(
             f"model.pattern={config.symbols!r} has {unknown[0]!r}, which NemotronHForCausalLM does not know"
         )
-    least, most = config.mamba.dt_limits or (0.0, math.inf)
+    least, most = config.mamba.dt_limits or (NO_LIMIT, math.inf)
     if most != math.inf:
         raise ValueError(
             f"model.mamba.dt_limits={config.mamba.dt_limits} cannot be written as NemotronHForCausalLM, which has no upper limit"
@@ -82,7 +84,7 @@ def read_config(hf: Mapping[str, Any]) -> ModelConfig:
             groups=integer(hf, "n_groups"),
             state=integer(hf, "ssm_state_size"),
             conv=integer(hf, "conv_kernel"),
-            dt_limits=[least, math.inf] if least else None,
+            dt_limits=[least, math.inf] if least > NO_LIMIT else None,
         ),
         norm=REQUIRED["norm"],
         norm_eps=number(hf, "layer_norm_epsilon"),
@@ -192,5 +194,5 @@ NEMOTRON_H = Family(
     write_config=write_config,
     read_config=read_config,
     rules=rules,
-    spellings=("layers_block_type", "hybrid_override_pattern", "num_hidden_layers"),
+    spellings=("layers_block_type", "hybrid_override_pattern", "num_hidden_layers", "time_step_min"),
 )

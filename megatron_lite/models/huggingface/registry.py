@@ -6,12 +6,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_lite.models.huggingface.family import Family
+from megatron_lite.models.huggingface.hymba import HYMBA
 from megatron_lite.models.huggingface.llama import LLAMA, MISTRAL
 from megatron_lite.models.huggingface.nemotron import NEMOTRON4
 from megatron_lite.models.huggingface.nemotron_h import NEMOTRON_H
 from megatron_lite.models.huggingface.qwen import QWEN2, QWEN3
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (NEMOTRON4, LLAMA, MISTRAL, QWEN2, QWEN3, NEMOTRON_H)}
+FAMILIES: dict[str, Family] = {
+    family.name: family for family in (NEMOTRON4, LLAMA, MISTRAL, QWEN2, QWEN3, NEMOTRON_H, HYMBA)
+}
 
 
 def family_named(name: str) -> Family:

@@ -105,7 +105,7 @@ def transformer_rules(config: ModelConfig) -> list[Rule]:
             rules.append(fused_qkv(f"{attention}.mixer.qkv.{parameter}", names, config=config))
         for norm in ("q_norm", "k_norm") if config.attention.qk_norm else ():
             for part in norm_parts:
-                rules.append(renamed(f"{attention}.mixer.{norm}.{part}", f"{hf}.self_attn.{norm}.{part}"))
+                rules.append(renamed(f"{attention}.mixer.core.{norm}.{part}", f"{hf}.self_attn.{norm}.{part}"))
         rules.append(renamed(f"{attention}.mixer.out.weight", f"{hf}.self_attn.o_proj.weight"))
         for name in projections:
             rules.append(renamed(f"{mlp}.mixer.{name}.weight", f"{hf}.mlp.{name}_proj.weight"))

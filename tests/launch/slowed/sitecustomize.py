@@ -4,7 +4,7 @@ SLOW_STEP=0.5        every training step takes that many seconds more
 SLOW_SAVE=32         writing the tensors of a checkpoint takes that many seconds more
 SLOW_RANK=1          only that rank (default: all)
 HANG_STEP=7          the step that never ends (Python sleeps), on SLOW_RANK
-HANG_IN=runtime:stop  that function never ends (Python sleeps), on SLOW_RANK; also checkpoint.store:CheckpointStore.load
+HANG_IN=commands.train:stop  that function never ends (Python sleeps), on SLOW_RANK; also checkpoint.store:CheckpointStore.load
 STOP_STEP=7          the step in which the process is stopped (as by SIGSTOP), on SLOW_RANK
 A job that Slurm restarted, or a group that torchrun restarted, runs at full speed.
 """
@@ -36,7 +36,8 @@ def _at_step(function, step, act):
     return counted
 
 
-def _apply(settings):
+def apply(settings):
+    """Make this rank as slow or deaf as the settings say."""
     if "SLOW_SAVE" in settings:
         from megatron_lite.checkpoint import saving
 
@@ -64,4 +65,4 @@ _rank = os.environ.get("RANK")
 _first = os.environ.get("SLURM_RESTART_COUNT", "0") == "0" and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
 _meant = _rank is not None and _asked.get("SLOW_RANK", _rank) == _rank
 if _asked and _first and _meant and {"megatron_lite", "train"} <= set(sys.orig_argv):
-    _apply(_asked)
+    apply(_asked)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
+from transformers import AutoModelForCausalLM, NemotronHConfig
 
 from megatron_lite.models.huggingface import family_named
 from megatron_lite.models.huggingface.rules import grouped
@@ -26,12 +28,13 @@ SPELLINGS = {
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
 def test_the_pattern_goes_back_as_it_came(spelling):
-    hf = SIZES | SPELLINGS[spelling] | {"time_step_min": 0.0}
+    spelled = SPELLINGS[spelling] | {"time_step_min": 0.0}
+    hf = SIZES | spelled
     config = FAMILY.from_hf_config(hf)
     assert config.pattern == "M-*M"
     extra = FAMILY.extra(hf, config)
     written = FAMILY.with_extra(config, extra)
-    assert {key: written[key] for key in FAMILY.spellings if key in written} == SPELLINGS[spelling]
+    assert {key: written[key] for key in FAMILY.spellings if key in written} == spelled
     assert written["chunk_size"] == 8
     assert FAMILY.with_extra(config, FAMILY.extra(written, config)) == written
     config.pattern = "MM"  # another model than the folder's: its spelling says something else
@@ -47,6 +50,11 @@ def test_the_limit_of_time_steps_is_the_one_that_transformers_applies():
     assert FAMILY.to_hf_config(config)["time_step_min"] == 0.001
     assert FAMILY.extra(hf, config)["time_step_limit"] == [0.0, math.inf]
     assert FAMILY.from_hf_config(hf | {"time_step_min": 0.0}).mamba.dt_limits is None
+    written = FAMILY.to_hf_config(replace(config, mamba=replace(config.mamba, dt_limits=None)))
+    assert FAMILY.from_hf_config(written).mamba.dt_limits is None
+    assert (
+        AutoModelForCausalLM.from_config(NemotronHConfig(**written)).num_parameters() > 0
+    )  # initializes dt by its logarithm
     config.mamba.dt_limits = [0.001, 0.1]
     with pytest.raises(ValueError, match=r"model\.mamba\.dt_limits=\[0\.001, 0\.1\]"):
         FAMILY.to_hf_config(config)

@@ -1,0 +1,215 @@
+"""The selective recurrence of Mamba-1 (Gu and Dao, arXiv 2312.00752), in chunks.
+
+For each channel c and state n, with h_0 given:
+
+    h_t[c, n] = exp(dt_t[c] A[c, n]) h_{t-1}[c, n] + dt_t[c] x_t[c] B_t[n],    y_t[c] = sum_n C_t[n] h_t[c, n]
+
+Every pair (c, n) decays at its own rate, so a chunk is not a matrix product as in Mamba-2 (`ssd.py`). Within a chunk the states of all
+tokens are computed by a scan of logarithmic depth over the pairs (decay, input): two neighboring steps make one step of twice the
+length, recursively (`scan_`). From chunk to chunk one state is passed on.
+
+Notable features:
+- Only decays are exponentials, each of one step's dt A <= 0, and they are multiplied: nothing overflows, however strong the decay.
+- Kept for backward are the inputs and the state that enters each chunk. The states of all tokens exist for one chunk at a time:
+  backward computes them again and runs the same scan from the end (the adjoint is the same recurrence).
+- A state belongs to the document of the token that produced it: at a document boundary it is reset to zero, or to what a prefix of
+  all documents has left.
+- On a GPU the work on one chunk is compiled (`torch.compile`). There is no other kernel: mamba-ssm's takes neither an initial state
+  nor documents.
+
+Shapes: B batch, T sequence, Q tokens of a chunk, C channels, N state.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CHUNK = 64
+
+
+def selective_scan(
+    x_BTC: Tensor,
+    dt_BTC: Tensor,
+    A_CN: Tensor,
+    B_BTN: Tensor,
+    C_BTN: Tensor,
+    *,
+    state_BCN: Tensor | None = None,
+    documents_BT: Tensor | None = None,
+    prefix: int = 0,
+    chunk: int = CHUNK,
+) -> tuple[Tensor, Tensor]:
+    """(y (B, T, C), the state after the last token (B, C, N)), computed in the dtype of dt.
+
+    dt: time steps, 0 or more. A: below 0.
+    state: the state before the first token, of the same document; None: zero. documents: rise along a row.
+    prefix: the first tokens, which have the number of the first document; the others begin with the state that they leave.
+    """
+    if state_BCN is None:
+        state_BCN = dt_BTC.new_zeros(len(x_BTC), *A_CN.shape)
+    if documents_BT is None:
+        return _Scan.apply(x_BTC, dt_BTC, A_CN, B_BTN, C_BTN, state_BCN, None, None, chunk)
+    begins_BT = torch.zeros_like(documents_BT, dtype=torch.bool)
+    begins_BT[:, 1:] = documents_BT[:, 1:] != documents_BT[:, :-1]
+    if not prefix:
+        return _Scan.apply(x_BTC, dt_BTC, A_CN, B_BTN, C_BTN, state_BCN, begins_BT, None, chunk)
+    # split, not slices: its backward is one concatenation, that of every slice a whole tensor of zeros
+    sizes = [prefix, x_BTC.shape[1] - prefix]
+    (x, x_text), (dt, dt_text), (B, B_text), (C, C_text) = (
+        tensor.split(sizes, dim=1) for tensor in (x_BTC, dt_BTC, B_BTN, C_BTN)
+    )
+    y_BPC, state_BCN = _Scan.apply(x, dt, A_CN, B, C, state_BCN, None, None, chunk)
+    of_text = (x_text, dt_text, A_CN, B_text, C_text, state_BCN, begins_BT[:, prefix:], state_BCN, chunk)
+    y_BTC, last_BCN = _Scan.apply(*of_text)
+    return torch.cat([y_BPC, y_BTC], dim=1), last_BCN
+
+
+class _Scan(torch.autograd.Function):
+    """`selective_scan` of tokens that may begin a document (`begins_BT`), then with the state `restart_BCN` or zero."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_BTC: Tensor,
+        dt_BTC: Tensor,
+        A_CN: Tensor,
+        B_BTN: Tensor,
+        C_BTN: Tensor,
+        state_BCN: Tensor,
+        begins_BT: Tensor | None,
+        restart_BCN: Tensor | None,
+        chunk: int,
+    ) -> tuple[Tensor, Tensor]:
+        A_NC, restart_BNC = A_CN.T.contiguous(), None if restart_BCN is None else restart_BCN.mT.contiguous()
+        state_BNC = state_BCN.mT.to(dt_BTC.dtype)
+        step = _compiled(_states) if x_BTC.is_cuda else _states
+        outputs, entering = [], []
+        for x, dt, B, C, begins in _chunks(chunk, x_BTC, dt_BTC, B_BTN, C_BTN, begins_BT):
+            entering.append(state_BNC)
+            h_BQNC, _ = step(x.to(dt.dtype), dt, A_NC, B.to(dt.dtype), state_BNC, begins, restart_BNC)
+            outputs.append((C.to(dt.dtype)[:, :, None] @ h_BQNC)[:, :, 0])
+            state_BNC = h_BQNC[:, -1].clone()  # a view would keep the states of the whole chunk
+        ctx.chunk = chunk
+        ctx.save_for_backward(x_BTC, dt_BTC, A_NC, B_BTN, C_BTN, begins_BT, restart_BNC, torch.stack(entering, dim=1))
+        return torch.cat(outputs, dim=1), state_BNC.mT.contiguous()
+
+    @staticmethod
+    def backward(ctx: Any, dy_BTC: Tensor, d_last_BCN: Tensor) -> tuple[Tensor | None, ...]:
+        x_BTC, dt_BTC, A_NC, B_BTN, C_BTN, begins_BT, restart_BNC, entering_BKNC = ctx.saved_tensors
+        later_BNC = d_last_BCN.mT.contiguous()  # the gradient of a chunk's last state, from the tokens after it
+        dA_NC = torch.zeros_like(A_NC)
+        d_restart_BNC = None if restart_BNC is None else torch.zeros_like(restart_BNC)
+        step: Callable[..., Any] = _compiled(_gradients) if x_BTC.is_cuda else _gradients
+        found: list[tuple[Tensor, ...]] = []
+        chunks = list(_chunks(ctx.chunk, x_BTC, dt_BTC, B_BTN, C_BTN, begins_BT, dy_BTC))
+        for number in reversed(range(len(chunks))):
+            x, dt, B, C, begins, dy = chunks[number]
+            wide = [tensor.to(dt.dtype) for tensor in (x, B, C, dy)]
+            *of_tokens, dA, later_BNC, d_restart = step(
+                *wide, dt, A_NC, entering_BKNC[:, number], later_BNC, begins, restart_BNC
+            )
+            found.append(tuple(of_tokens))
+            dA_NC += dA
+            if d_restart_BNC is not None:
+                d_restart_BNC += d_restart
+        dx, ddt, dB, dC = (torch.cat(parts[::-1], dim=1) for parts in zip(*found))
+        d_restart_BCN = None if d_restart_BNC is None else d_restart_BNC.mT
+        narrow = dx.to(x_BTC.dtype), ddt, dA_NC.T, dB.to(B_BTN.dtype), dC.to(C_BTN.dtype)
+        return *narrow, later_BNC.mT, None, d_restart_BCN, None
+
+
+def _chunks(chunk: int, *tensors_BT: Tensor | None) -> Any:
+    """The chunks of all tensors along the sequence; None stays None."""
+    length = next(tensor.shape[1] for tensor in tensors_BT if tensor is not None)
+    for start in range(0, length, chunk):
+        yield tuple(None if tensor is None else tensor[:, start : start + chunk] for tensor in tensors_BT)
+
+
+def _states(
+    x_BQC: Tensor,
+    dt_BQC: Tensor,
+    A_NC: Tensor,
+    B_BQN: Tensor,
+    state_BNC: Tensor,
+    begins_BQ: Tensor | None,
+    restart_BNC: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """(the states h after each token of a chunk, how much of the state before it each token keeps), both (B, Q, N, C)."""
+    decay_BQNC = torch.exp(dt_BQC[:, :, None] * A_NC)
+    h_BQNC = (dt_BQC * x_BQC)[:, :, None] * B_BQN[..., None]
+    if begins_BQ is not None:
+        begins_BQ11 = begins_BQ[:, :, None, None]
+        if restart_BNC is not None:
+            h_BQNC = torch.where(begins_BQ11, torch.addcmul(h_BQNC, decay_BQNC, restart_BNC[:, None]), h_BQNC)
+        decay_BQNC = decay_BQNC.masked_fill(begins_BQ11, 0.0)
+    h_BQNC[:, 0].addcmul_(decay_BQNC[:, 0], state_BNC)
+    scan_(decay_BQNC.clone(), h_BQNC)
+    return h_BQNC, decay_BQNC
+
+
+def _gradients(
+    x_BQC: Tensor,
+    B_BQN: Tensor,
+    C_BQN: Tensor,
+    dy_BQC: Tensor,
+    dt_BQC: Tensor,
+    A_NC: Tensor,
+    state_BNC: Tensor,
+    later_BNC: Tensor,
+    begins_BQ: Tensor | None,
+    restart_BNC: Tensor | None,
+) -> tuple[Tensor | None, ...]:
+    """The gradients of one chunk's x, dt, B and C; of A (summed over the chunk), of the state that enters it, of the restart state.
+
+    later: the gradient of its last state from the tokens after it.
+    """
+    h_BQNC, decay_BQNC = _states(x_BQC, dt_BQC, A_NC, B_BQN, state_BNC, begins_BQ, restart_BNC)
+    dC_BQN = (h_BQNC @ dy_BQC[..., None])[..., 0]
+    # the gradient of h_t: g_t = C_t dy_t + decay_{t+1} g_{t+1}, scanned from the end
+    g_BQNC = (C_BQN[..., None] * dy_BQC[:, :, None]).flip(1)
+    g_BQNC[:, 0] += later_BNC
+    scan_(torch.cat([torch.zeros_like(decay_BQNC[:, :1]), decay_BQNC[:, 1:].flip(1)], dim=1), g_BQNC)
+    g_BQNC = g_BQNC.flip(1)
+    # what a token adds to the state
+    du_BQC = (B_BQN[:, :, None] @ g_BQNC)[:, :, 0]
+    dB_BQN = (g_BQNC @ (dt_BQC * x_BQC)[..., None])[..., 0]
+    # its decay
+    before_BQNC = torch.cat([state_BNC[:, None], h_BQNC[:, :-1]], dim=1)
+    into_before_BQNC = decay_BQNC * g_BQNC
+    d_exponent_BQNC = into_before_BQNC * before_BQNC
+    d_restart_BNC = None
+    if begins_BQ is not None and restart_BNC is not None:
+        begins_BQ11 = begins_BQ[:, :, None, None]
+        into_restart_BQNC = (torch.exp(dt_BQC[:, :, None] * A_NC) * g_BQNC).masked_fill(~begins_BQ11, 0.0)
+        d_restart_BNC = into_restart_BQNC.sum(1)
+        d_exponent_BQNC = d_exponent_BQNC + into_restart_BQNC * restart_BNC[:, None]
+    d_dt_BQC = (d_exponent_BQNC * A_NC).sum(2) + du_BQC * x_BQC
+    dA_NC = torch.einsum("bqnc,bqc->nc", d_exponent_BQNC, dt_BQC)
+    return du_BQC * dt_BQC, d_dt_BQC, dB_BQN, dC_BQN, dA_NC, into_before_BQNC[:, 0].clone(), d_restart_BNC
+
+
+def scan_(decay: Tensor, h: Tensor) -> None:
+    """In place along dimension 1: h_t <- decay_t h_{t-1} + h_t, from the first to the last; `decay` is overwritten.
+
+    Two steps are one of twice the length: the odd ones take in the step before them and are then scanned alone, the even ones follow
+    from the odd ones before them. (Blelloch 1990; about three passes over the data at a depth of 2 log2 Q.)
+    """
+    if h.shape[1] < 2:
+        return
+    odd_decay, odd_h = decay[:, 1::2], h[:, 1::2]
+    pairs = odd_h.shape[1]
+    odd_h.addcmul_(odd_decay, h[:, 0 : 2 * pairs : 2])
+    odd_decay.mul_(decay[:, 0 : 2 * pairs : 2])
+    scan_(odd_decay, odd_h)
+    even_h = h[:, 2::2]
+    even_h.addcmul_(decay[:, 2::2], odd_h[:, : even_h.shape[1]])
+
+
+@functools.cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function)
