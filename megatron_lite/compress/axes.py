@@ -266,12 +266,13 @@ def mixer_axes(mixer: nn.Module, layer: int) -> MixerAxes:
 
 def layer_axes(config: ModelConfig) -> list[MixerAxes]:
     """The row of each residual layer's mixer. Raises ValueError for a model that has a layer without one, or parts that no row covers."""
+    with torch.device("meta"):
+        layers = Decoder(config).layers
+    rows = [mixer_axes(layer.get_submodule("mixer"), index) for index, layer in enumerate(layers)]
     for key, value in (("attention.kv_groups", config.attention.kv_groups), ("meta_tokens", config.meta_tokens)):
         if value:
             raise ValueError(f"model.{key}={value}: a model with them cannot be pruned")
-    with torch.device("meta"):
-        layers = Decoder(config).layers
-    return [mixer_axes(layer.get_submodule("mixer"), index) for index, layer in enumerate(layers)]
+    return rows
 
 
 def sizes_of(config: ModelConfig) -> dict[str, int]:
