@@ -93,13 +93,12 @@ def candidates(
 
     Raises ValueError where none fits.
     """
-    order = scores.removal_order(config, options)
+    order, costs = scores.removal_order(config, options), _Costs(config, budget)
     found = []
-    for sizes, layers in _within(config, order, target, budget):
-        made = resized(config, sizes, layers)
+    for sizes, layers in _within(costs, order, target):
         kept = kept_share(scores, config, scores.select(config, sizes, layers, options), options)
-        cache = _cache_of(made, budget)
-        found.append(Candidate(sizes, layers, parameter_count(made), cache, kept))
+        parameters = parameter_count(resized(config, sizes, layers))
+        found.append(Candidate(sizes, layers, parameters, costs.cache(sizes, layers), kept))
     if not found:
         limit = f"parameters={budget.parameters}" if budget.memory_gib is None else f"memory_gib={budget.memory_gib}"
         raise ValueError(
@@ -109,10 +108,9 @@ def candidates(
     return sorted(found, key=lambda candidate: -candidate.kept)[: budget.top_k]
 
 
-def _within(
-    config: ModelConfig, order: list[int], target: TargetConfig, budget: BudgetConfig
-) -> Iterator[tuple[dict[str, int], tuple[int, ...]]]:
+def _within(costs: _Costs, order: list[int], target: TargetConfig) -> Iterator[tuple[dict[str, int], tuple[int, ...]]]:
     """(sizes, layers) of each point of the grid, its last axis as large as the budget allows."""
+    config, budget = costs.config, costs.budget
     fixed = target.sizes(config)
     axes = [axis for axis in budget.axes if axis in fixed and getattr(target, axis) is None]
     if not axes:
@@ -123,7 +121,7 @@ def _within(
             sizes = fixed | dict(zip(grid, point))
 
             def fits(value: int, sizes: dict[str, int] = sizes, layers: tuple[int, ...] = layers) -> bool:
-                return _fits(resized(config, sizes | {last: value}, layers), budget)
+                return costs.fits(sizes | {last: value}, layers)
 
             best = _largest(_values(config, last, budget), fits)
             if best is not None:
@@ -165,14 +163,28 @@ def _largest(values: list[int], fits: Callable[[int], bool]) -> int | None:
     return values[low - 1] if low else None
 
 
-def _fits(config: ModelConfig, budget: BudgetConfig) -> bool:
-    if budget.memory_gib is None:
-        return parameter_count(config) <= (budget.parameters or 0)
-    return parameter_count(config) * WEIGHT_BYTES + _cache_of(config, budget) <= budget.memory_gib * 2**30
+class _Costs:
+    """What models cost. The cache of a layer depends neither on the width of the residual stream nor on that of the feed-forward layers, so
+    it is made once for all candidates that differ in them only."""
 
+    def __init__(self, config: ModelConfig, budget: BudgetConfig) -> None:
+        self.config, self.budget = config, budget
+        self._caches: dict[tuple[object, ...], int] = {}
 
-def _cache_of(config: ModelConfig, budget: BudgetConfig) -> int:
-    return cache_bytes(config, context=budget.context, batch=budget.batch)
+    def cache(self, sizes: Mapping[str, int], layers: tuple[int, ...]) -> int:
+        """Bytes of the cache."""
+        key = (layers, *(item for item in sorted(sizes.items()) if item[0] not in (HIDDEN, "ffn_size")))
+        if key not in self._caches:
+            made = resized(self.config, sizes, layers)
+            self._caches[key] = cache_bytes(made, context=self.budget.context, batch=self.budget.batch)
+        return self._caches[key]
+
+    def fits(self, sizes: Mapping[str, int], layers: tuple[int, ...]) -> bool:
+        """Whether they are within the budget."""
+        parameters = parameter_count(resized(self.config, sizes, layers))
+        if self.budget.memory_gib is None:
+            return parameters <= (self.budget.parameters or 0)
+        return parameters * WEIGHT_BYTES + self.cache(sizes, layers) <= self.budget.memory_gib * 2**30
 
 
 @torch.no_grad()

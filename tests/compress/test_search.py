@@ -36,6 +36,7 @@ def test_candidates_fit_and_are_as_large_as_they_may_be(config):
     for candidate in found:
         made = resized(config, candidate.sizes, candidate.layers)
         assert candidate.parameters == parameter_count(made) <= limit
+        assert candidate.cache == cache_bytes(made, context=131072, batch=1)
         ffn = candidate.sizes["ffn_size"]
         step = 64 if config is DENSE else 4
         if ffn < config.mlp.ffn_size:
@@ -44,6 +45,7 @@ def test_candidates_fit_and_are_as_large_as_they_may_be(config):
     within = BudgetConfig(memory_gib=memory, context=64, batch=2, axes=["heads", "ffn_size"], max_width=0.9)
     for candidate in candidates(config, random_scores(config, 0), OPTIONS, target=TargetConfig(), budget=within):
         assert candidate.parameters * 2 + candidate.cache <= memory * 2**30
+        assert candidate.cache == cache_bytes(resized(config, candidate.sizes, candidate.layers), context=64, batch=2)
         assert candidate.sizes["hidden_size"] == config.hidden_size
 
 
