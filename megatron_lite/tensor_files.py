@@ -1,9 +1,16 @@
-"""Tensors on disk, read slice by slice: the interface of all weight sources, and the two functions that read bytes.
+"""Tensors on disk, read slice by slice and written one by one: the interface of all weight sources, and what reads and writes bytes.
 
 Notable features
 - All tensor values are read by `read_slice`, and all hashes are computed by `block_digest`. It works block by block, so that
   several processes can share even a single file.
 - Nothing is mapped: what was read counts as memory only as long as it is used.
+- `write_safetensors` writes straight from the tensors' memory. The `safetensors` package builds the whole file in memory first, holding
+  Python's lock: half a second for 256 MiB, during which a background save would block the training loop. Hashing and writing
+  release it. The package reads the result, which the tests check.
+
+    8 bytes: length n of the header | n bytes: JSON {name: {dtype, shape, data_offsets}, __metadata__} | the tensors
+
+Format: https://huggingface.co/docs/safetensors
 """
 
 from __future__ import annotations
@@ -15,7 +22,7 @@ import os
 import struct
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -35,6 +42,7 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 BLOCK = 2**20  # bytes that are hashed as one; a part of checkpoint format 2
 _OPEN_FILES = 4
 _READ_BYTES = 2**24  # of whole rows that are read to cut columns out of them
@@ -81,6 +89,10 @@ class WholeTensors(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.source.names())
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Of a tensor, without reading it."""
+        return self._dtype or self.source.dtype(name)
 
 
 class TensorFile:
@@ -245,3 +257,57 @@ def block_digest(path: Path, block: int | None) -> bytes:
         while data := stream.read(BLOCK):
             digest.update(data)
     return digest.digest()
+
+
+class Sink(Protocol):
+    """What the file is written to; `write` takes any buffer and writes all of it."""
+
+    def write(self, data: Any) -> int: ...
+
+
+class Part(Protocol):
+    """A tensor to be written (a `global_view.Piece` is one)."""
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Its shape."""
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Its dtype."""
+
+    def tensor(self) -> Tensor:
+        """Its values."""
+
+
+def write_safetensors(sink: Sink, parts: Mapping[str, Part], *, metadata: Mapping[str, str]) -> None:
+    """Write a file with these tensors (on the CPU or a GPU), each made when it is written, in their order but the widest numbers first.
+
+    Raises ValueError for a dtype that the format does not have.
+    """
+    # widest numbers first, as the package does: every tensor then begins at a multiple of its own width
+    names = sorted(parts, key=lambda name: -_part_dtype(name, parts[name]).itemsize)
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name in names:
+        part, dtype = parts[name], _part_dtype(name, parts[name])
+        start, end = end, end + math.prod(part.sizes) * dtype.itemsize
+        header[name] = {"dtype": _NAMES[dtype], "shape": list(part.sizes), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    sink.write(struct.pack("<Q", len(text)) + text)
+    for name in names:
+        sink.write(tensor_bytes(parts[name].tensor()))
+
+
+def _part_dtype(name: str, part: Part) -> torch.dtype:
+    if part.dtype not in _NAMES:
+        raise ValueError(f"{name!r} has dtype {part.dtype}, which a checkpoint cannot hold")
+    return part.dtype
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor in row-major order; its own memory where it is a contiguous CPU tensor."""
+    flat = tensor.detach().cpu().contiguous().view(-1)
+    array: Any = flat.view(torch.uint8).numpy() if flat.numel() else b""
+    return memoryview(array)

@@ -25,11 +25,11 @@ from megatron_lite.atomic import fsync
 from megatron_lite.checkpoint import directory as folder
 from megatron_lite.checkpoint import manifest as manifests
 from megatron_lite.checkpoint.directory import size_problem
-from megatron_lite.checkpoint.safetensors_file import tensor_bytes
 from megatron_lite.checkpoint.storage import Group, OpenStream, plan, write_groups
 from megatron_lite.errors import CheckpointError
 from megatron_lite.parallel.global_view import Piece, shards_within
 from megatron_lite.ranks import Ranks
+from megatron_lite.tensor_files import tensor_bytes
 
 _SLOTS = 1024  # sums that stand for all replicated tensors; a tensor's name says which one it goes into
 

@@ -22,9 +22,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from megatron_lite.checkpoint.manifest import file_name, tensor_entry
-from megatron_lite.checkpoint.safetensors_file import write_safetensors
 from megatron_lite.parallel.global_view import Piece, shard_index
-from megatron_lite.tensor_files import BLOCK, BlockHash
+from megatron_lite.tensor_files import BLOCK, BlockHash, write_safetensors
 
 OpenStream = Callable[[Path], BinaryIO]
 FileEntries = dict[str, dict[str, Any]]

@@ -11,96 +11,31 @@ torchrun --nproc-per-node 4 -m megatron_lite prune checkpoint=runs/large paralle
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
-from functools import partial
-from hashlib import sha256
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
 from megatron_lite.atomic import write_json
-from megatron_lite.checkpoint.manifest import identity
 from megatron_lite.commands.command import run_command
-from megatron_lite.commands.evaluate import compose_over_run, data_tokenizer, mean_loss
+from megatron_lite.commands.evaluate import compose_over_run
+from megatron_lite.commands.prune_session import PruneConfig, Session
 from megatron_lite.commands.ranks import all_ranks
 from megatron_lite.compress.axes import layer_axes, sizes_of
-from megatron_lite.compress.depth import Probe, RemovalOptions, removal_order
-from megatron_lite.compress.heat_map import draw_scores
-from megatron_lite.compress.importance import Meter, calibrate, calibration_batches
-from megatron_lite.compress.scores import ImportanceConfig, Scores, random_scores
+from megatron_lite.compress.scores import Scores
+from megatron_lite.compress.search import candidates
 from megatron_lite.compress.surgery import PrunedTensors
-from megatron_lite.compress.target import TargetConfig, size_warnings
+from megatron_lite.compress.target import size_warnings
 from megatron_lite.config.compose import to_dict
-from megatron_lite.data.blend import Blend, open_blend
-from megatron_lite.data.config import DataConfig
-from megatron_lite.data.loader import HeldOut, validation_batches
-from megatron_lite.data.packing import Batch
-from megatron_lite.engine.fsdp import computing
 from megatron_lite.models.config import ModelConfig
 from megatron_lite.models.flops import parameter_count
-from megatron_lite.parallel.assemble import assemble, from_tensors
-from megatron_lite.parallel.mesh import Mesh, ParallelConfig
-from megatron_lite.parallel.parallelize import Recipe
-from megatron_lite.precision.dtypes import PrecisionConfig
 from megatron_lite.ranks import Ranks
 from megatron_lite.runtime import Runtime, set_threads
-from megatron_lite.tensor_files import BLOCK, TensorSource, block_digest
-from megatron_lite.training.build import build_grid, held_out
-from megatron_lite.training.support import refuse_unsupported
 from megatron_lite.weights import Weights, check_empty, open_weights, save_weights
 
 REPORT = "prune.json"
-
-
-@dataclass
-class PruneConfig:
-    """`mlite prune`. Keys that are not given are taken from the run of `checkpoint` (see `compose_over_run`).
-
-    output: the run directory that is made. scores: the folder that keeps the importance, null: `<output>-scores`; what is there is used,
-    and a calibration that was interrupted goes on. head_residual: the residual of pruned query heads is added to the kept ones.
-    """
-
-    checkpoint: str = "???"
-    output: str = "???"
-    scores: str | None = None
-    target: TargetConfig = field(default_factory=TargetConfig)
-    importance: ImportanceConfig = field(default_factory=ImportanceConfig)
-    head_residual: bool = False
-    data: DataConfig = field(default_factory=DataConfig)
-    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    engine: Any = None  # an `EngineConfig`, chosen by its group
-    micro_batch_size: int = 8
-    threads: int | None = None  # CPU threads of a process; null leaves the choice to torch
-    seed: int = 1234  # of the order of the calibration data
-    json: bool = False
-
-    def validate(self, world_size: int = 1) -> None:
-        """Raise ValueError naming the key if a value is invalid."""
-        for key in ("micro_batch_size", "threads"):
-            value = getattr(self, key)
-            if value is not None and value < 1:
-                raise ValueError(f"{key}={value} must be at least 1")
-        if self.target.is_empty:
-            raise ValueError("target is empty: give a size, such as target.hidden_size=4096")
-        if not self.output.strip():
-            raise ValueError("output is empty; name a new folder")
-        check_empty(Path(self.output), key="output")
-        self.parallel.validate(world_size)
-        refuse_unsupported(
-            "prune", parallel=self.parallel, engine=self.engine, precision=self.precision, world_size=world_size
-        )
-        for section in (self.importance, self.precision, self.engine):
-            section.validate()
-
-    @property
-    def scores_folder(self) -> Path:
-        """Where the importance is kept."""
-        return Path(f"{self.output.rstrip('/')}-scores" if self.scores is None else self.scores)
 
 
 def main() -> None:
@@ -135,15 +70,53 @@ def cut(config: PruneConfig, runtime: Runtime, ranks: Ranks) -> dict[str, Any]:
     sizes = ranks.attempt("check the target", lambda: _checked_sizes(config, model))
     session = Session(config, weights, runtime, ranks)
     scores = session.scores()
-    layers = config.target.layers_of(model, scores.removal_order(model, options))
-    selection = scores.select(model, sizes, layers, options)
-    tensors = PrunedTensors(weights.tensors, model, selection, head_residual=config.head_residual)
-    pruned = replace(weights, config=tensors.config, tensors=tensors)
-    report = _report(config, weights, pruned, layers) | {"samples": scores.samples}
+    found = []
+    if config.budget.is_given:
+        found = _searched(config, session, scores)
+        sizes, layers = found[0]["sizes"], tuple(found[0]["layers"])
+    else:
+        layers = config.target.layers_of(model, scores.removal_order(model, options))
+    pruned = _pruned(config, weights, scores, sizes, layers)
+    report = _report(config, weights, pruned, layers) | {"samples": scores.samples, "candidates": found}
     report["loss_before"] = session.losses(model, weights.tensors)
     report["loss_after"] = session.losses(pruned.config, pruned.tensors)
     ranks.first("write", lambda: _write(config, pruned, report))
     return report
+
+
+def _pruned(
+    config: PruneConfig, weights: Weights, scores: Scores, sizes: dict[str, int], layers: tuple[int, ...]
+) -> Weights:
+    selection = scores.select(weights.config, sizes, layers, config.importance)
+    tensors = PrunedTensors(weights.tensors, weights.config, selection, head_residual=config.head_residual)
+    return replace(weights, config=tensors.config, tensors=tensors)
+
+
+def _searched(config: PruneConfig, session: Session, scores: Scores) -> list[dict[str, Any]]:
+    """The candidates of the budget as plain values, from the one of least loss on."""
+    model = session.weights.config
+    found = session.ranks.attempt(
+        "search", lambda: candidates(model, scores, config.importance, target=config.target, budget=config.budget)
+    )
+    rows = []
+    for candidate in found:
+        pruned = _pruned(config, session.weights, scores, dict(candidate.sizes), candidate.layers)
+        losses = session.losses(pruned.config, pruned.tensors, windows=config.budget.windows)
+        mean = sum(losses.values()) / len(losses) if losses else None
+        rows.append(asdict(candidate) | {"layers": list(candidate.layers), "loss": mean})
+        if session.runtime.is_main and not config.json:
+            print(f"candidate {len(rows)} of {len(found)}: {_described(rows[-1])}", flush=True)
+    measured = all(row["loss"] is not None for row in rows)
+    return sorted(rows, key=lambda row: row["loss"]) if measured else rows
+
+
+def _described(row: dict[str, Any]) -> str:
+    loss = "no loss" if row["loss"] is None else f"loss {row['loss']:.4f}"
+    sizes = ", ".join(f"{axis} {size}" for axis, size in row["sizes"].items())
+    return (
+        f"{sizes}, {len(row['layers'])} layers; {row['parameters']:,} parameters, cache {row['cache'] / 2**30:.3g} GiB, "
+        f"{row['kept']:.1%} of the importance, {loss}"
+    )
 
 
 def _checked_sizes(config: PruneConfig, model: ModelConfig) -> dict[str, int]:
@@ -154,149 +127,6 @@ def _checked_sizes(config: PruneConfig, model: ModelConfig) -> dict[str, int]:
     if config.target.layers is not None or config.target.pattern is not None:
         config.target.layers_of(model, ())  # that they are there at all
     return sizes
-
-
-@dataclass
-class Session:
-    """What reads the model: for its importance, and for losses. Every method is collective."""
-
-    config: PruneConfig
-    weights: Weights
-    runtime: Runtime
-    ranks: Ranks
-
-    def __post_init__(self) -> None:
-        config = self.config
-        world_size, device = self.runtime.world_size, self.runtime.device
-        self.mesh: Mesh = build_grid(config.parallel, config.engine, world_size=world_size, device=device)
-        self._data: tuple[Blend | None, HeldOut] | None = None
-
-    def scores(self) -> Scores:
-        """The importance: drawn, or from `scores` where it is complete, else measured."""
-        config, folder = self.config, self.config.scores_folder
-        if config.importance.score == "random":
-            return random_scores(self.weights.config, config.importance.seed)
-        blend, _ = self._opened()
-        found = self.ranks.first("look for scores", lambda: self._found_scores(folder, blend))
-        removals = 0 if config.importance.depth == "cosine" else config.target.units_to_remove(self.weights.config)
-        if found.samples < config.importance.samples or len(found.removed) < removals:
-            self._measure(found, blend, removals)
-            if self.runtime.is_main:
-                draw_scores(folder / "importance.png", found, self.weights.config, config.importance)
-        return self.ranks.first("share the scores", lambda: found)  # each rank selects from the same bits
-
-    def losses(self, model: ModelConfig, tensors: TensorSource, *, windows: int | None = None) -> dict[str, float]:
-        """Held-out loss by source of these weights, of the first windows (null: as `data.validation.windows`); empty without data."""
-        _, read = self._opened()
-        if not read.sources:
-            return {}
-        return self._losses(self._assembled(model, tensors), read, windows or read.windows)
-
-    def _losses(self, probe: Probe, read: HeldOut, windows: int) -> dict[str, float]:
-        losses = {}
-        for name, source in read.sources.items():
-            batches = validation_batches(
-                source,
-                windows=windows,
-                micro_batch_size=self.config.micro_batch_size,
-                rank=self.mesh.data_parallel_rank,
-                ranks=self.mesh.data_parallel_size,
-            )
-            losses[name] = mean_loss(probe, batches, self.config.precision.dtype, runtime=self.runtime)
-        return losses
-
-    def _found_scores(self, folder: Path, blend: Blend | None) -> Scores:
-        expected = self.config.importance.identity() | {"checkpoint": _identity(self.weights)}
-        if blend is not None:  # without data, finished scores of any can be used
-            expected["data"] = sha256(json.dumps(blend.state(), sort_keys=True).encode()).hexdigest()[:16]
-        found = Scores.load(folder) or Scores(expected)
-        found.check(expected, folder)
-        return found
-
-    def _measure(self, scores: Scores, blend: Blend | None, removals: int) -> None:
-        config, model = self.config, self.weights.config
-        if blend is None:
-            raise ValueError(
-                f"checkpoint={config.checkpoint} does not say what data it was trained on; give data=<a group> to measure "
-                "importance on, or scores=<a folder> with a finished calibration"
-            )
-        probe = self._assembled(model, self.weights.tensors)
-
-        def forward(batch: Batch, *arguments: Any, **options: Any) -> Any:
-            with torch.no_grad(), computing(config.precision.dtype, probe):
-                return probe(batch, *arguments, **options)
-
-        def keep() -> None:
-            if self.runtime.is_main:
-                scores.save(config.scores_folder)
-                print(f"importance: {scores.samples} of {config.importance.samples} samples", flush=True)
-
-        meter = Meter(probe.decoder, self.mesh, config.importance)
-        calibrate(
-            meter,
-            partial(self._batches, blend),
-            partial(forward, states=True),
-            scores=scores,
-            keep=lambda _: keep(),
-        )
-        first = range(min(config.importance.depth_samples, config.importance.samples))
-        removal_order(
-            probe.decoder,
-            forward,
-            lambda: self._batches(blend, first),
-            mesh=self.mesh,
-            removed=scores.removed,
-            options=RemovalOptions(removals, loss=config.importance.depth == "loss", keep=keep),
-        )
-
-    def _batches(self, blend: Blend, samples: range) -> Iterator[Batch]:
-        for batch in calibration_batches(
-            blend,
-            samples,
-            micro_batch_size=self.config.micro_batch_size,
-            rank=self.mesh.data_parallel_rank,
-            ranks=self.mesh.data_parallel_size,
-        ):
-            yield {key: value.to(self.runtime.device) for key, value in batch.items()}
-
-    def _assembled(self, model: ModelConfig, tensors: TensorSource) -> Probe:
-        """The model at this layout, in evaluation mode; a rank reads only what it holds."""
-        recipe = Recipe(replace(self.config.parallel, compile=False))  # a compiled layer calls no hooks of its parts
-        probe, _ = self.ranks.attempt(
-            "read the weights",
-            lambda: assemble(
-                model,
-                mesh=self.mesh,
-                recipe=recipe,
-                fill=from_tensors(tensors),
-                wrap=Probe,
-                distribute=self.config.engine.distribute(self.mesh, self.config.precision.dtype),
-            ),
-        )
-        return probe.eval()
-
-    def _opened(self) -> tuple[Blend | None, HeldOut]:
-        """The training data of the calibration and the held-out sources; (None, nothing) where no data is given."""
-        if self._data is None:
-            self._data = self.ranks.attempt("open the data", self._open)
-        return self._data
-
-    def _open(self) -> tuple[Blend | None, HeldOut]:
-        config = self.config
-        if not config.data.groups:
-            return None, HeldOut({}, 0)
-        tokenizer = data_tokenizer(config.checkpoint, config.data, self.weights, self.runtime)
-        samples = config.importance.samples
-        blend = open_blend(config.data, tokenizer=tokenizer, seed=config.seed, total_samples=samples)
-        return blend, held_out(config.data, tokenizer)
-
-
-def _identity(weights: Weights) -> str:
-    """An identity of the weights that does not depend on their path; of a Hugging Face folder from each file's size and end."""
-    if weights.manifest is not None:
-        return identity(weights.manifest)
-    files = sorted(weights.path.glob("*.safetensors"))
-    return "-".join(block_digest(file, (file.stat().st_size - 1) // BLOCK).hex()[:8] for file in files)
 
 
 def _report(config: PruneConfig, weights: Weights, pruned: Weights, layers: tuple[int, ...]) -> dict[str, Any]:

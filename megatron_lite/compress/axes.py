@@ -62,7 +62,8 @@ class MixerAxes:
     tensor-parallel ranks only have to be put side by side. width: how many there are.
     kept: (root of each channel, config, number to keep by axis) -> kept sets.
     rows: (config, kept sets) -> name -> what stays of the dimensions that `dims` gives this name.
-    dims: parameter -> for each of its dimensions a name of `rows`, `HIDDEN`, or None where all of it stays.
+    dims: parameter -> for each of its dimensions a name of `rows`, `HIDDEN`, or None where all of it stays. inner: the name of `rows`
+    whose numbers are those of the channels.
     """
 
     axes: tuple[str, ...]
@@ -72,6 +73,7 @@ class MixerAxes:
     kept: Callable[[Tensor, ModelConfig, Mapping[str, int]], dict[str, Tensor]]
     rows: Callable[[ModelConfig, KeptSets], dict[str, Rows]]
     dims: Mapping[str, tuple[str | None, ...]]
+    inner: str
 
 
 def largest(scores: Tensor, count: int) -> Tensor:
@@ -106,7 +108,14 @@ def _mlp(*projections: str) -> MixerAxes:
     for name in projections:
         dims |= {f"{name}.weight": ("neurons", HIDDEN), f"{name}.bias": ("neurons",)}
     return MixerAxes(
-        ("ffn_size",), ("down", "input"), _all, lambda config: config.mlp.ffn_size, _mlp_kept, _mlp_rows, dims
+        ("ffn_size",),
+        ("down", "input"),
+        _all,
+        lambda config: config.mlp.ffn_size,
+        _mlp_kept,
+        _mlp_rows,
+        dims,
+        "neurons",
     )
 
 
@@ -218,6 +227,7 @@ MIXERS: dict[type[nn.Module], MixerAxes] = {
         | dict.fromkeys(
             ("q_norm.weight", "q_norm.bias", "k_norm.weight", "k_norm.bias"), (None,)
         ),  # of a head's dimensions
+        "heads",
     ),
     Mamba2: MixerAxes(
         ("mamba_heads", "mamba_head_dim"),
@@ -238,6 +248,7 @@ MIXERS: dict[type[nn.Module], MixerAxes] = {
             "out_proj.weight": (HIDDEN, "inner"),
             "out_proj.bias": (HIDDEN,),
         },
+        "inner",
     ),
 }
 
@@ -254,10 +265,14 @@ def mixer_axes(mixer: nn.Module, layer: int) -> MixerAxes:
 
 
 def layer_axes(config: ModelConfig) -> list[MixerAxes]:
-    """The row of each residual layer's mixer. Raises ValueError for a model that has a layer without one."""
+    """The row of each residual layer's mixer. Raises ValueError for a model that has a layer without one, or parts that no row covers."""
     with torch.device("meta"):
         layers = Decoder(config).layers
-    return [mixer_axes(layer.get_submodule("mixer"), index) for index, layer in enumerate(layers)]
+    rows = [mixer_axes(layer.get_submodule("mixer"), index) for index, layer in enumerate(layers)]
+    for key, value in (("attention.kv_groups", config.attention.kv_groups), ("meta_tokens", config.meta_tokens)):
+        if value:
+            raise ValueError(f"model.{key}={value}: a model with them cannot be pruned")
+    return rows
 
 
 def sizes_of(config: ModelConfig) -> dict[str, int]:

@@ -130,7 +130,7 @@ UNSUPPORTED: tuple[Unsupported, ...] = (
         "set parallel.compile=false, or precision=fp8_current",
     ),
     Unsupported(
-        {"command": ("evaluate",), "precision": ("fp8_delayed",)},
+        {"command": ("evaluate", "prune"), "precision": ("fp8_delayed",)},
         "the scales of delayed scaling belong to the training",
         "set precision=bf16, which is what the model computes in without them",
     ),

@@ -11,8 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_lite.checkpoint.safetensors_file import write_safetensors
 from megatron_lite.parallel.global_view import Piece
+from megatron_lite.tensor_files import write_safetensors
 from tests.checkpoint.processes import as_bytes
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int8, torch.bool]

@@ -156,6 +156,12 @@ def test_what_a_model_cannot_be_cut_to_is_refused(config, target, says):
         made.sizes(config) and made.layers_of(config, range(len(config.symbols)))
 
 
+def test_hymba_is_refused_by_name():
+    config = compose_config("plan", PlanConfig, ["model=hymba_tiny"]).model
+    with pytest.raises(ValueError, match=r"layer 0 is a Hymba, which cannot be pruned"):
+        TargetConfig(ffn_size=16).sizes(config)
+
+
 def test_layers_that_spell_a_pattern():
     """The best of all ways, found by trying them all."""
     from itertools import combinations

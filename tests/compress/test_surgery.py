@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from dataclasses import replace
+
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from megatron_lite.commands.plan import PlanConfig
 from megatron_lite.compress.axes import RESIDUAL, resized, sizes_of
 from megatron_lite.compress.scores import ImportanceConfig, random_scores
 from megatron_lite.compress.surgery import PrunedTensors
+from megatron_lite.compress.target import TargetConfig
 from megatron_lite.config.compose import compose_config
 from megatron_lite.models.flops import parameter_count
-from megatron_lite.models.huggingface import export_folder
+from megatron_lite.models.huggingface import expected_shapes, export_folder
 from megatron_lite.tensor_files import WholeTensors, read_whole
-from megatron_lite.weights import open_weights
+from megatron_lite.weights import Weights, open_weights, save_weights
 from tests.compress.reference import head_rows, sliced
 from tests.hf_folders import make_folder
 
@@ -131,9 +137,6 @@ def test_the_residual_of_pruned_heads(tmp_path):
     ],
 )
 def test_published_sizes(source, sizes, pattern, parameters):
-    from megatron_lite.commands.plan import PlanConfig
-    from megatron_lite.compress.target import TargetConfig
-
     config = compose_config("plan", PlanConfig, [f"model={source}"]).model
     layers = TargetConfig(pattern=pattern).layers_of(config, range(len(config.symbols)))
     assert parameter_count(resized(config, sizes_of(config) | sizes, layers)) == parameters
@@ -156,3 +159,49 @@ def test_what_no_row_knows_is_refused(tmp_path):
     weights, selection, _ = pruned(make_folder(tmp_path / "hf", "llama"), {"heads": 2}, (0, 1))
     with pytest.raises(ValueError, match=r"layers\.0\.mixer\.later\.weight cannot be pruned"):
         PrunedTensors(Renamed(weights.tensors), weights.config, selection)
+
+
+class Constant:
+    """The tensors of a model that is on no disk: each is made when it is read."""
+
+    def __init__(self, config) -> None:
+        self.shapes = {name: tuple(shape) for name, shape in expected_shapes(config).items()}
+
+    def names(self):
+        return self.shapes.keys()
+
+    def shape(self, name):
+        return self.shapes[name]
+
+    def dtype(self, name):
+        return torch.bfloat16
+
+    def read(self, name, offsets, sizes):
+        return torch.full(tuple(sizes), 0.5, dtype=torch.bfloat16)
+
+
+MEMORY = """
+import resource, sys, torch
+from megatron_lite.commands.prune import compose_prune, prune
+import megatron_lite.engine.fsdp, megatron_lite.training.build
+torch.set_num_threads(1)
+words = ["target.hidden_size=1024", "target.ffn_size=2880", "target.heads=24", "importance.score=random"]
+config = compose_prune([f"checkpoint={sys.argv[1]}", f"output={sys.argv[2]}", "head_residual=true", *words])
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+prune(config)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+
+
+@pytest.mark.slow
+def test_a_model_is_cut_in_the_memory_of_a_few_tensors(tmp_path):
+    """At a sixteenth of Mistral NeMo's matrices, with fewer layers: what is in memory does not depend on their number."""
+    nemo = compose_config("plan", PlanConfig, ["model=mistral_nemo_12b"]).model
+    mlp = replace(nemo.mlp, ffn_size=14336 // 4)
+    config = replace(nemo, hidden_size=5120 // 4, vocab_size=131072 // 4, num_layers=6, mlp=mlp)
+    save_weights(tmp_path / "nemo", Weights(tmp_path, config, Constant(config)))
+    largest = 131072 * 5120 // 16 * 2 / 2**20  # MiB: 80
+    words = [sys.executable, "-c", MEMORY, str(tmp_path / "nemo"), str(tmp_path / "out")]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert open_weights(tmp_path / "out").config.hidden_size == 1024
+    assert int(done.stdout.split()[-1]) < 3 * largest, done.stdout

@@ -3,7 +3,7 @@
 Works on tensors and folders only; needs no engine and imports nothing of transformers.
 """
 
-from megatron_lite.models.huggingface.export import expected_shapes, export_folder, native_to_hf
+from megatron_lite.models.huggingface.export import expected_shapes, export_folder
 from megatron_lite.models.huggingface.folder import (
     HuggingFaceFolder,
     NativeTensors,
@@ -22,7 +22,6 @@ __all__ = [
     "family_named",
     "family_of",
     "is_folder",
-    "native_to_hf",
     "open_folder",
     "read_config",
 ]

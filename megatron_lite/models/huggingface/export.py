@@ -1,25 +1,27 @@
 """Writing a Hugging Face folder: config.json, generation_config.json and safetensors shards.
 
-Streams tensor by tensor: at any moment one shard's tensors and one native tensor are in memory, never the
+Streams tensor by tensor: at any moment one native tensor and one that is written are in memory, never a file or the
 model. The folder appears whole or not at all (written beside its place, then renamed). Dtypes are kept.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_lite.atomic import whole_folder
 from megatron_lite.models.config import ModelConfig
 from megatron_lite.models.decoder import Decoder
 from megatron_lite.models.huggingface.registry import family_named
+from megatron_lite.models.huggingface.rules import Rule
+from megatron_lite.tensor_files import WholeTensors, write_safetensors
 
 GIB = 1 << 30
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -61,19 +63,6 @@ def export_folder(
         )
 
 
-def native_to_hf(config: ModelConfig, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """(Hugging Face name, contiguous CPU tensor) for every tensor, in the order of the layers."""
-    shapes = expected_shapes(config)
-    for rule in family_named(config.family).rules(config):
-        native = tensors[rule.native].detach()
-        if native.shape != shapes[rule.native]:
-            raise ValueError(
-                f"{rule.native} has shape {tuple(native.shape)}, but the config describes {tuple(shapes[rule.native])}"
-            )
-        for name, tensor in zip(rule.hf, rule.to_hf(native), strict=True):
-            yield name, tensor.cpu().contiguous()
-
-
 def expected_shapes(config: ModelConfig) -> dict[str, torch.Size]:
     """Native parameter names and shapes."""
     with torch.device("meta"):
@@ -91,52 +80,89 @@ def check_native(config: ModelConfig, tensors: Mapping[str, Tensor]) -> None:
         )
 
 
+class _Natives:
+    """The native tensors, read when they are asked for. The last one is kept, because one may hold several of Hugging Face's."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], config: ModelConfig) -> None:
+        self._tensors, self._shapes = tensors, expected_shapes(config)
+        self._last: tuple[str, Tensor] | None = None
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Raises ValueError for a tensor that is not of the config's shape."""
+        if self._last is not None and self._last[0] == name:
+            return self._last[1]
+        self._last = None  # before the next one is read: they are as large as memory has to be
+        tensor = self._tensors[name].detach()
+        if tensor.shape != self._shapes[name]:
+            raise ValueError(
+                f"{name} has shape {tuple(tensor.shape)}, but the config describes {tuple(self._shapes[name])}"
+            )
+        self._last = name, tensor
+        return tensor
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Of a tensor, if possible without reading it."""
+        return self._tensors.dtype(name) if isinstance(self._tensors, WholeTensors) else self[name].dtype
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Hugging Face tensor number `index` of a rule: see `tensor_files.Part`."""
+
+    natives: _Natives
+    rule: Rule
+    index: int
+    sizes: tuple[int, ...]
+    dtype: torch.dtype
+
+    def tensor(self) -> Tensor:
+        """On the CPU, contiguous."""
+        return self.rule.to_hf(self.natives[self.rule.native])[self.index].cpu().contiguous()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file."""
+        return math.prod(self.sizes) * self.dtype.itemsize
+
+
+def _parts(config: ModelConfig, tensors: Mapping[str, Tensor]) -> dict[str, _Part]:
+    """Hugging Face name -> its tensor, in the order of the layers; no value is read."""
+    shapes, natives = expected_shapes(config), _Natives(tensors, config)
+    parts = {}
+    for rule in family_named(config.family).rules(config):
+        dtype = natives.dtype(rule.native)
+        of_rule = rule.to_hf(torch.empty(shapes[rule.native], device="meta"))
+        for index, (name, part) in enumerate(zip(rule.hf, of_rule, strict=True)):
+            parts[name] = _Part(natives, rule, index, tuple(part.shape), dtype)
+    return parts
+
+
 def _write_shards(
     folder: Path, *, config: ModelConfig, tensors: Mapping[str, Tensor], max_shard_bytes: int
 ) -> torch.dtype:
     """Writes model*.safetensors (and the index, when there are several); returns the embedding's dtype."""
-    shards: list[list[str]] = []
-    pending: dict[str, Tensor] = {}
-    pending_bytes = total_bytes = 0
-    first_dtype: torch.dtype | None = None
-
-    def flush() -> None:
-        file = folder / f"part-{len(shards)}.safetensors"
-        try:
-            save_file(pending, file, metadata={"format": "pt"})
-        except SafetensorError as error:  # it wraps what the disk says
-            raise OSError(None, str(error), str(file)) from error
-        shards.append(list(pending))
-        pending.clear()
-
-    for name, tensor in native_to_hf(config, tensors):
-        first_dtype = first_dtype or tensor.dtype
-        size = tensor.numel() * tensor.element_size()
-        if pending and pending_bytes + size > max_shard_bytes:
-            flush()
-            pending_bytes = 0
-        pending[name] = tensor
-        pending_bytes += size
-        total_bytes += size
-    flush()
-    assert first_dtype is not None
-    _name_shards(folder, shards, total_bytes)
-    return first_dtype
-
-
-def _name_shards(folder: Path, shards: list[list[str]], total_bytes: int) -> None:
-    if len(shards) == 1:
-        (folder / "part-0.safetensors").rename(folder / "model.safetensors")
-        return
+    parts = _parts(config, tensors)
+    shards: list[dict[str, _Part]] = [{}]
+    filled = 0
+    for name, part in parts.items():
+        if shards[-1] and filled + part.nbytes > max_shard_bytes:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = part
+        filled += part.nbytes
     weight_map: dict[str, str] = {}
-    for index, names in enumerate(shards):
-        file_name = f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors"
-        (folder / f"part-{index}.safetensors").rename(folder / file_name)
-        weight_map |= dict.fromkeys(names, file_name)
-    _write_json(
-        folder / "model.safetensors.index.json",
-        {"metadata": {"total_size": total_bytes}, "weight_map": weight_map},
-    )
+    for number, shard in enumerate(shards, 1):
+        several = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        file_name = "model.safetensors" if len(shards) == 1 else several
+        with open(folder / file_name, "wb") as stream:
+            write_safetensors(stream, shard, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(shard, file_name)
+    if len(shards) > 1:
+        total = sum(part.nbytes for part in parts.values())
+        _write_json(
+            folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}
+        )
+    return next(iter(parts.values())).dtype
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -123,7 +123,7 @@ assert megabytes > 230, megabytes
 small = replace(config, num_layers=1)
 export_folder(sys.argv[1] + "/warm", config=small, tensors=Lazy(expected_shapes(small)), max_shard_bytes=1 << 20)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-export_folder(sys.argv[1] + "/a", config=config, tensors=lazy, max_shard_bytes=16 << 20)
+export_folder(sys.argv[1] + "/a", config=config, tensors=lazy, max_shard_bytes=64 << 20)
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
 """
 
@@ -131,8 +131,8 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
 def test_export_streams(tmp_path):
     command = [sys.executable, "-c", STREAM, str(tmp_path)]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
-    # one shard (16 MiB), one tensor (6 MiB), and the shard once more while it is written; the model has 230 MiB
-    assert int(result.stdout) < 90, result.stdout
+    # three times the largest tensor (6 MiB), and what the allocator keeps; a file has 64 MiB, the model 230
+    assert int(result.stdout) < 30, result.stdout
 
 
 BAD_FIELDS = [

@@ -1,0 +1,71 @@
+"""The search under a budget: what is listed fits, is as large as it may be, and costs what generation and `mlite plan` say."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from megatron_lite.commands.plan import PlanConfig
+from megatron_lite.compress.axes import resized
+from megatron_lite.compress.scores import ImportanceConfig, random_scores
+from megatron_lite.compress.search import BudgetConfig, cache_bytes, candidates
+from megatron_lite.compress.target import TargetConfig
+from megatron_lite.config.compose import compose_config
+from megatron_lite.models.flops import parameter_count
+from tests.compress.test_prune import DENSE, HYBRID, prune
+
+OPTIONS = ImportanceConfig()
+
+
+def test_the_cache_of_nano2_at_128k():
+    config = compose_config("plan", PlanConfig, ["model=nemotron_nano2_9b"]).model
+    keys_and_values = 4 * 2 * 8 * 128 * 131072 * 2  # 4 attention layers, 8 heads of 128, bf16: 2 GiB
+    states = 27 * (128 * 80 * 128 * 4 + 3 * 12288 * 2)  # of the scan in fp32, the convolution's last 3 inputs in bf16
+    assert cache_bytes(config, context=131072, batch=1) == keys_and_values + states
+    assert cache_bytes(config, context=1024, batch=3) == 3 * (keys_and_values // 128 + states)
+
+
+@pytest.mark.parametrize("config", [DENSE, HYBRID])
+def test_candidates_fit_and_are_as_large_as_they_may_be(config):
+    limit = int(parameter_count(config) * 0.8)
+    budget = BudgetConfig(parameters=limit, max_depth=0.3)
+    found = candidates(config, random_scores(config, 0), OPTIONS, target=TargetConfig(), budget=budget)
+    assert 2 < len(found) <= 8
+    assert [candidate.kept for candidate in found] == sorted((candidate.kept for candidate in found), reverse=True)
+    for candidate in found:
+        made = resized(config, candidate.sizes, candidate.layers)
+        assert candidate.parameters == parameter_count(made) <= limit
+        assert candidate.cache == cache_bytes(made, context=131072, batch=1)
+        ffn = candidate.sizes["ffn_size"]
+        step = 64 if config is DENSE else 4
+        if ffn < config.mlp.ffn_size:
+            assert parameter_count(replace(made, mlp=replace(made.mlp, ffn_size=ffn + step))) > limit
+    memory = (limit * 2 + cache_bytes(config, context=64, batch=2)) / 2**30
+    within = BudgetConfig(memory_gib=memory, context=64, batch=2, axes=["heads", "ffn_size"], max_width=0.9)
+    for candidate in candidates(config, random_scores(config, 0), OPTIONS, target=TargetConfig(), budget=within):
+        assert candidate.parameters * 2 + candidate.cache <= memory * 2**30
+        assert candidate.cache == cache_bytes(resized(config, candidate.sizes, candidate.layers), context=64, batch=2)
+        assert candidate.sizes["hidden_size"] == config.hidden_size
+
+
+def test_what_the_target_gives_is_not_searched():
+    budget = BudgetConfig(parameters=int(parameter_count(DENSE) * 0.8))
+    target = TargetConfig(hidden_size=224, num_layers=4)
+    found = candidates(DENSE, random_scores(DENSE, 0), OPTIONS, target=target, budget=budget)
+    assert {(c.sizes["hidden_size"], len(c.layers)) for c in found} == {(224, 8)}
+    with pytest.raises(ValueError, match=r"budget\.parameters=1000 is not met.*budget\.max_width"):
+        candidates(DENSE, random_scores(DENSE, 0), OPTIONS, target=target, budget=BudgetConfig(parameters=1000))
+    fixed = BudgetConfig(parameters=10**6, axes=["hidden_size"])
+    with pytest.raises(ValueError, match=r"budget\.axes=\['hidden_size'\].*nothing to search"):
+        candidates(DENSE, random_scores(DENSE, 0), OPTIONS, target=target, budget=fixed)
+
+
+def test_the_candidate_of_least_loss_is_cut(straight, tmp_path, capsys):
+    words = ["budget.parameters=33000", "budget.top_k=3", "budget.max_depth=0.5", "importance.samples=16"]
+    report = prune(capsys, f"checkpoint={straight}", f"output={tmp_path}/out", *words)
+    found = report["candidates"]
+    assert len(found) == 3
+    assert [row["loss"] for row in found] == sorted(row["loss"] for row in found)
+    assert report["parameters"][1] == found[0]["parameters"] <= 33000
+    assert report["layer_map"] == found[0]["layers"]
