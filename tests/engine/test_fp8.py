@@ -140,4 +140,5 @@ def test_histories_go_on_with_the_same_bits(others: bool, tmp_path: Path) -> Non
         assert loaded.keys() == saved.keys()
         assert all(torch.equal(loaded[key], saved[key]) for key in saved)
         assert read[0].losses == pytest.approx(wrote[0].losses[3:], rel=0 if exact else LOSS)
-        assert read[0].norms == pytest.approx(wrote[0].norms[3:], rel=0 if exact else 5 * NORM)  # other micro-batches
+        # other micro-batches, and in DeepSpeed as far as bf16 after a resume (test_one_checkpoint.py): 9e-3 was measured
+        assert read[0].norms == pytest.approx(wrote[0].norms[3:], rel=0 if exact else 2e-2)
