@@ -12,6 +12,7 @@ source "$LAUNCH_DIR/common.sh"
 [[ ${1:-} != --dry-run ]] || shift # nothing but a dry run here
 
 original=${ORIGINAL:-models/mistral_nemo_12b} teacher=${TEACHER:-runs/minitron_8b_teacher} student=${STUDENT:-runs/minitron_8b_pruned}
+# shellcheck disable=SC2119  # no further names
 given_settings
 
 job() { # name of the experiment, what names the job before, overrides

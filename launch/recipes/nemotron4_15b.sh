@@ -12,6 +12,7 @@ LAUNCH_DIR=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 source "$LAUNCH_DIR/common.sh"
 [[ ${1:-} != --dry-run ]] || shift # nothing but a dry run here
 
+# shellcheck disable=SC2119  # no further names
 given_settings
 
 job() { # nodes, overrides

@@ -86,7 +86,7 @@ VALUES = [
     ("model.vocab_size=-1", r"model\.vocab_size=-1 must be at least 1"),
     ("model.num_layers=null model.pattern=", r"model\.pattern='' has no layers"),
     ("model.num_layers=null model.pattern=*x", r"model\.pattern='\*x' has 'x' as layer 1; the known layer types"),
-    ("model.attention.window=4", r"model\.attention\.window=4 is not built yet"),
+    ("model.attention.window=0", r"model\.attention\.window=0 must be at least 1"),
     ("model.rope.fraction=2", r"model\.rope\.fraction=2\.0"),
     ("data.seq_len=0", r"data\.seq_len=0 must be at least 1"),
     ("data.validation.windows=0", r"data\.validation\.windows=0 must be at least 1"),

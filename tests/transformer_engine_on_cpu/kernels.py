@@ -179,7 +179,8 @@ def _cast(x: Tensor, fp8: torch.dtype) -> Tensor:
 
 def _scale(amax: Tensor, fp8: torch.dtype, dtype: torch.dtype, *, power_of_two: bool) -> Tensor:
     """The factor before the cast, fp32, one for each amax."""
-    scale = torch.finfo(fp8).max / amax.float()
+    largest = torch.full_like(amax, torch.finfo(fp8).max, dtype=torch.float32)  # a tensor: divided with one rounding
+    scale = largest / amax.float()
     scale = torch.where(scale.isinf(), torch.finfo(dtype).max, scale)
     if power_of_two:
         mantissa, exponent = torch.frexp(scale)
