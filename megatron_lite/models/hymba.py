@@ -21,7 +21,7 @@ Shapes: B batch, T sequence, D hidden, G KV groups, H heads, V head dim of value
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -66,7 +66,7 @@ class Hymba(nn.Module):
 
     def forward(self, x_BTD: Tensor, context: LayerContext) -> tuple[Tensor, KeyValue | None]:
         """((B, T, D), keys and values for other layers or None)."""
-        cache = context.cache if isinstance(context.cache, HymbaCache) else HymbaCache()
+        cache = context.cache if isinstance(context.cache, HymbaCache) else HymbaCache(None, StateCache())
         grouped_BTGX = self.in_proj(x_BTD).unflatten(2, (-1, sum(self.sizes)))
         # split, not slices: its backward is one concatenation, that of every slice a whole tensor of zeros
         qk, value, x, gate = grouped_BTGX.split(self.sizes, dim=3)
@@ -166,8 +166,8 @@ class LogOfCount:
 class HymbaCache(LayerCache):
     """Keys and values (None: another layer keeps them) and the state of the other branch."""
 
-    keys: KeyValueCache | None = None
-    state: StateCache = field(default_factory=StateCache)
+    keys: KeyValueCache | None
+    state: StateCache
 
     def nbytes(self) -> int:
         """See `LayerCache`."""
@@ -184,7 +184,7 @@ class HymbaCache(LayerCache):
 
 def cache(config: ModelConfig, spec: LayerSpec, capacity: int) -> HymbaCache:
     """An empty cache for `capacity` tokens."""
-    return HymbaCache(keys_cache(config, spec, capacity))
+    return HymbaCache(keys_cache(config, spec, capacity), StateCache())
 
 
 def flops(config: ModelConfig, spec: LayerSpec, seq_len: int) -> float:

@@ -64,7 +64,8 @@ def selective_scan(
         tensor.split(sizes, dim=1) for tensor in (x_BTC, dt_BTC, B_BTN, C_BTN)
     )
     y_BPC, state_BCN = _Scan.apply(x, dt, A_CN, B, C, state_BCN, None, None, chunk)
-    of_text = (x_text, dt_text, A_CN, B_text, C_text, state_BCN, begins_BT[:, prefix:], state_BCN, chunk)
+    restart_BCN = state_BCN.clone()  # torch.compile does not trace a function that is given one tensor twice
+    of_text = (x_text, dt_text, A_CN, B_text, C_text, state_BCN, begins_BT[:, prefix:], restart_BCN, chunk)
     y_BTC, last_BCN = _Scan.apply(*of_text)
     return torch.cat([y_BPC, y_BTC], dim=1), last_BCN
 
