@@ -137,6 +137,8 @@ class DeepSpeedEngine:
             config=_ds_config(config, dtype, clip_grad=optim.clip_grad, bucket=min(_BUCKET, elements + elements % 2)),
             mpu=self.unit,
         )[0]
+        if self.stage == 3:  # it has no `gradient_allreduce_op`: its mean over n ranks is multiplied by n / this
+            self.engine.optimizer._gradient_averaging_world_size = lambda *_: 1
         self.fragments = deepspeed.utils
         self._start_adam()
         self.optimizer_device = next(iter(self.adamw.state.values()))["exp_avg"].device  # maybe the CPU
@@ -154,14 +156,12 @@ class DeepSpeedEngine:
             group["lr"] = lr
         self.engine.train()
         sums = BatchSums(micro_batches, self.mesh.loss_groups)
-        # DeepSpeed divides the sum of the ranks' gradients by their number
-        factor = self.unit.get_data_parallel_world_size() / sums.num_tokens
         with self.numerics.step(keep_weights=self.stage < 3):
             for index, batch in enumerate(micro_batches):
                 self.engine.set_gradient_accumulation_boundary(index + 1 == len(micro_batches))
                 with self.numerics.micro_batch():
                     loss = self.engine(batch)
-                    self.engine.backward(loss.total * factor, scale_wrt_gas=False)
+                    self.engine.backward(loss.total / sums.num_tokens, scale_wrt_gas=False)
                 sums.add(loss)
         mean, parts = sums.means()
         verdicts: list[Tensor] = []
@@ -325,7 +325,7 @@ def _ds_config(
     }
     if config.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
-    return {
+    settings = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": clip_grad,
@@ -336,3 +336,8 @@ def _ds_config(
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
     }
+    # The sum of the ranks' gradients, as in other engines: so gradients are as large in backward, and the histories of FP8's delayed
+    # scaling mean the same.
+    if config.zero_stage < 3:
+        settings["gradient_allreduce_op"] = "sum"
+    return settings

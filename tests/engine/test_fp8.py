@@ -140,5 +140,5 @@ def test_histories_go_on_with_the_same_bits(others: bool, tmp_path: Path) -> Non
         assert loaded.keys() == saved.keys()
         assert all(torch.equal(loaded[key], saved[key]) for key in saved)
         assert read[0].losses == pytest.approx(wrote[0].losses[3:], rel=0 if exact else LOSS)
-        # other micro-batches, and in DeepSpeed as far as bf16 after a resume (test_one_checkpoint.py): 9e-3 was measured
-        assert read[0].norms == pytest.approx(wrote[0].norms[3:], rel=0 if exact else 2e-2)
+        # other micro-batches, and ZeRO 1's own rounding in bf16: 1.2e-3 was measured. A history in other units would be 9e-3 off.
+        assert read[0].norms == pytest.approx(wrote[0].norms[3:], rel=0 if exact else 3e-3)

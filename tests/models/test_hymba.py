@@ -20,7 +20,7 @@ from megatron_lite.models.config import ModelConfig
 from megatron_lite.models.conv import CausalConv
 from megatron_lite.models.decoder import Decoder
 from megatron_lite.models.flops import parameter_count
-from megatron_lite.models.huggingface import family_named, native_to_hf
+from megatron_lite.models.huggingface import family_named
 from megatron_lite.models.hymba import SelectiveStateSpace
 from megatron_lite.models.selective_scan import selective_scan
 from tests.models import hymba_reference as reference
@@ -46,7 +46,11 @@ def documents_of(*lengths: int) -> Tensor:
 
 def published(config: ModelConfig, values: dict[str, Tensor]) -> dict[str, Tensor]:
     """Under the published names; the reference also wants meta tokens where there are none."""
-    made = dict(native_to_hf(config, values))
+    made = {
+        name: tensor
+        for rule in family_named("hymba").rules(config)
+        for name, tensor in zip(rule.hf, rule.to_hf(values[rule.native].detach()), strict=True)
+    }
     made.setdefault("model.memory_tokens", torch.zeros(0, config.hidden_size, dtype=torch.float64))
     return made
 
