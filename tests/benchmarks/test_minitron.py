@@ -12,6 +12,7 @@ from benchmarks.arms import Result
 from tests import runs
 
 
+@pytest.mark.slow
 def test_the_whole_demo(tiny_data, tmp_path, capsys, monkeypatch):
     model = [word for word in runs.TINY if word.startswith("model.")]
     words = ["--size", "tiny", "--folder", str(tmp_path), "--", "--config-dir", str(tiny_data), "data=tiny", *model]

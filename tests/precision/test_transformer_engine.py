@@ -80,11 +80,9 @@ def test_as_the_emulation(te, precision):
 
 
 Layout = tuple[str, dict[str, Any], dict[str, Any]]
-FAST: dict[str, Layout] = {
+LAYOUTS: dict[str, Layout] = {
     "full, recompute": ("fp8_block", {"recompute": "full"}, {}),
     "tp, sequence parallel": ("fp8_delayed", {"tp": 2, "sequence_parallel": True}, {"micro_batch": 4}),
-}
-SLOW: dict[str, Layout] = {
     "full": ("fp8_delayed", {}, {}),
     "nothing sharded": ("fp8_block", {"recompute": "selective"}, {"engine": {"shard": "none"}}),
     "optimizer": ("fp8_delayed", {}, {"engine": {"shard": "optimizer"}, "micro_batch": 1}),
@@ -96,20 +94,20 @@ SLOW: dict[str, Layout] = {
 
 
 @needs_wheel
-@pytest.mark.parametrize("layouts", [FAST, pytest.param(SLOW, marks=pytest.mark.slow)], ids=["fast", "slow"])
-def test_as_the_emulation_on_two_ranks(layouts):
-    for traces in run_ranks(2, on_ranks, layouts):
-        for name, (emulated, te) in zip(layouts, traces, strict=True):
+@pytest.mark.slow
+def test_as_the_emulation_on_two_ranks():
+    for traces in run_ranks(2, on_ranks):
+        for name, (emulated, te) in zip(LAYOUTS, traces, strict=True):
             try:
                 same_bits(emulated, te)
             except AssertionError as error:
                 raise AssertionError(f"{name}: {error}") from error
 
 
-def on_ranks(rank: int, world_size: int, layouts: dict[str, Layout]) -> list[list[Trace]]:
+def on_ranks(rank: int, world_size: int) -> list[list[Trace]]:
     undo = install()
     try:
-        return [both(rank, world_size, name, parallel, **more) for name, parallel, more in layouts.values()]
+        return [both(rank, world_size, name, parallel, **more) for name, parallel, more in LAYOUTS.values()]
     finally:
         undo()
 
