@@ -131,6 +131,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_killed_at_random_two_workers_end_with_the_bytes_of_one(finished_recipe, finished, tmp_path) -> None:
     recipe = replace(finished_recipe, output=str(tmp_path / "killed"))
     configs = write_recipe(recipe, tmp_path / "configs")
