@@ -19,9 +19,9 @@ fp8: env         ## does FP8 train as well as bf16? 40 minutes on two quiet core
 families: env    ## four model families at equal size: 50 minutes on two quiet cores; SMALL=1: 7
 	$(BIN)/python -m benchmarks.families --size $(SIZE)
 
-# Whole files for a process: what the tests of a file share is made once.
+# Whole files for a process: what the tests of a file share is made once. One process more than two cores: some of them wait.
 test: env-dev    ## set up .venv with [dev] and run the tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu"
+	$(BIN)/python -m pytest -n 3 --dist loadfile -m "not slow and not gpu"
 
 # Five at a time and launchers first: those mostly wait.
 test-slow: env-dev  ## the long tests: random layouts, kills, a real Slurm where it is installed
