@@ -13,10 +13,10 @@ help:            ## show this list
 smoke: env       ## set up .venv, build the sample corpus, train the smoke experiment
 	$(BIN)/python -m megatron_lite train experiment=smoke
 
-fp8: env         ## does FP8 train as well as bf16? 40 minutes on two quiet cores; SMALL=1: 8
+fp8: env         ## does FP8 train as well as bf16? about 40 minutes (estimated); SMALL=1: 8
 	$(BIN)/python -m benchmarks.fp8 --size $(SIZE)
 
-families: env    ## four model families at equal size: 50 minutes on two quiet cores; SMALL=1: 7
+families: env    ## four model families at equal size: about 50 minutes (estimated); SMALL=1: 7
 	$(BIN)/python -m benchmarks.families --size $(SIZE)
 
 # Whole files for a process: what the tests of a file share is made once. One process more than two cores: some of them wait.
@@ -34,7 +34,7 @@ test-gpu: env-dev  ## what GPUs can show, as many as there are; skips what needs
 soak: env-dev    ## kill a run at 100 random moments; it must end with the same bits
 	$(BIN)/python -m tests.soak --kills 100
 
-minitron: env    ## does pruning and distillation save tokens? about 90 minutes; SMALL=1 under 10
+minitron: env    ## does pruning and distillation save tokens? about 90 minutes (estimated); SMALL=1: 10
 	$(BIN)/python -m benchmarks.minitron --size $(SIZE)
 
 # Without what the packages want: the first one comes with a program that has to be compiled.

@@ -137,8 +137,7 @@ class DeepSpeedEngine:
             config=_ds_config(config, dtype, clip_grad=optim.clip_grad, bucket=min(_BUCKET, elements + elements % 2)),
             mpu=self.unit,
         )[0]
-        if self.stage == 3:  # it has no `gradient_allreduce_op`: its mean over n ranks is multiplied by n / this
-            self.engine.optimizer._gradient_averaging_world_size = lambda *_: 1
+        self._sum_gradients()
         self.fragments = deepspeed.utils
         self._start_adam()
         self.optimizer_device = next(iter(self.adamw.state.values()))["exp_avg"].device  # maybe the CPU
@@ -149,6 +148,16 @@ class DeepSpeedEngine:
                 self._write(f"model.{name}", parameter.exact_rows)
                 del parameter.exact_rows
         self._show_master_weights()
+
+    def _sum_gradients(self) -> None:
+        """The sum of the ranks' gradients, not their mean. Raises ValueError for a DeepSpeed that would quietly go on with the mean."""
+        zero_3 = "_gradient_averaging_world_size"
+        if self.engine.gradient_average if self.stage < 3 else not hasattr(self.engine.optimizer, zero_3):
+            raise ValueError(
+                "engine=deepspeed: this release cannot sum gradients; pip install 'deepspeed>=0.19.8', or set engine=fsdp"
+            )
+        if self.stage == 3:  # it has no `gradient_allreduce_op`: its mean over n ranks is multiplied by n / this
+            setattr(self.engine.optimizer, zero_3, lambda *_: 1)
 
     def train_step(self, micro_batches: list[Batch], *, lr: float, judge: Judge = not_finite) -> StepResult:
         """See `Engine`."""

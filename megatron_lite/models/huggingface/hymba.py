@@ -38,7 +38,7 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
         f"model.attention.head_dim={config.head_dim}, which is not hidden_size/heads": config.head_dim
         * config.attention.heads
         != config.hidden_size,
-        f"{inner} channels (model.mamba.heads x head_dim), which are no multiple of model.hidden_size": inner
+        f"{inner} channels (model.mamba.heads x head_dim), which are not a multiple of model.hidden_size": inner
         % config.hidden_size
         != 0,
         f"model.attention.always_visible={config.attention.always_visible}, which is not model.meta_tokens="
