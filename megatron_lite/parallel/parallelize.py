@@ -46,7 +46,7 @@ def parallelize(decoder: Decoder, mesh: Mesh, recipe: Recipe) -> None:
     if mesh.context_parallel is not None:
         divide_sequences(decoder, mesh.context_parallel)
     for layer in decoder.layers:
-        recompute_layer(layer, config.recompute)
+        recompute_layer(layer, config.recompute, divided=mesh.context_parallel is not None)
         if config.compile:
             layer.compile()
 

@@ -44,6 +44,7 @@ from megatron_lite.models.mamba import Mamba2
 from megatron_lite.models.meta_tokens import PrefixedEmbedding
 from megatron_lite.models.mlp import MLP, GatedMLP
 from megatron_lite.models.pattern import LayerSpec
+from megatron_lite.parallel.context_attention import ContextParallelAttention
 from megatron_lite.parallel.layers import (
     ColumnParallelLinear,
     CopyIn,
@@ -147,6 +148,7 @@ MIXERS: dict[type[nn.Module], MixerPlan] = {
     Attention: MixerPlan(
         {"qkv": (column_in_order,), "core.q_norm": (head_norm,), "core.k_norm": (head_norm,), "out": (row_in_order,)},
         _kv_heads,
+        {"core": ContextParallelAttention},
     ),
     MLP: MixerPlan({"up": (column,), "down": (row,)}, _ffn_size, {}),
     GatedMLP: MixerPlan({"up": (column,), "gate": (column,), "down": (row,)}, _ffn_size, {}),
