@@ -135,8 +135,10 @@ def _inputs_before(of: Slice, halo_BKW: Tensor, restart_BKW: Tensor) -> Tensor:
 
 # ------------------------------------------------------------------ the scans
 
-Scan = Callable[[Sequence[Tensor], Tensor | None, Tensor | None, Tensor | None], tuple[Tensor, Tensor]]
-Effect = Callable[[Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
+Part = Sequence[Tensor]  # x, dt, B and C of some tokens
+Known = Tensor | None
+Scan = Callable[[Part, Known, Known, Known], tuple[Tensor, Tensor]]
+Effect = Callable[[Tensor, Tensor, Tensor, Known], tuple[Tensor, Tensor]]
 
 
 class ContextParallelScan(nn.Module):
@@ -158,9 +160,9 @@ class ContextParallelScan(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """See `ssd`; the tokens are this rank's part of the sequence, and there is no state before them."""
         assert state_BHPN is None, NO_STATE
-        whole = super().scan
+        whole = super().scan  # type: ignore[misc]
 
-        def scan(part, state, documents, restart):  # type: ignore[no-untyped-def]
+        def scan(part: Part, state: Known, documents: Known, restart: Known) -> tuple[Tensor, Tensor]:
             x, dt, B, C = part
             return whole(x, dt, A_H, B, C, state_BHPN=state, documents_BT=documents, restart_BHPN=restart)
 
@@ -187,9 +189,9 @@ class ContextParallelSelectiveScan(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """See `selective_scan`; the tokens are this rank's part of the sequence, and there is no state before them."""
         assert state_BCN is None, NO_STATE
-        whole = super().scan
+        whole = super().scan  # type: ignore[misc]
 
-        def scan(part, state, documents, restart):  # type: ignore[no-untyped-def]
+        def scan(part: Part, state: Known, documents: Known, restart: Known) -> tuple[Tensor, Tensor]:
             x, dt, B, C = part
             return whole(x, dt, A_CN, B, C, state_BCN=state, documents_BT=documents, restart_BCN=restart)
 
