@@ -93,10 +93,11 @@ def view(query: Tile, key: Tile, rule: Rule) -> View:
     known = not rule.documents or key.number == META  # whether keys' positions are their places
     window, always = rule.visibility.window, rule.visibility.always_visible
     some = not known
-    if window is not None and not (known and key.last < always):
+    in_window = max(key.first, always) if known else key.first  # the first key that a window may hide
+    if window is not None and in_window <= key.last:
         if _out_of_reach(query, key, rule):
             return View.NOTHING
-        some = some or query.last - key.first > window
+        some = some or query.last - in_window > window
     if some:
         return View.SOME
     return View.CAUSAL if key.first == query.first else View.ALL

@@ -23,6 +23,8 @@ from megatron_lite.models.norm import RMSNorm
 from megatron_lite.models.pattern import LayerSpec
 from megatron_lite.parallel import context_tiles
 from megatron_lite.parallel.context_attention import ContextParallelAttention
+from megatron_lite.parallel.context_kernels import CpuFlash, CudaFlash, Efficient, Math, Part, PartKernel, attend
+from megatron_lite.parallel.context_tiles import META, Rule, View, tiles, view
 from megatron_lite.parallel.reclass import reclass
 from megatron_lite.parallel.recompute import recompute_layer
 from megatron_lite.parallel.sequence_slices import ContextParallel, cut, shard_sequence
@@ -220,10 +222,61 @@ def test_in_bf16() -> None:
         assert {name: error for name, error in errors.items() if max(error) > 2**-6} == {}
 
 
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if not case.lengths])
+def test_no_mask_where_none_is_needed(name: str) -> None:
+    case = CASES[name]
+    mask = dense_mask(case, 4 * SLICE)[0]
+    rule = Rule(Visibility(case.window, case.always_visible), case.prefix, documents=False)
+    numbers = [META, 0, 1, 2, 3] if case.prefix else [0, 1, 2, 3]
+    with tile_lengths(3, 3):
+        of_all = list(tiles(numbers, SLICE, rule))
+    for query in of_all:
+        for key in of_all:
+            seen = mask[query.first : query.last + 1, key.first : key.last + 1]
+            if not seen.any():
+                expected = View.NOTHING
+            elif query == key and torch.equal(seen, torch.ones_like(seen).tril()):
+                expected = View.CAUSAL
+            else:
+                expected = View.ALL if seen.all() else View.SOME
+            assert view(query, key, rule) is expected, (query, key)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "masked"),
+    [(CudaFlash(), False), (Efficient(), False), (Efficient(), True), (Math(), True), (CpuFlash(), True)],
+)
+def test_every_kernel_takes_its_arguments(kernel: PartKernel, masked: bool) -> None:
+    """On the meta device, which knows the operators of a GPU; what they compute only a GPU can say."""
+    query, key, value = (
+        torch.empty(2, n, t, w, dtype=torch.bfloat16, device="meta") for n, t, w in [(6, 9, 6), (2, 7, 6), (2, 7, 10)]
+    )
+    part = Part(query, key, value, mask=torch.empty(1, 1, 9, 7, dtype=torch.bool, device="meta") if masked else None)
+    out, lse = kernel.forward(part)
+    assert (out.shape, lse.shape) == ((2, 6, 9, 10), (2, 6, 9))
+    grads = kernel.backward(part, out, out, lse)
+    assert [x.shape for x in grads] == [x.shape for x in (query, key, value)]
+
+
+def test_math_is_the_kernel_of_a_cpu() -> None:
+    """Two ways to write one kernel; one of them is checked on ranks."""
+    draw = torch.Generator().manual_seed(0)
+    query, key, value, grad = (
+        torch.randn(2, n, t, w, generator=draw, dtype=torch.float64)
+        for n, t, w in [(6, 9, 6), (2, 7, 6), (2, 7, 10), (6, 9, 10)]
+    )
+    part = Part(query, key, value, mask=torch.rand(2, 1, 9, 7, generator=draw) < 0.8)
+    out, lse = attend(part)
+    for kernel in (Math(), CpuFlash()):
+        assert all(torch.allclose(a, b, rtol=1e-12) for a, b in zip(kernel.forward(part), (out, lse)))
+    for a, b in zip(*(kernel.backward(part, grad, out, lse) for kernel in (Math(), CpuFlash()))):
+        assert torch.allclose(a, b, atol=1e-13)
+
+
 # ---------------------------------------------------------------- counted
 
 LONG = 8192
-LAYER = {"hidden_size": 64, "attention.heads": 4, "attention.kv_heads": 2}  # 16 numbers a head
+LAYER = {"hidden_size": 32, "attention.heads": 2, "attention.kv_heads": 1}  # 16 numbers a head
 
 
 @dataclass
@@ -242,7 +295,7 @@ class Counts:
 
 
 def residual_layer(cp: ContextParallel | None, mode: str, window: int | None) -> ResidualLayer:
-    layer = ResidualLayer(RMSNorm(64, 1e-5), Attention(model_config(LAYER), LayerSpec("*", window=window)))
+    layer = ResidualLayer(RMSNorm(32, 1e-5), Attention(model_config(LAYER), LayerSpec("*", window=window)))
     initialize_model_(layer, 0)
     if cp is not None:
         reclass(layer.mixer.core, ContextParallelAttention, cp=cp)
@@ -253,7 +306,7 @@ def residual_layer(cp: ContextParallel | None, mode: str, window: int | None) ->
 def counted(cp: ContextParallel | None, mode: str, length: int, window: int | None = None) -> Counts:
     """On the CPU in fp32, one row without documents."""
     layer = residual_layer(cp, mode, window)
-    x = torch.randn(1, length, 64, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(1, length, 32, generator=torch.Generator().manual_seed(0))
     positions = torch.arange(length)[None]
     if cp is not None:
         x, positions = cut(x, cp), cut(positions, cp)
@@ -298,8 +351,8 @@ def test_what_is_sent_computed_and_kept() -> None:
     ]
     ranks = [[Counts(**counts) for counts in rank] for rank in run_ranks(4, count_on_ranks, cases)]
     long, *modes, near = zip(*ranks)
-    # Each slice of 2 KV heads, 16 + 16 numbers: in round i a rank gets one slice of one before it, both of one after it.
-    slice_size = LONG // 8 * 2 * 32
+    # Slices of one KV head, 16 + 16 numbers a token: in round i a rank gets one slice of one before it, both of one after it.
+    slice_size = LONG // 8 * 32
     for rank, counts in enumerate(long):
         sent = [slice_size * (1 if (rank + i) % 4 > rank else 2) for i in (1, 2, 3)]
         back = [slice_size * (1 if (rank - i) % 4 < rank else 2) for i in (1, 2, 3)]
@@ -308,7 +361,7 @@ def test_what_is_sent_computed_and_kept() -> None:
         assert counts.masked == 0
     # 8 pairs of slices, two of which are half: the same on every rank, and together no more than causal attention has
     assert len({counts.scores for counts in long}) == 1
-    assert sum(counts.scores for counts in long) == 4 * LONG**2 / 2
+    assert sum(counts.scores for counts in long) == 2 * LONG**2 / 2
     whole = counted(None, "none", LONG)
     assert all(counts.kept <= 0.3 * whole.kept for counts in long)
     for rank, counts in enumerate(long):
@@ -323,5 +376,5 @@ def test_what_is_sent_computed_and_kept() -> None:
             assert all(torch.equal(a, b) for a, b in zip(none.result, again.result))
     # A window reaches the slice before: two exchanges in which every rank sends at most one slice, whatever the length.
     for rank, counts in enumerate(near):
-        assert counts.sent[0] == [4096 // 8 * 64 * n for n in ((0 if rank == 3 else 1), (0 if rank == 0 else 1))]
-        assert counts.scores <= 4 * 2 * 512 * 2 * window  # of each query of 4 heads in 2 slices
+        assert counts.sent[0] == [4096 // 8 * 32 * n for n in ((0 if rank == 3 else 1), (0 if rank == 0 else 1))]
+        assert counts.scores <= 2 * 2 * 512 * 2 * window  # of each query of 2 heads in 2 slices
