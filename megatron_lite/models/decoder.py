@@ -26,6 +26,7 @@ from megatron_lite.models.layers import LAYER_TYPES, layer_specs
 from megatron_lite.models.linear import Embedding, Linear
 from megatron_lite.models.meta_tokens import PrefixedEmbedding
 from megatron_lite.models.norm import NORMS
+from megatron_lite.models.pattern import LayerSpec
 from megatron_lite.models.rope import restarting_positions
 
 T = TypeVar("T")
@@ -47,6 +48,12 @@ class ResidualLayer(nn.Module):
         return x_BTD + y_BTD, kv
 
 
+def residual_layer(config: ModelConfig, spec: LayerSpec) -> ResidualLayer:
+    """The layer that `spec` means."""
+    norm = NORMS[config.norm](config.hidden_size, config.norm_eps)
+    return ResidualLayer(norm, LAYER_TYPES[spec.symbol].build(config, spec))
+
+
 class Decoder(nn.Module):
     """A causal language model. Builds on any device, initializes nothing (see `initialization`)."""
 
@@ -55,15 +62,11 @@ class Decoder(nn.Module):
         config.validate()
         self.config = config
         rows, width = config.padded_vocab, config.hidden_size
-        make_norm = NORMS[config.norm]
         self.specs = layer_specs(config)
         make_embedding = partial(PrefixedEmbedding, prefix=config.meta_tokens) if config.meta_tokens else Embedding
         self.embedding = make_embedding(rows, width, init_std=config.init_std, valid_rows=config.vocab_size)
-        self.layers = nn.ModuleList(
-            ResidualLayer(make_norm(width, config.norm_eps), LAYER_TYPES[spec.symbol].build(config, spec))
-            for spec in self.specs
-        )
-        self.final_norm = make_norm(width, config.norm_eps)
+        self.layers = nn.ModuleList(residual_layer(config, spec) for spec in self.specs)
+        self.final_norm = NORMS[config.norm](width, config.norm_eps)
         self.head = (
             None
             if config.tie_embeddings
