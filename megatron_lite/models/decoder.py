@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from megatron_lite.models.cache import Cache, KeyValue
 from megatron_lite.models.config import ModelConfig
-from megatron_lite.models.context import LayerContext
+from megatron_lite.models.context import LayerContext, Once
 from megatron_lite.models.layers import LAYER_TYPES, layer_specs
 from megatron_lite.models.linear import Embedding, Linear
 from megatron_lite.models.meta_tokens import PrefixedEmbedding
@@ -134,7 +134,7 @@ class Decoder(nn.Module):
                 raise ValueError("a cache holds one document; call without documents, or without a cache")
             if prefix:
                 documents_BT = torch.cat([documents_BT[:, :1].expand(-1, prefix), documents_BT], dim=1)
-            return LayerContext(restarting_positions(documents_BT, prefix=prefix), documents_BT, prefix)
+            return LayerContext(restarting_positions(documents_BT, prefix=prefix), documents_BT, prefix, once=Once())
         if cache is None or cache.length == 0:
             start, end = 0, prefix + length
         else:
@@ -145,4 +145,4 @@ class Decoder(nn.Module):
         positions_BT = torch.arange(start, end, device=tokens_BT.device)[None]
         if cache is not None and cache.starts_B is not None:
             positions_BT = positions_BT - cache.starts_B[:, None]
-        return LayerContext(positions_BT, prefix=prefix)
+        return LayerContext(positions_BT, prefix=prefix, once=None if cache is not None else Once())
