@@ -36,10 +36,9 @@ from megatron_lite.ranks import Ranks
 from megatron_lite.tensor_files import TensorSource, WholeTensors
 
 TOKENIZER = "tokenizer"  # the folder of a run directory that holds a copy of its tokenizer
-OPTIMIZER = (
-    "exp_avg",
-    "exp_avg_sq",
-)  # kinds of tensors of a checkpoint that a start with the optimizer's state takes over
+# Kinds of tensors of a checkpoint beside "model": what a start with the optimizer's state takes over, what a forward pass in FP8 needs.
+OPTIMIZER = ("exp_avg", "exp_avg_sq")
+SCALES = ("scale_fwd",)
 HUGGING_FACE = "huggingface"  # the manifest's key for the rest of the folder that a checkpoint was converted from
 
 
@@ -47,8 +46,8 @@ HUGGING_FACE = "huggingface"  # the manifest's key for the rest of the folder th
 class Weights:
     """A model on disk. `tokenizer` is None where there is none beside it.
 
-    tensors: the weights by the names of the decoder's parameters. optimizer: kind -> the optimizer's tensors by the same names,
-    when they were asked for and are there.
+    tensors: the weights by the names of the decoder's parameters. more: kind -> its tensors by the names of parameters (`OPTIMIZER`) or
+    layers (`SCALES`), of the kinds that were asked for and are there.
     extra: other fields of a Hugging Face folder (padding token, several end tokens, generation config), also for a
     checkpoint that was converted from one; `export_folder` writes them back.
     """
@@ -59,7 +58,7 @@ class Weights:
     tokenizer: Path | None = None
     manifest: dict[str, Any] | None = None
     extra: dict[str, Any] = field(default_factory=dict)
-    optimizer: Mapping[str, TensorSource] = field(default_factory=dict)
+    more: Mapping[str, TensorSource] = field(default_factory=dict)
 
     @property
     def tokenizer_fingerprint(self) -> str | None:
@@ -69,11 +68,11 @@ class Weights:
         return fingerprint(self.tokenizer) if self.tokenizer else None
 
 
-def open_weights(path: str | Path, ranks: Ranks | None = None, *, optimizer: bool = False) -> Weights:
+def open_weights(path: str | Path, ranks: Ranks | None = None, *, more: tuple[str, ...] = ()) -> Weights:
     """What is at `path`: a run directory (its newest valid checkpoint), a checkpoint, or a Hugging Face folder.
 
     ranks: the ranks that all open it and share the verifying; None: this process alone.
-    optimizer: open (and verify) the optimizer's tensors too.
+    more: further kinds of tensors to open (and verify).
     Raises ValueError when it is none of them, CheckpointError when the named checkpoint is damaged.
     """
     ranks = ranks or Ranks()
@@ -85,7 +84,7 @@ def open_weights(path: str | Path, ranks: Ranks | None = None, *, optimizer: boo
             raise ValueError(f"{path}: {next(iter(problems.values()))}")
         tokenizer = path if tokenizer_files(path) else None
         return Weights(path, opened.config, opened.tensors, tokenizer, extra=opened.extra)
-    kinds = ("model", *OPTIMIZER) if optimizer else ("model",)
+    kinds = ("model", *more)
     tensors = Verifier(ranks).find(path, prefixes=tuple(f"{kind}." for kind in kinds))
     manifest = tensors.manifest
     config = from_dict(ModelConfig, manifest["config"].get("model", {}))
@@ -98,7 +97,7 @@ def open_weights(path: str | Path, ranks: Ranks | None = None, *, optimizer: boo
         _tokenizer_of(tensors.path, manifest),
         manifest,
         extra=manifest.get(HUGGING_FACE, {}),
-        optimizer={kind: source for kind, source in sources.items() if kind in OPTIMIZER and source.names()},
+        more={kind: source for kind, source in sources.items() if kind in more and source.names()},
     )
 
 

@@ -1,7 +1,8 @@
 """`mlite evaluate`: loss, perplexity and bits per byte by source on held-out data.
 
 Data, sequence length, windows, precision, micro-batch size and threads are those of the run unless the command line
-overrides them. At the layout of the training run the losses equal those that it logged, to the last digit.
+overrides them. At the layout of the training run the losses equal those that it logged, to the last digit, in FP8 too:
+the stored scales of delayed scaling are read, and products are computed as exactly as the run did when it was saved.
 
 python -m megatron_lite evaluate checkpoint=runs/smoke
 python -m megatron_lite evaluate checkpoint=runs/smoke data.validation.windows=1000
@@ -37,13 +38,15 @@ from megatron_lite.parallel.mesh import ParallelConfig
 from megatron_lite.parallel.parallelize import Recipe
 from megatron_lite.parallel.sequence_length import check_layout
 from megatron_lite.precision.dtypes import PrecisionConfig
-from megatron_lite.precision.recipes import precision_class
+from megatron_lite.precision.numerics import numerics_of
+from megatron_lite.precision.recipes import Precision, precision_class
 from megatron_lite.ranks import Ranks
 from megatron_lite.runtime import Runtime, set_threads
 from megatron_lite.tracking.console import number, perplexity
 from megatron_lite.training.build import build_grid, check_vocabulary, held_out, open_tokenizer, prepare_data
+from megatron_lite.training.ladder import Ladder
 from megatron_lite.training.support import refuse_unsupported
-from megatron_lite.weights import Weights, open_weights, trained_with
+from megatron_lite.weights import SCALES, Weights, open_weights, trained_with
 
 
 @dataclass
@@ -131,7 +134,7 @@ def measure(config: EvaluateConfig, runtime: Runtime, ranks: Ranks) -> Measured:
     """The losses of `config.checkpoint` on the held-out files, the same on every rank. Collective."""
     ranks.attempt("check the config", lambda: config.validate(runtime.world_size))
     set_threads(config.threads)
-    weights = open_weights(config.checkpoint, ranks)
+    weights = open_weights(config.checkpoint, ranks, more=SCALES)
     read = ranks.attempt("open the data", lambda: _held_out(config, weights, runtime))
     ranks.attempt(
         "check the layout", lambda: check_layout(weights.config, config.parallel, seq_len=config.data.seq_len)
@@ -150,6 +153,7 @@ def measure(config: EvaluateConfig, runtime: Runtime, ranks: Ranks) -> Measured:
         ),
     )
     objective.eval()
+    ranks.attempt("read the scales", lambda: _compute_as_trained(objective, config.precision, weights))
     losses = {}
     for name, source in read.sources.items():
         batches = validation_batches(
@@ -161,6 +165,23 @@ def measure(config: EvaluateConfig, runtime: Runtime, ranks: Ranks) -> Measured:
         )
         losses[name] = mean_loss(objective, map(mesh.place, batches), dtype, runtime=runtime)
     return Measured(weights.path, losses, bits_per_byte(losses, read.bytes_per_token))
+
+
+def _compute_as_trained(objective: NextToken, precision: Precision, weights: Weights) -> None:
+    """Give FP8 layers the scales and the rung of the run. Raises ValueError where delayed scaling has no scale for a layer."""
+    numerics = numerics_of(objective.decoder)
+    for name, tensor in numerics.tensors().items():
+        kind, layer = name.split(".", 1)
+        if kind not in SCALES:
+            continue
+        source = weights.more.get(kind)
+        if source is None or layer not in source.names():
+            raise ValueError(
+                f"precision={precision.name}: {weights.path} holds no scale of {layer}, which training would have found; set "
+                "precision=fp8_current, which needs none, or precision=bf16"
+            )
+        tensor.copy_(source.read(layer, [0], list(tensor.shape)))
+    Ladder(numerics, recipe=precision.name, after=precision.fallback_after).load_state(weights.manifest or {})
 
 
 def _held_out(config: EvaluateConfig, weights: Weights, runtime: Runtime) -> HeldOut:
@@ -202,7 +223,7 @@ def mean_loss(objective: NextToken, batches: Iterable[Batch], dtype: torch.dtype
     """Mean loss in nats over the counted tokens of one source, summed up in the order of `Trainer.validate`. batches: placed."""
     sums = torch.zeros(2, dtype=torch.float64, device=runtime.device)
     for batch in batches:
-        with computing(dtype, objective):
+        with numerics_of(objective.decoder).forward_only(), computing(dtype, objective):
             loss = objective(batch)
         sums += torch.stack([loss.total.double(), loss.tokens.double()])
     total, tokens = runtime.sum(sums).tolist()

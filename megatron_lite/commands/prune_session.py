@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -83,6 +84,23 @@ class PruneConfig:
     def scores_folder(self) -> Path:
         """Where the importance is kept."""
         return Path(f"{self.output.rstrip('/')}-scores" if self.scores is None else self.scores)
+
+
+class Progress:
+    """Prints how far something is, and how long the rest will take, every few seconds and at the end."""
+
+    def __init__(self, what: str, done: int, of: int, *, seconds: float = 10.0) -> None:
+        self.what, self.before, self.of, self.seconds = what, done, of, seconds
+        self.start = self.last = time.monotonic()
+
+    def __call__(self, done: int) -> None:
+        """done: of all of them."""
+        now = time.monotonic()
+        if now - self.last < self.seconds and done < self.of:
+            return
+        self.last, rate = now, (done - self.before) / max(now - self.start, 1e-9)
+        left = f"{rate:.3g} a second, {(self.of - done) / rate / 60:.1f} minutes left"
+        print(f"{self.what}: {done} of {self.of}, {left}", flush=True)
 
 
 @dataclass
@@ -167,8 +185,14 @@ class Session:
         def keep() -> None:
             if self.runtime.is_main:
                 scores.save(config.scores_folder)
-                print(f"importance: {scores.samples} of {config.importance.samples} samples", flush=True)
 
+        def keep_removal() -> None:
+            keep()
+            if self.runtime.is_main:
+                print(f"depth: {len(scores.removed)} of {removals} layers removed", flush=True)
+
+        first = range(min(config.importance.depth_samples, config.importance.samples))
+        progress = Progress("importance, samples", scores.samples, config.importance.samples)
         meter = Meter(probe.decoder, self.mesh, config.importance)
         calibrate(
             meter,
@@ -176,15 +200,15 @@ class Session:
             partial(forward, states=True),
             scores=scores,
             keep=lambda _: keep(),
+            report=progress if self.runtime.is_main else lambda samples: None,
         )
-        first = range(min(config.importance.depth_samples, config.importance.samples))
         removal_order(
             probe.decoder,
             forward,
             lambda: self._batches(blend, first),
             mesh=self.mesh,
             removed=scores.removed,
-            options=RemovalOptions(removals, loss=config.importance.depth == "loss", keep=keep),
+            options=RemovalOptions(removals, loss=config.importance.depth == "loss", keep=keep_removal),
         )
 
     def _batches(self, blend: Blend, samples: range) -> Iterator[Batch]:

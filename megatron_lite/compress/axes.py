@@ -26,7 +26,8 @@ from torch import Tensor, nn
 
 from megatron_lite.models.attention import Attention
 from megatron_lite.models.config import ModelConfig
-from megatron_lite.models.decoder import Decoder
+from megatron_lite.models.decoder import residual_layer
+from megatron_lite.models.layers import layer_specs
 from megatron_lite.models.mamba import Mamba2
 from megatron_lite.models.mlp import MLP, GatedMLP
 
@@ -266,9 +267,10 @@ def mixer_axes(mixer: nn.Module, layer: int) -> MixerAxes:
 
 def layer_axes(config: ModelConfig) -> list[MixerAxes]:
     """The row of each residual layer's mixer. Raises ValueError for a model that has a layer without one, or parts that no row covers."""
-    with torch.device("meta"):
-        layers = Decoder(config).layers
-    rows = [mixer_axes(layer.get_submodule("mixer"), index) for index, layer in enumerate(layers)]
+    config.validate()
+    with torch.device("meta"):  # one mixer of each symbol: all of them have the same row
+        mixers = {spec.symbol: residual_layer(config, spec).mixer for spec in layer_specs(config)}
+    rows = [mixer_axes(mixers[symbol], index) for index, symbol in enumerate(config.symbols)]
     for key, value in (("attention.kv_groups", config.attention.kv_groups), ("meta_tokens", config.meta_tokens)):
         if value:
             raise ValueError(f"model.{key}={value}: a model with them cannot be pruned")

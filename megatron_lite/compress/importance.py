@@ -176,19 +176,23 @@ def calibrate(
     *,
     scores: Scores,
     keep: Callable[[Scores], None],
+    report: Callable[[int], None] = lambda samples: None,
 ) -> None:
     """Read the samples of `meter.options` that `scores` does not have yet, and add them to it. Collective.
 
     batches: from numbers of samples to this rank's batches, on its device. forward: one pass of the model.
-    keep: saves the scores; called every `save_every` samples and at the end.
+    keep: saves the scores; called every `save_every` samples and at the end. report: is told after every batch how many were read.
     """
-    options = meter.options
+    options, ranks = meter.options, meter.mesh.data_parallel_size
     with meter.reading():
         while scores.samples < options.samples:
             stop = min(scores.samples + options.save_every, options.samples)
+            done = scores.samples
             for batch in batches(range(scores.samples, stop)):
                 meter.begin(batch)
                 forward(batch)
+                done += len(batch["loss_mask"]) * ranks
+                report(min(done, stop))
             for place, total in meter.take().items():
                 scores.sums[place] = scores.sums[place] + total if place in scores.sums else total
             scores.samples = stop

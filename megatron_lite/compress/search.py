@@ -4,7 +4,7 @@ The sizes of the searched axes form a grid; for each of its points the last axis
 cost about the same. They are ordered by the share of the importance that they keep, which costs nothing, and the best few of them by the
 loss of the pruned model, which the caller measures.
 
-Parameters are counted on the meta device by `parameter_count`; the cache is the one that generation makes, on the meta device too.
+Parameters are counted, and caches are made as generation makes them, on the meta device, of one layer of each kind.
 """
 
 from __future__ import annotations
@@ -14,16 +14,20 @@ from dataclasses import dataclass, field
 from itertools import product
 
 import torch
+from torch import nn
 
-from megatron_lite.compress.axes import CONFIG_KEYS, HIDDEN, layer_axes, resized, sizes_of, unit_layers, unit_of
+from megatron_lite.compress.axes import CONFIG_KEYS, HIDDEN, layer_axes, resized, unit_layers, unit_of
 from megatron_lite.compress.scores import ImportanceConfig, Scores
-from megatron_lite.compress.surgery import Selection
 from megatron_lite.compress.target import TargetConfig, without_units
 from megatron_lite.models.config import ModelConfig
-from megatron_lite.models.decoder import Decoder
+from megatron_lite.models.context import LayerContext
+from megatron_lite.models.decoder import residual_layer
 from megatron_lite.models.flops import parameter_count
+from megatron_lite.models.layers import LAYER_TYPES, layer_specs
+from megatron_lite.models.pattern import LayerSpec
 
 DEPTH = "num_layers"
+MOST_POINTS = 10_000  # of the grid
 WEIGHT_BYTES = 2  # bf16, as models are served
 
 
@@ -69,6 +73,12 @@ class BudgetConfig:
         wrong = [axis for axis in self.axes if axis not in known]
         if wrong or not self.axes:
             raise ValueError(f"budget.axes={self.axes}: choose from {', '.join(known)}")
+        points = self.steps ** (len(self.axes) - 1)
+        if points > MOST_POINTS:
+            raise ValueError(
+                f"budget.steps={self.steps} for {len(self.axes)} budget.axes makes {points:,} sizes to compare, more than "
+                f"{MOST_POINTS:,}; lower budget.steps, or give some of the sizes as the target"
+            )
 
     def units_to_remove(self, config: ModelConfig) -> int:
         """The most units that a candidate lacks."""
@@ -93,12 +103,15 @@ def candidates(
 
     Raises ValueError where none fits.
     """
-    order, costs = scores.removal_order(config, options), _Costs(config, budget)
-    found = []
-    for sizes, layers in _within(costs, order, target):
-        kept = kept_share(scores, config, scores.select(config, sizes, layers, options), options)
-        parameters = parameter_count(resized(config, sizes, layers))
-        found.append(Candidate(sizes, layers, parameters, costs.cache(sizes, layers), kept))
+    order, costs, shares = (
+        scores.removal_order(config, options),
+        _Costs(config, budget),
+        _Shares(scores, config, options),
+    )
+    found = [
+        Candidate(sizes, layers, *costs.of(sizes, layers), shares.of(sizes, layers))
+        for sizes, layers in _within(costs, order, target)
+    ]
     if not found:
         limit = f"parameters={budget.parameters}" if budget.memory_gib is None else f"memory_gib={budget.memory_gib}"
         raise ValueError(
@@ -116,14 +129,16 @@ def _within(costs: _Costs, order: list[int], target: TargetConfig) -> Iterator[t
     if not axes:
         raise ValueError(f"budget.axes={budget.axes}: there is nothing to search, for the target gives these sizes")
     *grid, last = axes
+    values = {axis: _values(fixed[axis], axis, unit_of(config, axis), budget) for axis in axes}
+    tried = [values[axis][:: -_stride(values[axis], budget)] for axis in grid]
     for layers in _depths(config, order, target, budget):
-        for point in product(*(_values(config, axis, budget)[:: -_stride(config, axis, budget)] for axis in grid)):
+        for point in product(*tried):
             sizes = fixed | dict(zip(grid, point))
 
             def fits(value: int, sizes: dict[str, int] = sizes, layers: tuple[int, ...] = layers) -> bool:
                 return costs.fits(sizes | {last: value}, layers)
 
-            best = _largest(_values(config, last, budget), fits)
+            best = _largest(values[last], fits)
             if best is not None:
                 yield sizes | {last: best}, layers
 
@@ -140,19 +155,18 @@ def _depths(
         yield without_units(config, order, removed)
 
 
-def _values(config: ModelConfig, axis: str, budget: BudgetConfig) -> list[int]:
+def _values(whole: int, axis: str, unit: int, budget: BudgetConfig) -> list[int]:
     """The sizes that an axis may have, ascending: multiples of about a sixteenth or less of the whole, or of what groups need."""
-    whole = sizes_of(config)[axis]
-    step = unit_of(config, axis)
+    step = unit
     while step * 2 * 16 <= whole and step < 256 and axis in (HIDDEN, "ffn_size"):
         step *= 2
     least = -(-int((1 - budget.max_width) * whole) // step) * step
     return [*range(max(least, step), whole, step), whole]
 
 
-def _stride(config: ModelConfig, axis: str, budget: BudgetConfig) -> int:
+def _stride(values: list[int], budget: BudgetConfig) -> int:
     """Every how many of the values of an axis are tried, from the largest down."""
-    return max(1, -(-len(_values(config, axis, budget)) // budget.steps))
+    return max(1, -(-len(values) // budget.steps))
 
 
 def _largest(values: list[int], fits: Callable[[int], bool]) -> int | None:
@@ -164,48 +178,80 @@ def _largest(values: list[int], fits: Callable[[int], bool]) -> int | None:
 
 
 class _Costs:
-    """What models cost. The cache of a layer depends neither on the width of the residual stream nor on that of the feed-forward layers, so
-    it is made once for all candidates that differ in them only."""
+    """What models cost. A layer costs the same in all models that give its axes and the residual stream the same sizes."""
 
     def __init__(self, config: ModelConfig, budget: BudgetConfig) -> None:
         self.config, self.budget = config, budget
+        self._axes = dict(zip(config.symbols, (row.axes for row in layer_axes(config))))
+        self._parameters: dict[tuple[object, ...], int] = {}
         self._caches: dict[tuple[object, ...], int] = {}
+        self._outside: dict[int, int] = {}  # hidden size -> parameters outside of the layers
 
-    def cache(self, sizes: Mapping[str, int], layers: tuple[int, ...]) -> int:
-        """Bytes of the cache."""
-        key = (layers, *(item for item in sorted(sizes.items()) if item[0] not in (HIDDEN, "ffn_size")))
-        if key not in self._caches:
-            made = resized(self.config, sizes, layers)
-            self._caches[key] = cache_bytes(made, context=self.budget.context, batch=self.budget.batch)
-        return self._caches[key]
+    def of(self, sizes: Mapping[str, int], layers: tuple[int, ...]) -> tuple[int, int]:
+        """(parameters, bytes of the cache)."""
+        made = resized(self.config, sizes, layers)
+        costs = [self._of_layer(made, spec, sizes) for spec in layer_specs(made)]
+        parameters, cache = (sum(of_all) for of_all in zip(*costs))
+        if made.hidden_size not in self._outside:
+            self._outside[made.hidden_size] = parameter_count(made) - parameters
+        return parameters + self._outside[made.hidden_size], cache
 
     def fits(self, sizes: Mapping[str, int], layers: tuple[int, ...]) -> bool:
         """Whether they are within the budget."""
-        parameters = parameter_count(resized(self.config, sizes, layers))
+        parameters, cache = self.of(sizes, layers)
         if self.budget.memory_gib is None:
             return parameters <= (self.budget.parameters or 0)
-        return parameters * WEIGHT_BYTES + self.cache(sizes, layers) <= self.budget.memory_gib * 2**30
+        return parameters * WEIGHT_BYTES + cache <= self.budget.memory_gib * 2**30
+
+    def _of_layer(self, config: ModelConfig, spec: LayerSpec, sizes: Mapping[str, int]) -> tuple[int, int]:
+        inner = spec, *(sizes[axis] for axis in self._axes[spec.symbol])  # no cache depends on the width of the stream
+        key = config.hidden_size, *inner
+        if key not in self._parameters:
+            with torch.device("meta"):
+                layer = residual_layer(config, spec)
+            self._parameters[key] = sum(parameter.numel() for parameter in layer.parameters())
+            if inner not in self._caches:
+                context, batch = self.budget.context, self.budget.batch
+                self._caches[inner] = layer_cache_bytes(layer.mixer, config, spec, context=context, batch=batch)
+        return self._parameters[key], self._caches[inner]
 
 
 @torch.no_grad()
-def cache_bytes(config: ModelConfig, *, context: int, batch: int) -> int:
-    """Bytes of keys, values and states that generation keeps in bf16 for `batch` sequences of `context` tokens."""
+def layer_cache_bytes(mixer: nn.Module, config: ModelConfig, spec: LayerSpec, *, context: int, batch: int) -> int:
+    """Bytes of keys, values and states that a mixer on the meta device, without meta tokens and another layer's keys, keeps in bf16 for
+    `batch` sequences of `context` tokens: it reads one token, and caches allocate all that they will ever hold."""
+    cache = LAYER_TYPES[spec.symbol].cache(config, spec, context)
+    if cache is None:
+        return 0
     with torch.device("meta"):
-        decoder = Decoder(config).bfloat16()
-        cache = decoder.new_cache(context)
-        decoder.hidden(torch.zeros(batch, 1, dtype=torch.int64), cache=cache)
+        x_BTD = torch.zeros(batch, 1, config.hidden_size, dtype=torch.bfloat16)
+        mixer.bfloat16()(x_BTD, LayerContext(torch.zeros(1, 1, dtype=torch.int64), cache=cache))
     return cache.nbytes()
 
 
-def kept_share(scores: Scores, config: ModelConfig, selection: Selection, options: ImportanceConfig) -> float:
-    """The share of the importance that a selection keeps: the product of those of depth, hidden channels and, on average, mixers."""
-    hidden, depth = scores.hidden(config, options), scores.depth()
-    rows = layer_axes(config)
-    mixers = []
-    for layer in selection.layers:
-        roots = scores.root(f"layers.{layer}.mixer", options.batch)
-        channels = rows[layer].rows(config, selection.inner[layer])[rows[layer].inner].keep
-        mixers.append(float(roots[channels].sum() / roots.sum().clamp(min=1e-30)))
-    units = [unit for unit, layers in enumerate(unit_layers(config)) if layers[0] in selection.layers]
-    of_depth = float(depth[units].sum() / depth.sum())
-    return of_depth * float(hidden[selection.hidden].sum() / hidden.sum()) * sum(mixers) / len(mixers)
+class _Shares:
+    """The share of the importance that a model keeps: the product of those of depth, hidden channels and, on average, mixers."""
+
+    def __init__(self, scores: Scores, config: ModelConfig, options: ImportanceConfig) -> None:
+        self.config, self.rows = config, layer_axes(config)
+        self.hidden = scores.hidden(config, options).sort(descending=True).values
+        depth = scores.depth()
+        self.depth = {
+            layer: float(depth[unit]) for unit, layers in enumerate(unit_layers(config)) for layer in layers[:1]
+        }
+        self.roots = [scores.root(f"layers.{layer}.mixer", options.batch) for layer in range(len(self.rows))]
+        self._mixers: dict[tuple[int, ...], float] = {}
+
+    def of(self, sizes: Mapping[str, int], layers: tuple[int, ...]) -> float:
+        """Between 0 and 1."""
+        of_depth = sum(self.depth.get(layer, 0.0) for layer in layers) / sum(self.depth.values())
+        of_hidden = float(self.hidden[: sizes[HIDDEN]].sum() / self.hidden.sum())
+        return of_depth * of_hidden * sum(self._of_mixer(layer, sizes) for layer in layers) / len(layers)
+
+    def _of_mixer(self, layer: int, sizes: Mapping[str, int]) -> float:
+        row, roots = self.rows[layer], self.roots[layer]
+        key = layer, *(sizes[axis] for axis in row.axes)
+        if key not in self._mixers:
+            kept = row.rows(self.config, row.kept(roots, self.config, sizes))[row.inner].keep
+            self._mixers[key] = float(roots[kept].sum() / roots.sum().clamp(min=1e-30))
+        return self._mixers[key]

@@ -26,6 +26,7 @@ import functools
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -50,7 +51,8 @@ class AttentionKernel:
     def __call__(
         self, query_BHTK: Tensor, key_BGSK: Tensor, value_BGSV: Tensor, *, mask: Tensor | None, is_causal: bool
     ) -> Tensor:
-        """(B, H, T, V). mask: (B or 1, 1, T, S) bool, True = attend. Raises RuntimeError if the kernel cannot run."""
+        """(B, H, T, V). mask: (B or 1, 1, T, S) bool, True = attend, or added to the scores. Raises RuntimeError if the kernel cannot
+        run."""
         queries = query_BHTK.shape[1] // key_BGSK.shape[1]
         if self.repeats and queries > 1:
             key_BGSK, value_BGSV = (x.repeat_interleave(queries, dim=1) for x in (key_BGSK, value_BGSV))
@@ -92,11 +94,20 @@ def attend(query_BHTK: Tensor, kv: KeyValue, context: LayerContext, visibility: 
             return with_blocks(query_BHTK, kv, context, visibility)
         if context.documents_BT is None or visibility.always_visible == context.prefix:
             return banded(query_BHTK, kv, context, visibility)
-    mask = dense_mask(context, kv, visibility)
+    if context.documents_BT is None:
+        mask = dense_mask(context, kv, visibility)
+    else:
+        mask = context.shared(("dense", visibility, dtype), partial(_document_mask, context, kv, visibility, dtype))
     same = query_BHTK.shape[-1] == kv.value_BGSV.shape[-1]
     kernel = attention_kernel(device, dtype, masked=mask is not None, same_head_dims=same)
     # Without a mask a single query is the newest token and sees everything; a causal mask would align it with the first key.
     return kernel(query_BHTK, kv.key_BGSK, kv.value_BGSV, mask=mask, is_causal=mask is None and length > 1)
+
+
+def _document_mask(context: LayerContext, kv: KeyValue, visibility: Visibility, dtype: torch.dtype) -> Tensor:
+    seen = dense_mask(context, kv, visibility)
+    assert seen is not None, "documents have a mask"
+    return additive(seen, dtype)
 
 
 def banded(query_BHTK: Tensor, kv: KeyValue, context: LayerContext, visibility: Visibility) -> Tensor:
@@ -106,26 +117,38 @@ def banded(query_BHTK: Tensor, kv: KeyValue, context: LayerContext, visibility: 
     always visible must be the first tokens of the row, and with several documents the prefix and nothing else.
     """
     assert visibility.window is not None, "without a window there is no band"
-    length, first = query_BHTK.shape[2], visibility.always_visible
+    length, first, dtype = query_BHTK.shape[2], visibility.always_visible, query_BHTK.dtype
     block = max(64, visibility.window // 2)
-    index_T = torch.arange(length, device=query_BHTK.device)
     outputs = []
     for start in range(0, length, block):
         queries = slice(start, min(start + block, length))
         low = max(first, start - visibility.window)
-        keys = torch.cat([index_T[:first], index_T[low : queries.stop]]) if low > first else index_T[: queries.stop]
         key, value = (
             x[:, :, : queries.stop]
             if low == first
             else torch.cat([x[:, :, :first], x[:, :, low : queries.stop]], dim=2)
             for x in (kv.key_BGSK, kv.value_BGSV)
         )
-        mask = training_mask(
-            context.documents_BT, context.positions_BT, visibility, prefix=context.prefix, queries=queries, keys=keys
-        )
-        kernel = attention_kernel(query_BHTK.device.type, query_BHTK.dtype, masked=True)
+        key_of_mask = "band", visibility, queries.start, low, length, dtype
+        mask = context.shared(key_of_mask, partial(band_mask, context, visibility, queries, low, dtype))
+        kernel = attention_kernel(query_BHTK.device.type, dtype, masked=True)
         outputs.append(kernel(query_BHTK[:, :, queries], key, value, mask=mask, is_causal=False))
     return torch.cat(outputs, dim=2)
+
+
+def band_mask(context: LayerContext, visibility: Visibility, queries: slice, low: int, dtype: torch.dtype) -> Tensor:
+    """(B or 1, 1, queries, keys) for the keys that are always visible and those from `low` to the last query; see `additive`."""
+    index_T = torch.arange(queries.stop, device=context.positions_BT.device)
+    keys = torch.cat([index_T[: min(visibility.always_visible, low)], index_T[low:]])
+    seen = training_mask(
+        context.documents_BT, context.positions_BT, visibility, prefix=context.prefix, queries=queries, keys=keys
+    )
+    return additive(seen, dtype)
+
+
+def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 where `seen`, else minus infinity: what the kernels make of a mask of bools, each time and for every layer."""
+    return torch.zeros((), dtype=dtype, device=seen.device).where(seen, float("-inf"))
 
 
 def with_blocks(query_BHTK: Tensor, kv: KeyValue, context: LayerContext, visibility: Visibility) -> Tensor:
@@ -133,7 +156,10 @@ def with_blocks(query_BHTK: Tensor, kv: KeyValue, context: LayerContext, visibil
     batch, _, length, _ = query_BHTK.shape
     rows = batch if context.documents_BT is not None or len(context.positions_BT) > 1 else None
     device = query_BHTK.device
-    mask = create_block_mask(mask_function(context, visibility), rows, None, length, length, device=device.type)
+    make = partial(
+        create_block_mask, mask_function(context, visibility), rows, None, length, length, device=device.type
+    )
+    mask = context.shared(("blocks", visibility), make)
     run: Any = _compiled_flex_attention() if device.type == "cuda" else flex_attention
     return run(query_BHTK, kv.key_BGSK, kv.value_BGSV, block_mask=mask, enable_gqa=True)
 

@@ -21,11 +21,12 @@ from torch import Tensor, nn
 
 from megatron_lite.models.cache import Cache, KeyValue
 from megatron_lite.models.config import ModelConfig
-from megatron_lite.models.context import LayerContext
+from megatron_lite.models.context import LayerContext, Once
 from megatron_lite.models.layers import LAYER_TYPES, layer_specs
 from megatron_lite.models.linear import Embedding, Linear
 from megatron_lite.models.meta_tokens import PrefixedEmbedding
 from megatron_lite.models.norm import NORMS
+from megatron_lite.models.pattern import LayerSpec
 from megatron_lite.models.rope import restarting_positions
 
 T = TypeVar("T")
@@ -47,6 +48,12 @@ class ResidualLayer(nn.Module):
         return x_BTD + y_BTD, kv
 
 
+def residual_layer(config: ModelConfig, spec: LayerSpec) -> ResidualLayer:
+    """The layer that `spec` means."""
+    norm = NORMS[config.norm](config.hidden_size, config.norm_eps)
+    return ResidualLayer(norm, LAYER_TYPES[spec.symbol].build(config, spec))
+
+
 class Decoder(nn.Module):
     """A causal language model. Builds on any device, initializes nothing (see `initialization`)."""
 
@@ -55,15 +62,11 @@ class Decoder(nn.Module):
         config.validate()
         self.config = config
         rows, width = config.padded_vocab, config.hidden_size
-        make_norm = NORMS[config.norm]
         self.specs = layer_specs(config)
         make_embedding = partial(PrefixedEmbedding, prefix=config.meta_tokens) if config.meta_tokens else Embedding
         self.embedding = make_embedding(rows, width, init_std=config.init_std, valid_rows=config.vocab_size)
-        self.layers = nn.ModuleList(
-            ResidualLayer(make_norm(width, config.norm_eps), LAYER_TYPES[spec.symbol].build(config, spec))
-            for spec in self.specs
-        )
-        self.final_norm = make_norm(width, config.norm_eps)
+        self.layers = nn.ModuleList(residual_layer(config, spec) for spec in self.specs)
+        self.final_norm = NORMS[config.norm](width, config.norm_eps)
         self.head = (
             None
             if config.tie_embeddings
@@ -150,7 +153,7 @@ class Decoder(nn.Module):
                 raise ValueError("a cache holds one document; call without documents, or without a cache")
             if prefix:
                 documents_BT = torch.cat([documents_BT[:, :1].expand(-1, prefix), documents_BT], dim=1)
-            return LayerContext(restarting_positions(documents_BT, prefix=prefix), documents_BT, prefix)
+            return LayerContext(restarting_positions(documents_BT, prefix=prefix), documents_BT, prefix, once=Once())
         if cache is None or cache.length == 0:
             start, end = 0, prefix + length
         else:
@@ -161,7 +164,7 @@ class Decoder(nn.Module):
         positions_BT = torch.arange(start, end, device=tokens_BT.device)[None]
         if cache is not None and cache.starts_B is not None:
             positions_BT = positions_BT - cache.starts_B[:, None]
-        return LayerContext(positions_BT, prefix=prefix)
+        return LayerContext(positions_BT, prefix=prefix, once=None if cache is not None else Once())
 
     def _context_at(self, positions_BT: Tensor, documents_BT: Tensor | None) -> LayerContext:
         prefix = self.config.meta_tokens
@@ -170,4 +173,4 @@ class Decoder(nn.Module):
             positions_BT = torch.cat([before_BP, prefix + positions_BT], dim=1)
             if documents_BT is not None:
                 documents_BT = F.pad(documents_BT, (prefix, 0))  # with the number of the first document
-        return LayerContext(positions_BT, documents_BT, prefix)
+        return LayerContext(positions_BT, documents_BT, prefix, once=Once())

@@ -97,7 +97,21 @@ def check_layers(config: ModelConfig) -> None:
                 f"types are {known}"
             )
         LAYER_TYPES[symbol].check(config)
-    _check_numbers(config, attending=sum(LAYER_TYPES[symbol].attends for symbol in symbols))
+    attending = sum(LAYER_TYPES[symbol].attends for symbol in symbols)
+    if not attending:
+        _check_nothing_attends(config)
+    _check_numbers(config, attending=attending)
+
+
+def _check_nothing_attends(config: ModelConfig) -> None:
+    """Raises ValueError for a choice about attention, which a pattern without attention would ignore. Its sizes may stay."""
+    for key in ("window", "always_visible", "global_layers", "kv_groups", "qkv_bias", "qk_norm"):
+        value = getattr(config.attention, key)
+        if value:
+            raise ValueError(
+                f"model.attention.{key}={value} has no effect: no layer of model.pattern={config.pattern!r} attends; drop "
+                f"model.attention.{key}, or give the pattern a layer '*' or 'H'"
+            )
 
 
 def _check_numbers(config: ModelConfig, *, attending: int) -> None:

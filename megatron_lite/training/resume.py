@@ -29,7 +29,7 @@ from megatron_lite.precision.recipes import Precision
 from megatron_lite.ranks import Ranks
 from megatron_lite.training.config import RunConfig
 from megatron_lite.training.lineage import ONCE, Origin, descendants
-from megatron_lite.weights import Weights, model_config, open_weights
+from megatron_lite.weights import OPTIMIZER, Weights, model_config, open_weights
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def open_source(run: RunConfig, tokenizer: TokenizerIdentity, ranks: Ranks | Non
 
     Raises ValueError naming tensors and shapes that do not fit the run's model.
     """
-    weights = open_weights(run.init_from.path or "", ranks, optimizer=run.init_from.optimizer)
+    weights = open_weights(run.init_from.path or "", ranks, more=OPTIMIZER if run.init_from.optimizer else ())
     if weights.tokenizer_fingerprint not in (None, tokenizer.fingerprint):
         warnings.warn(
             f"init_from={run.init_from.path} was trained with tokenizer {weights.tokenizer_fingerprint}, this run reads "
@@ -144,7 +144,7 @@ def open_source(run: RunConfig, tokenizer: TokenizerIdentity, ranks: Ranks | Non
                 f"init_from={run.init_from.path}: {name} has shape {found} there and {tuple(shape)} here; "
                 "drop the model keys to take the source's model"
             )
-    if run.init_from.optimizer and not weights.optimizer:
+    if run.init_from.optimizer and not weights.more:
         raise ValueError(
             f"init_from.optimizer=true, but {run.init_from.path} holds no optimizer state; drop it, or name a run"
         )
@@ -153,13 +153,13 @@ def open_source(run: RunConfig, tokenizer: TokenizerIdentity, ranks: Ranks | Non
 
 def load_optimizer(engine: Engine, source: Weights) -> None:
     """Give the engine this rank's shards of the source's optimizer state, and its counters. Nothing where it holds none."""
-    if not source.optimizer or source.manifest is None:
+    if not source.more or source.manifest is None:
         return
     pieces = {}
     for key, piece in engine.state().tensors.items():
         kind, name = key.split(".", 1)
-        if kind in source.optimizer:
-            piece.tensor().copy_(source.optimizer[kind].read(name, piece.offsets, piece.sizes))
+        if kind in source.more:
+            piece.tensor().copy_(source.more[kind].read(name, piece.offsets, piece.sizes))
             pieces[key] = piece
     engine.load_state(State(pieces, source.manifest["counters"]))
 

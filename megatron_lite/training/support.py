@@ -146,9 +146,9 @@ UNSUPPORTED: tuple[Unsupported, ...] = (
         "set parallel.compile=false, or precision=fp8_current",
     ),
     Unsupported(
-        {"command": ("evaluate", "prune"), "precision": ("fp8_delayed",)},
-        "the scales of delayed scaling belong to the training",
-        "set precision=bf16, which is what the model computes in without them",
+        {"command": ("prune",), "precision": ("fp8_delayed",)},
+        "a model that was cut has no scales of delayed scaling yet",
+        "set precision=bf16, which needs none, or precision=fp8_current",
     ),
     Unsupported(
         {"command": ("convert",), "processes": ("several",)}, "convert runs in one process", "start one process"

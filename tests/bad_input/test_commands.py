@@ -116,7 +116,7 @@ FOLDERS = {
         {"rope_parameters": {"rope_type": "longrope", "factor": 4.0, "rope_theta": 1e4}},
         r"longrope",
     ),
-    "a window": ("mistral", {"sliding_window": 64}, r"sliding_window=64"),
+    "a window of nothing": ("mistral", {"sliding_window": 1}, r"sliding_window=1"),
     "another activation": ("nemotron", {"hidden_act": "gelu"}, r"hidden_act='gelu'"),
     "a size of text": ("llama", {"hidden_size": "big"}, r"hidden_size='big'"),
 }

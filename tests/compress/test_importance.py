@@ -77,6 +77,12 @@ def test_scores_are_those_of_a_float64_loop(kind, tmp_path):
             assert near(scores.root(f"layers.{2 * block}.mixer", "l2"), expected[f"{block}.o_proj"])
             assert near(scores.root(f"layers.{2 * block + 1}.mixer", "l2"), expected[f"{block}.down_proj"])
     assert near(scores.hidden(decoder.config, OPTIONS), hidden)
+    tokens, mask = calibration()
+    with torch.no_grad():
+        last = model.model(input_ids=tokens).last_hidden_state.abs() * mask[..., None]  # after the norm before the head
+    final = (last.sum(dim=1) / mask.sum(dim=1).clamp(min=1)[:, None]).square().sum(dim=0).sqrt().numpy()
+    assert near(scores.hidden(decoder.config, ImportanceConfig(final_norm=True)), hidden + final)
+    assert not near(scores.hidden(decoder.config, OPTIONS), hidden + final, rel=1e-2)
     depth = np.array([expected[f"{unit}.io"] for unit in range(len(scores.depth()))])
     assert near(scores.depth(), depth)
 

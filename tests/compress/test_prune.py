@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from megatron_lite.commands import prune as prune_command
 from megatron_lite.commands.plan import PlanConfig
 from megatron_lite.commands.prune import compose_prune, cut
+from megatron_lite.commands.prune_session import Progress
 from megatron_lite.commands.train import train
 from megatron_lite.compress.target import TargetConfig, embedded
 from megatron_lite.config.compose import compose_config
@@ -86,6 +88,16 @@ def test_a_calibration_that_was_interrupted_goes_on(straight, tmp_path, capsys, 
     for other in ("importance.sequence=l2", "seed=7"):
         with pytest.raises(CheckpointError, match=r"scores=.*was computed with"):
             prune(capsys, *words, f"output={tmp_path}/b", f"scores={tmp_path}/later-scores", other)
+
+
+def test_progress_is_said_now_and_then_and_at_the_end(capsys):
+    quick, slow = Progress("samples", 10, 30), Progress("samples", 10, 30, seconds=0)
+    for done in (20, 30):
+        quick(done)
+        slow(done)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(",")[0] for line in lines] == ["samples: 20 of 30", *["samples: 30 of 30"] * 2]
+    assert all(re.search(r"[\d.e+]+ a second, 0\.0 minutes left$", line) for line in lines)
 
 
 def on_ranks(rank: int, world_size: int, *words: str) -> dict:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 
 import pytest
@@ -9,9 +10,10 @@ import pytest
 from megatron_lite.commands.plan import PlanConfig
 from megatron_lite.compress.axes import resized
 from megatron_lite.compress.scores import ImportanceConfig, random_scores
-from megatron_lite.compress.search import BudgetConfig, cache_bytes, candidates
+from megatron_lite.compress.search import BudgetConfig, candidates
 from megatron_lite.compress.target import TargetConfig
 from megatron_lite.config.compose import compose_config
+from megatron_lite.models.cache_size import cache_bytes
 from megatron_lite.models.flops import parameter_count
 from tests.compress.test_prune import DENSE, HYBRID, prune
 
@@ -22,8 +24,8 @@ def test_the_cache_of_nano2_at_128k():
     config = compose_config("plan", PlanConfig, ["model=nemotron_nano2_9b"]).model
     keys_and_values = 4 * 2 * 8 * 128 * 131072 * 2  # 4 attention layers, 8 heads of 128, bf16: 2 GiB
     states = 27 * (128 * 80 * 128 * 4 + 3 * 12288 * 2)  # of the scan in fp32, the convolution's last 3 inputs in bf16
-    assert cache_bytes(config, context=131072, batch=1) == keys_and_values + states
-    assert cache_bytes(config, context=1024, batch=3) == 3 * (keys_and_values // 128 + states)
+    assert cache_bytes(config, 131072) == keys_and_values + states
+    assert cache_bytes(config, 1024) == keys_and_values // 128 + states
 
 
 @pytest.mark.parametrize("config", [DENSE, HYBRID])
@@ -36,16 +38,16 @@ def test_candidates_fit_and_are_as_large_as_they_may_be(config):
     for candidate in found:
         made = resized(config, candidate.sizes, candidate.layers)
         assert candidate.parameters == parameter_count(made) <= limit
-        assert candidate.cache == cache_bytes(made, context=131072, batch=1)
+        assert candidate.cache == cache_bytes(made, 131072)
         ffn = candidate.sizes["ffn_size"]
         step = 64 if config is DENSE else 4
         if ffn < config.mlp.ffn_size:
             assert parameter_count(replace(made, mlp=replace(made.mlp, ffn_size=ffn + step))) > limit
-    memory = (limit * 2 + cache_bytes(config, context=64, batch=2)) / 2**30
+    memory = (limit * 2 + 2 * cache_bytes(config, 64)) / 2**30
     within = BudgetConfig(memory_gib=memory, context=64, batch=2, axes=["heads", "ffn_size"], max_width=0.9)
     for candidate in candidates(config, random_scores(config, 0), OPTIONS, target=TargetConfig(), budget=within):
         assert candidate.parameters * 2 + candidate.cache <= memory * 2**30
-        assert candidate.cache == cache_bytes(resized(config, candidate.sizes, candidate.layers), context=64, batch=2)
+        assert candidate.cache == 2 * cache_bytes(resized(config, candidate.sizes, candidate.layers), 64)
         assert candidate.sizes["hidden_size"] == config.hidden_size
 
 
@@ -59,6 +61,23 @@ def test_what_the_target_gives_is_not_searched():
     fixed = BudgetConfig(parameters=10**6, axes=["hidden_size"])
     with pytest.raises(ValueError, match=r"budget\.axes=\['hidden_size'\].*nothing to search"):
         candidates(DENSE, random_scores(DENSE, 0), OPTIONS, target=target, budget=fixed)
+
+
+def test_the_search_of_a_large_model_is_bounded():
+    """Nano 2 12B under 19.66 GiB at 128k, also over all its sizes: seconds, for layers that are alike are counted once."""
+    config = compose_config("plan", PlanConfig, ["model=nemotron_nano2_12b"]).model
+    scores = random_scores(config, 0)
+    every = ["num_layers", "hidden_size", "heads", "mamba_heads", "mamba_head_dim", "ffn_size"]
+    budget = BudgetConfig(memory_gib=19.66, axes=every, steps=2)
+    start = time.process_time()
+    found = candidates(config, scores, OPTIONS, target=TargetConfig(), budget=budget)
+    assert time.process_time() - start < 20  # about 2; a decoder for every question took minutes
+    for candidate in found[:2]:
+        made = resized(config, candidate.sizes, candidate.layers)
+        assert (candidate.parameters, candidate.cache) == (parameter_count(made), cache_bytes(made, 131072))
+        assert candidate.parameters * 2 + candidate.cache <= 19.66 * 2**30
+    with pytest.raises(ValueError, match=r"budget\.steps=10 for 6 budget\.axes makes 100,000 sizes"):
+        BudgetConfig(memory_gib=1.0, axes=every, steps=10).validate()
 
 
 def test_the_candidate_of_least_loss_is_cut(straight, tmp_path, capsys):

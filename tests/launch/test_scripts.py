@@ -15,6 +15,7 @@ import pytest
 
 from megatron_lite.commands.launch import command, recipes, scripts_dir, split_words
 from megatron_lite.commands.train import train
+from megatron_lite.parallel.quantization import check_sizes, formats_table
 from megatron_lite.training.build import build_schedule, check_batch_sizes
 from megatron_lite.training.config import compose_run, validate
 
@@ -489,6 +490,11 @@ def test_the_job_of_nano2():
     assert 0 <= 20e12 - schedule.end.consumed_tokens < 736 * 8192
     assert run.schedule.decay == round(3.6e12 / (736 * 8192))
     assert run.schedule.warmup_steps == round(8e9 / (736 * 8192))
+    for tp in (1, 2, 4, 8):  # what its FP8 needs of the sizes
+        check_sizes(run.model, run.precision, tp=tp, tokens=run.train.micro_batch_size * run.data.seq_len)
+    table = formats_table(run.model, run.precision)
+    in_bf16 = [line.split("  ")[0] for line in table if line.endswith(" bf16")]
+    assert in_bf16 == [f"2 x {kind}" for kind in ("Mamba2.in_proj", "Mamba2.out_proj", "MLP.up", "MLP.down")]
 
 
 def test_the_two_jobs_of_minitron(tmp_path):

@@ -14,6 +14,7 @@ from megatron_lite.models.attention_mask import Visibility, dense_mask, mask_fun
 from megatron_lite.models.cache import KeyValue
 from megatron_lite.models.context import LayerContext
 from megatron_lite.models.rope import restarting_positions
+from megatron_lite.parallel.recompute import recompute_layer
 
 
 def context_of(lengths: list[int], prefix: int) -> LayerContext:
@@ -93,3 +94,20 @@ def test_a_window_costs_its_width(monkeypatch):
     at_eight, at_sixteen = (scores(n * window, window, monkeypatch) for n in (8, 16))
     assert at_eight <= 8 * window * (1.5 * window + 4)
     assert at_sixteen <= 2.1 * at_eight
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("recompute", ["none", "full", "selective"])
+def test_layers_that_see_alike_share_a_mask(llama, loud, monkeypatch, window, recompute):
+    """Also in backward, where layers run again; a new forward makes new ones."""
+    made = []
+    right = attention_kernel.additive
+    monkeypatch.setattr(attention_kernel, "additive", lambda *args: made.append(1) or right(*args))
+    config = llama(**{"num_layers": 4, "attention.window": window, "attention.global_layers": [0, 2] if window else []})
+    model = loud(config)
+    for layer in model.layers:
+        recompute_layer(layer, recompute)
+    for documents in (torch.arange(20)[None] // 7, torch.arange(20)[None] // 9):
+        made.clear()
+        model(torch.arange(20)[None], documents).sum().backward()
+        assert len(made) == (1 if window is None else 2)

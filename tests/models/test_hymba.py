@@ -134,6 +134,7 @@ def any_pattern(seed: int) -> tuple[ModelConfig, list[int]]:
         config.attention.global_layers = pick([], [0], [attending - 1])
     config.attention.kv_groups = pick([], [[0, 1]], [[0, attending - 1]])
     config.attention.qk_norm = pick(False, True)
+    config.attention.qkv_bias = "H" not in pattern and pick(False, True)
     return config, [pick(1, 3, 50), pick(2, 70), pick(1, 60)]
 
 
@@ -308,6 +309,23 @@ def test_settings_of_a_window_need_one(nemotron, key, value):
         nemotron(**{f"attention.{key}": value}).validate()
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("window", 8),
+        ("always_visible", 2),
+        ("global_layers", [0]),
+        ("kv_groups", [[0, 1]]),
+        ("qkv_bias", True),
+        ("qk_norm", True),
+    ],
+)
+def test_choices_about_attention_need_attention(hybrid, key, value):
+    hybrid(pattern="M-M-").validate()  # sizes of attention may stay: they choose nothing
+    with pytest.raises(ValueError, match=rf"model\.attention\.{key}=.* no layer of model\.pattern='M-M-' attends"):
+        hybrid(**{"pattern": "M-M-", f"attention.{key}": value}).validate()
+
+
 # ------------------------------------------------------------------ planted bugs
 
 
@@ -322,6 +340,16 @@ def plant(bug: str, patch: pytest.MonkeyPatch) -> None:
             return y, kv
 
         patch.setattr(AttentionCore, "forward", wrong)
+    elif bug == "a borrower has keys of its own":
+        right = AttentionCore.forward
+
+        def own(self, qk, value, context):  # type: ignore[no-untyped-def]
+            if self.uses_others:
+                first = qk.unflatten(-1, (-1, self.head_dim))[:, :, :, 0].transpose(1, 2)
+                context = replace(context, kv=context.kv._replace(key_BGSK=first))
+            return right(self, qk, value, context)
+
+        patch.setattr(AttentionCore, "forward", own)
     elif bug == "a window of one key less":
         right_rule = Visibility.shows
         patch.setattr(
@@ -340,6 +368,7 @@ def plant(bug: str, patch: pytest.MonkeyPatch) -> None:
     "bug",
     [
         "a borrower takes the newest keys",
+        "a borrower has keys of its own",
         "a window of one key less",
         "documents restart from zero",
         "the convolution restarts from zero",

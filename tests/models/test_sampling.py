@@ -63,10 +63,20 @@ def test_greedy_takes_the_largest():
     assert sample_next(torch.tensor([[0.0, 3.0, 1.0], [5.0, 3.0, 1.0]])).tolist() == [1, 0]
 
 
-@pytest.mark.parametrize(("kind", "new"), [("nemotron", 30), ("llama", 30), ("hybrid", 210), ("hymba", 225)])
-def test_cached_greedy_equals_the_uncached_forward(kind, new, request, loud):
+@pytest.mark.parametrize(
+    ("kind", "changes", "new"),
+    [
+        ("nemotron", {}, 30),
+        ("llama", {}, 30),
+        ("llama", {"attention.qkv_bias": True, "attention.window": 9}, 40),  # Qwen2's biases, Mistral's window
+        ("llama", {"attention.qk_norm": True}, 30),  # Qwen3
+        ("hybrid", {}, 210),
+        ("hymba", {}, 225),
+    ],
+)
+def test_cached_greedy_equals_the_uncached_forward(kind, changes, new, request, loud):
     """Hymba's window of 12 is passed more than 200 tokens before the end."""
-    model = loud(request.getfixturevalue(kind)(max_seq_len=256))
+    model = loud(request.getfixturevalue(kind)(max_seq_len=256, **changes))
     prompt = [3, 14, 15, 92, 65]
     expected = list(prompt)
     with torch.no_grad():

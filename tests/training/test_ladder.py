@@ -14,6 +14,7 @@ from megatron_lite.checkpoint.manifest import read_manifest
 from megatron_lite.checkpoint.opening import find_checkpoint
 from megatron_lite.checkpoint.store import CheckpointStore
 from megatron_lite.commands import train as command
+from megatron_lite.commands.evaluate import compose_evaluate, evaluate
 from megatron_lite.data.blend import Blend
 from megatron_lite.errors import TrainingDivergedError
 from megatron_lite.objectives.next_token import NextToken
@@ -186,8 +187,15 @@ def check(run_dir, rungs):
     assert write_report(run_dir).read_text().count(PLANTED) == len(found)
 
 
-def test_a_run_goes_down_the_ladder_and_names_the_module(whole):
+def test_a_run_goes_down_the_ladder_and_names_the_module(whole, tiny_data, capsys):
     check(whole, ["fp8", "fp8_forward", "fp8_forward", "bf16"])
+    words = ["--config-dir", str(tiny_data), f"checkpoint={whole}", "json=true"]
+    found = []
+    for after in ("2", "0"):  # on the rung where the run stood, or as if it had not gone down
+        assert evaluate(compose_evaluate([*words, f"precision.fallback_after={after}"])) == 0
+        found.append(json.loads(capsys.readouterr().out.splitlines()[-1])["val_loss"])
+    logged = [row["val_loss"] for row in map(json.loads, (whole / "metrics.jsonl").open()) if "val_loss" in row][-1]
+    assert found[0] == logged != found[1]
 
 
 @pytest.mark.slow

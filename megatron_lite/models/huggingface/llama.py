@@ -1,8 +1,8 @@
 """Llama (1 to 3.x) and Mistral <-> transformers' LlamaForCausalLM and MistralForCausalLM.
 
 The same mathematics (RMSNorm, SwiGLU, full rotary, tied or untied head); Mistral's class may have a head dim
-that is not hidden_size / num_heads where Llama's insists that hidden_size divides, has no biases, and has a
-sliding window, which is written as null and refused otherwise.
+that is not hidden_size / num_heads where Llama's insists that hidden_size divides, has no biases, and may have a
+sliding window in all layers. It counts the keys that a query sees, itself included; `attention.window` leaves itself out.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from functools import partial
 from typing import Any
 
 from megatron_lite.models.config import ModelConfig
-from megatron_lite.models.huggingface.family import PLAIN_ATTENTION, Family, number, read_sizes, written_sizes
+from megatron_lite.models.huggingface.family import PLAIN_ATTENTION, Family, read_sizes, written_sizes
+from megatron_lite.models.huggingface.fields import integer, number
 from megatron_lite.models.huggingface.rope import read_rope
 from megatron_lite.models.huggingface.rules import transformer_rules
 
@@ -21,6 +22,10 @@ REQUIRED: dict[str, Any] = PLAIN_ATTENTION | {
     "mlp.activation": "swiglu",
     "rope.fraction": 1.0,
     "linear_bias": False,
+}
+MISTRAL_REQUIRED: dict[str, Any] = {key: value for key, value in REQUIRED.items() if key != "attention.window"} | {
+    "attention.always_visible": 0,
+    "attention.global_layers": [],
 }
 SHARED_DEFAULTS: dict[str, Any] = {
     "vocab_size": 32000,
@@ -49,15 +54,27 @@ def write_llama(config: ModelConfig) -> dict[str, Any]:
 
 def write_mistral(config: ModelConfig) -> dict[str, Any]:
     """config.json's fields for MistralForCausalLM."""
-    return written_sizes(config) | _common(config) | {"sliding_window": None}
+    window = config.attention.window
+    return written_sizes(config) | _common(config) | {"sliding_window": None if window is None else window + 1}
 
 
 def _common(config: ModelConfig) -> dict[str, Any]:
     return {"hidden_act": "silu", "rms_norm_eps": config.norm_eps, "attention_dropout": 0.0}
 
 
+def read_mistral(hf: Mapping[str, Any]) -> ModelConfig:
+    """The model of a MistralForCausalLM's config.json."""
+    config = read_config(hf, family="mistral")
+    if hf["sliding_window"] is not None:
+        keys = integer(hf, "sliding_window")
+        if keys < 2:
+            raise ValueError(f"config.json: sliding_window={keys} must be at least 2 (a token and the one before it)")
+        config.attention.window = keys - 1
+    return config
+
+
 def read_config(hf: Mapping[str, Any], *, family: str) -> ModelConfig:
-    """The model of a config.json."""
+    """The model of a config.json, without a window."""
     found = read_rope(hf, default_fraction=1.0)
     if found.fraction != 1.0:
         raise ValueError(
@@ -100,7 +117,7 @@ MISTRAL = Family(
     name="mistral",
     model_type="mistral",
     architecture="MistralForCausalLM",
-    required=REQUIRED,
+    required=MISTRAL_REQUIRED,
     defaults=SHARED_DEFAULTS
     | {
         "intermediate_size": 14336,
@@ -111,10 +128,9 @@ MISTRAL = Family(
     only={
         "hidden_act": ("silu",),
         "attention_dropout": (0.0, None),
-        "sliding_window": (None,),
         "layer_types": (None,),
     },
     write_config=write_mistral,
-    read_config=partial(read_config, family="mistral"),
+    read_config=read_mistral,
     rules=transformer_rules,
 )

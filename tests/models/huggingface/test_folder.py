@@ -70,6 +70,7 @@ def test_config_survives(nemotron, llama, loud, tmp_path):
         nemotron(vocab_multiple=128, init_std=0.0134),
         llama(**{"vocab_multiple": 128, "norm_eps": 1e-6, "rope.base": 1e6}),
         llama(vocab_multiple=128, family="mistral", tie_embeddings=True),
+        llama(**{"family": "mistral", "attention.window": 7, "vocab_multiple": 128}),
     ]
     for index, config in enumerate(configs):
         export_folder(tmp_path / str(index), config=config, tensors=native(loud(config)))
@@ -171,7 +172,8 @@ def test_a_config_that_cannot_be_held_is_refused_by_field(exported, changes, mes
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"sliding_window": 4096}, "sliding_window=4096"),
+        ({"sliding_window": 1}, "sliding_window=1 must be at least 2"),
+        ({"sliding_window": "all"}, "sliding_window='all' must be a whole number"),
         ({"layer_types": ["sliding_attention", "full_attention"]}, "layer_types"),
         ({"partial_rotary_factor": 0.5, "rope_parameters": None}, "partial_rotary_factor=0.5"),
     ],
@@ -191,8 +193,7 @@ def test_mistral_s_default_window_is_seen_when_the_field_is_absent(llama, loud, 
     content = json.loads(path.read_text())
     del content["sliding_window"]
     path.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match="sliding_window=4096"):
-        open_folder(tmp_path / "hf")
+    assert open_folder(tmp_path / "hf").config.attention.window == 4095
 
 
 @pytest.mark.parametrize(
@@ -337,6 +338,14 @@ def test_models_that_the_architecture_cannot_hold_are_not_written(nemotron, loud
     with pytest.raises(ValueError, match=message):
         export_folder(tmp_path / "hf", config=config, tensors=native(loud(config)))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_mistral_has_its_window_in_every_layer(llama, loud, tmp_path):
+    config = llama(**{"family": "mistral", "attention.window": 7, "attention.global_layers": [0]})
+    with pytest.raises(
+        ValueError, match=r"model.attention.global_layers=\[0\] cannot be written as MistralForCausalLM"
+    ):
+        export_folder(tmp_path / "hf", config=config, tensors=native(loud(config)))
 
 
 def test_llama_that_transformers_would_refuse_names_mistral(llama, loud, tmp_path):

@@ -57,6 +57,7 @@ CASES = {
     "qwen3 yarn": ("llama", QWEN3 | YARN | {"rope.attention_factor": 1.5}),
     "nemotron yarn": ("nemotron", YARN | {"attention.head_dim": 24}),
     "mistral": ("llama", {"family": "mistral"}),
+    "mistral window": ("llama", {"family": "mistral", "attention.window": 7}),
     "mistral hidden not divisible": ("llama", {"family": "mistral", "hidden_size": 50, "attention.heads": 6}),
     "hybrid": ("hybrid", {}),
     "hybrid one group, own head dims, two taps": (
@@ -144,6 +145,10 @@ HF_MODELS = {
         vocab_size=77, hidden_size=40, intermediate_size=52, num_hidden_layers=3, num_attention_heads=4,
         num_key_value_heads=2, head_dim=14, sliding_window=None, rope_parameters={"rope_type": "default",
         "rope_theta": 1e6}, max_position_embeddings=64,
+    ),
+    "mistral window": MistralConfig(
+        vocab_size=77, hidden_size=40, intermediate_size=52, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=14, sliding_window=6, max_position_embeddings=64,
     ),
     "llama3": LlamaConfig(
         vocab_size=77, hidden_size=40, intermediate_size=52, num_hidden_layers=3, num_attention_heads=4,
