@@ -11,7 +11,7 @@ So it holds whatever that run had and this model leaves out, too. The others are
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -149,13 +149,13 @@ class Clock:
 
     def __init__(self, gpu: Gpu, assumptions: Assumptions = DEFAULT) -> None:
         self.gpu, self.assume = gpu, assumptions
-        self._passes: dict[tuple[int, int, int], tuple[list[Step], Counter[str]]] = {}
+        self._passes: dict[tuple[int, int, int], tuple[list[Step], dict[str, float]]] = {}
         self._flops: dict[tuple[int, int], tuple[ModelConfig, float]] = {}
 
     def step(self, job: Job, units: Sequence[Unit]) -> StepTime:
         """The time of one step. Raises ValueError when the batch does not divide, or the GPU lacks the precision."""
         timed = [self._unit(job, unit) for unit in units]
-        parts: Counter[str] = Counter()
+        parts: dict[str, float] = defaultdict(float)
         for one in timed:
             for passed in (one.forward, one.backward):
                 for name, seconds in passed.items():
@@ -194,10 +194,10 @@ class Clock:
             stays=stays_gathered(unit),
         )
 
-    def _parts(self, job: Job, steps: list[Step]) -> Counter[str]:
+    def _parts(self, job: Job, steps: list[Step]) -> dict[str, float]:
         key = id(steps), job.degrees.tp, job.degrees.cp
         if key not in self._passes:
-            parts: Counter[str] = Counter()
+            parts: dict[str, float] = defaultdict(float)
             for step in steps:
                 if isinstance(step, Exchange):
                     seconds = self.collective(exchange(step, job.degrees, self.gpu.node))

@@ -67,5 +67,5 @@ def test_nothing_fits():
 
 def test_a_batch_that_no_layout_divides():
     run = compose_run([*WORDS, "train.global_batch_size=1"])
-    with pytest.raises(ValueError, match="gpus=3 .*global batch of 1 .*3 would do"):
+    with pytest.raises(ValueError, match=r"gpus=3 .*global batch of 1 .*3 would do"):
         search(job_of(run, gpus=3), SMALL, check=lambda job: check(run, job))
