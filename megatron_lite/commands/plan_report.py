@@ -57,7 +57,7 @@ def print_found(found: Found, job: Job, gpu: Gpu) -> None:
     console.print(table)
     console.print(f"the first one: {overrides_of(found.best[0].job)}", highlight=False, soft_wrap=True)
     for reason, (count, example) in _reasons(found.others).items():
-        console.print(f"{count} other(s): {reason} ({overrides_of(example.job)}: {example.loses})", highlight=False)
+        console.print(f"{count} others {reason}, such as {_layout(example.job)}: {example.loses}", highlight=False)
     console.print(UNMEASURED, highlight=False)
 
 
@@ -66,9 +66,13 @@ def _console() -> Console:
 
 
 def _layout(job: Job) -> str:
-    degrees = job.degrees
-    words = [f"{name} {getattr(degrees, name)}" for name in ("dp_replicate", "dp_shard", "cp", "tp")]
-    words = [word for word in words if not word.endswith(" 1")] or ["one rank"]
+    """In a few words. Also of a layout that training refuses."""
+    tp, cp, copies = job.parallel.tp, job.parallel.cp, job.parallel.dp_replicate
+    shards = job.gpus // (tp * cp * copies)
+    if job.engine.replicates:
+        copies, shards = copies * shards, 1
+    counts = {"dp_replicate": copies, "dp_shard": shards, "cp": cp, "tp": tp}
+    words = [f"{name} {count}" for name, count in counts.items() if count > 1] or ["one rank"]
     sequence = "+sp" if job.parallel.sequence_parallel else ""
     mode = f"{job.engine.name} {job.shard}" if job.engine.name == "fsdp" else job.shard
     return f"{' x '.join(words)}{sequence}, {mode}, recompute {job.parallel.recompute}, micro-batch {job.micro_batch}"
@@ -84,8 +88,8 @@ def _reasons(others: list[Candidate]) -> dict[str, tuple[int, Candidate]]:
 
 def _kind(reason: str) -> str:
     if "slower" in reason:
-        return "slower than those above"
-    return "do not fit" if reason.startswith("does not fit") else "refused"
+        return "are slower than those above"
+    return "do not fit" if reason.startswith("does not fit") else "are refused"
 
 
 def _memory(plan: Plan) -> Table:

@@ -82,14 +82,19 @@ def meta_decoder(job: Job) -> Decoder:
     precision = PrecisionConfig("fp32" if job.precision.dtype is torch.float32 else "bf16")
     parallel = replace(job.parallel, compile=False)  # what it fuses is counted, not compiled
     parallelize(decoder, MetaMesh(job.degrees), Recipe(parallel, precision))
-    for module in decoder.modules():
-        if isinstance(module, AttentionCore):
-            reclass(module, GpuAttention, masked=job.masked)
-    _cast(decoder, job.precision.dtype)
+    use_gpu_attention(decoder, masked=job.masked)
+    cast_parameters(decoder, job.precision.dtype)
     return decoder
 
 
-def _cast(decoder: Decoder, dtype: torch.dtype) -> None:
+def use_gpu_attention(decoder: Decoder, *, masked: bool) -> None:
+    """Give every attention core the kernel that a GPU would run."""
+    for module in decoder.modules():
+        if isinstance(module, AttentionCore):
+            reclass(module, GpuAttention, masked=masked)
+
+
+def cast_parameters(decoder: Decoder, dtype: torch.dtype) -> None:
     """Every parameter to `dtype`, those of modules that compute in fp32 excepted."""
     kept = {id(parameter) for module in fp32_modules(decoder) for parameter in module.parameters()}
     for module in decoder.modules():

@@ -14,7 +14,7 @@ from typing import Any
 from megatron_lite.hardware import Gpu
 from megatron_lite.parallel.mesh import RECOMPUTE_MODES
 from megatron_lite.planner.job import Job
-from megatron_lite.planner.memory import OUTSIDE, memory, states
+from megatron_lite.planner.memory import OUTSIDE, memory
 from megatron_lite.planner.operators import Exchange, Kernel, Passes, Step
 from megatron_lite.planner.plan import layout_of, overrides_of
 from megatron_lite.planner.time import DEFAULT, Assumptions, Clock, StepTime
@@ -149,28 +149,44 @@ def _times(passes: Passes, count: int) -> Passes:
 
 
 class _Limits:
-    """What does not fit, learned from layouts that were tried: then neither does the same layout with a larger micro-batch."""
+    """What does not fit. A layout that holds more than one of them is not counted."""
 
     def __init__(self, gpu: Gpu, check: Check) -> None:
         self.gpu, self.check = gpu, check
-        self._too_large: dict[tuple[Any, ...], int] = {}
+        self._too_large: list[Candidate] = []
 
     def tried(self, candidate: Candidate) -> Candidate:
         """With its memory, and why it loses if training refuses it or it does not fit."""
         job = candidate.job
         if reason := _refusal(job, self.check):
             return replace(candidate, loses=reason)
-        key = tuple(value for name, value in layout_of(job).items() if name != "train.micro_batch_size")
-        if job.micro_batch >= self._too_large.get(key, job.micro_batch + 1):
-            return replace(candidate, loses=f"does not fit, as with train.micro_batch_size={self._too_large[key]}")
-        held = sum(states(job).values()) + OUTSIDE
-        if held <= self.gpu.memory:
-            held = memory(job).total + OUTSIDE
+        for smaller in self._too_large:
+            if _holds_more(job, smaller.job):
+                return replace(candidate, loses=f"does not fit: holds more than {overrides_of(smaller.job)}")
+        held = memory(job).total + OUTSIDE
         if held <= self.gpu.memory:
             return replace(candidate, memory=held)
-        self._too_large[key] = job.micro_batch
         reason = f"does not fit: {held / 1e9:.1f} of {self.gpu.memory / 1e9:.0f} GB"
-        return replace(candidate, memory=held, loses=reason)
+        self._too_large.append(replace(candidate, memory=held, loses=reason))
+        return self._too_large[-1]
+
+
+def _holds_more(job: Job, other: Job) -> bool:
+    """Whether it shards, recomputes or divides the batch at most as much, with layers that are cut the same way."""
+    if (job.parallel.tp, job.parallel.cp) != (other.parallel.tp, other.parallel.cp):
+        return False
+    return all(mine <= theirs for mine, theirs in zip(_saves(job), _saves(other)))
+
+
+def _saves(job: Job) -> tuple[float, ...]:
+    """Numbers that rise with what a layout saves."""
+    modes = [_mode(engine) for engine in _engines(job)]
+    copies = float("inf") if job.engine.replicates else job.parallel.dp_replicate
+    return modes.index(_mode(job.engine)), RECOMPUTE_MODES.index(job.parallel.recompute), -job.micro_batch, -copies
+
+
+def _mode(engine: Any) -> Any:
+    return engine.zero_stage if engine.name == "deepspeed" else engine.shard
 
 
 def why_slower(slower: Candidate, best: Candidate) -> str:
