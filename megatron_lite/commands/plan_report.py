@@ -73,7 +73,7 @@ def _layout(job: Job) -> str:
         copies, shards = copies * shards, 1
     counts = {"dp_replicate": copies, "dp_shard": shards, "cp": cp, "tp": tp}
     words = [f"{name} {count}" for name, count in counts.items() if count > 1] or ["one rank"]
-    sequence = "+sp" if job.parallel.sequence_parallel else ""
+    sequence = "+sp" if job.parallel.sequence_parallel and tp > 1 else ""
     mode = f"{job.engine.name} {job.shard}" if job.engine.name == "fsdp" else job.shard
     return f"{' x '.join(words)}{sequence}, {mode}, recompute {job.parallel.recompute}, micro-batch {job.micro_batch}"
 
