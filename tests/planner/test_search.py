@@ -37,6 +37,8 @@ def test_every_listed_layout_composes(found):
 
 def test_every_other_layout_says_why_it_loses(found):
     assert found.best[0].loses == ""
+    seconds = [one.step.seconds for one in found.best]
+    assert seconds == sorted(seconds)
     assert all(one.loses for one in (*found.best[1:], *found.others))
     reasons = " ".join(one.loses for one in found.others)
     for reason in ("does not fit", "slower", "parallel.cp=2"):
