@@ -89,8 +89,11 @@ def layouts(job: Job, node: int) -> Iterator[Job]:
 def variants(job: Job, node: int) -> Iterator[Job]:
     """Every engine mode, number of replicas and micro-batch for one cut of the layers."""
     ranks = job.gpus // (job.parallel.tp * job.parallel.cp)
-    in_node = max(1, node // (job.parallel.tp * job.parallel.cp))
-    replicas = sorted({1, *(count for count in (2, 4, 8, ranks // in_node) if count and ranks % count == 0)} - {ranks})
+    in_node = min(ranks, max(1, node // (job.parallel.tp * job.parallel.cp)))
+    replicas = [
+        1,
+        *sorted({count for count in (*_powers(ranks), ranks // in_node) if 1 < count < ranks and ranks % count == 0}),
+    ]
     share = job.global_batch // ranks
     for engine in _engines(job):
         for count in replicas if engine.name == "fsdp" and not engine.replicates else [1]:

@@ -17,22 +17,23 @@ from megatron_lite.training.config import compose_run, validate
 WORDS = ["model=nemotron4_tiny", "precision=bf16", "data.seq_len=64", "data.reset_attention=false", "train.max_steps=1"]
 WORDS += ["train.global_batch_size=16"]
 # so little memory beside what is outside of the allocator that layouts of a tiny model do not all fit
-SMALL = replace(gpu_named("h100"), name="small", memory=OUTSIDE + 60e6, node=4)
+SMALL = replace(gpu_named("h100"), name="small", memory=OUTSIDE + 90e6, node=4)
 
 
 @pytest.fixture(scope="module")
 def found():
     run = compose_run(WORDS)
-    return search(job_of(run, gpus=8), SMALL, check=lambda job: check(run, job), show=24)
+    return search(job_of(run, gpus=4), SMALL, check=lambda job: check(run, job), show=24)
 
 
+@pytest.mark.slow
 def test_every_listed_layout_composes(found):
     listed = found.best if len(found.best) <= 20 else random.Random(0).sample(found.best, 20)
     assert len(listed) == 20
     for one in listed:
         run = compose_run([*WORDS, *overrides_of(one.job).split()])
-        validate(run, world_size=8)
-        assert job_of(run, gpus=8) == replace(one.job, parallel=replace(one.job.parallel, dp_shard=None))
+        validate(run, world_size=4)
+        assert job_of(run, gpus=4) == replace(one.job, parallel=replace(one.job.parallel, dp_shard=None))
 
 
 def test_every_other_layout_says_why_it_loses(found):
@@ -49,7 +50,7 @@ def test_every_other_layout_says_why_it_loses(found):
 def test_the_first_one_is_the_fastest_that_fits(found):
     """Against planning every layout by itself."""
     run = compose_run(WORDS)
-    job = job_of(run, gpus=8)
+    job = job_of(run, gpus=4)
     seconds = []
     for cut in layouts(job, SMALL.node):
         if cut.parallel.cp > 1 or cut.parallel.tp > 1:
@@ -61,7 +62,7 @@ def test_the_first_one_is_the_fastest_that_fits(found):
 
 
 def test_nothing_fits():
-    run = compose_run(WORDS)
+    run = compose_run([*WORDS, "train.global_batch_size=1"])
     tiny = replace(SMALL, memory=OUTSIDE)
     with pytest.raises(ValueError, match=r"no layout fits gpus=1 gpu=small.*parallel\.tp=.*more gpus"):
         search(job_of(run, gpus=1), tiny, check=lambda job: check(run, job))
