@@ -56,10 +56,10 @@ class Gpu:
 
 def _gpu(name: str, pattern: str, tflops: tuple[float, float | None, float], *gigabytes: float, node: int = 8) -> Gpu:
     """A row of the table. tflops: bf16, fp8, fp32. gigabytes (10^9): memory, its bandwidth, link, network (a second)."""
-    bf16, fp8, fp32 = (None if value is None else value * 1e12 for value in tflops)
+    bf16, fp8, fp32 = tflops
     memory, bandwidth, link, network = (value * 1e9 for value in gigabytes)
-    assert bf16 is not None and fp32 is not None
-    return Gpu(name, pattern, bf16, fp8, fp32, memory, bandwidth, link, network, node)
+    fp8_flops = None if fp8 is None else fp8 * 1e12
+    return Gpu(name, pattern, bf16 * 1e12, fp8_flops, fp32 * 1e12, memory, bandwidth, link, network, node)
 
 
 # NVIDIA's data sheets print tensor-core rates "with sparsity", twice the dense ones, from Ada and Hopper on, and links in both

@@ -59,6 +59,11 @@ class Job:
             return f"zero {self.engine.zero_stage}"  # type: ignore[attr-defined]
         return self.engine.shard  # type: ignore[attr-defined]
 
+    @property
+    def offloads(self) -> bool:
+        """Whether the optimizer's state is on the CPU."""
+        return any(getattr(self.engine, key, False) for key in ("cpu_offload", "offload_optimizer"))
+
     def _way_out(self, samples: int) -> str:
         below = self.global_batch // samples * samples
         near = " or ".join(str(size) for size in (below, below + samples) if size)

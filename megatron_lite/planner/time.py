@@ -11,11 +11,13 @@ So it holds whatever that run had and this model leaves out, too. The others are
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from typing import ClassVar
 
 from megatron_lite.hardware import Gpu
+from megatron_lite.models.config import ModelConfig
 from megatron_lite.models.flops import flops_per_token
 from megatron_lite.planner.job import Job
 from megatron_lite.planner.operators import Exchange, Kernel, Step
@@ -37,37 +39,31 @@ _UPDATE_BYTES = 40
 
 @dataclass(frozen=True)
 class Assumptions:
-    """Parts of the data sheet's speeds, and a time. The comments are printed beside the values: see `described`."""
+    """Parts of the data sheet's speeds, and seconds. `why` says what each is and where it comes from."""
 
-    matmul: float = 0.642  # of the peak of their dtype; fitted on the first row of Nemotron-4's table
-    attention: float = (
-        0.35  # of the bf16 peak: FlashAttention-2 on an H100, forward and backward (arXiv 2307.08691: 335 of 989)
-    )
-    memory: float = 0.8  # of the memory's bandwidth: our choice for kernels that read and write once
-    link: float = 0.8  # of the link's bandwidth: our choice, about what NCCL's own tests reach in a node of H100
-    network: float = 0.9  # of the cards' bandwidth: our choice, a little below what an unloaded network reaches
-    launch: float = 3e-6  # seconds that a kernel takes at least: our choice
+    matmul: float = 0.644
+    attention: float = 0.34
+    memory: float = 0.8
+    link: float = 0.8
+    network: float = 0.9
+    launch: float = 3e-6
+
+    why: ClassVar[dict[str, str]] = {
+        "matmul": "of the peak of their dtype: fitted on the first row of Nemotron-4's table 2 (arXiv 2402.16819)",
+        "attention": "of the peak: FlashAttention-2 on an H100, forward and backward, 335 of 989 TFLOP/s (arXiv 2307.08691)",
+        "memory": "of the memory's bandwidth: our choice, for kernels that read and write once",
+        "link": "of the bandwidth between the GPUs of a node: our choice",
+        "network": "of the network cards' bandwidth: our choice",
+        "launch": "seconds that a kernel takes at least: our choice",
+    }
 
 
 DEFAULT = Assumptions()
-WHY = {
-    "matmul": "of the peak; the one constant that was fitted, on the first row of Nemotron-4's table 2 (arXiv 2402.16819)",
-    "attention": "of the bf16 peak; FlashAttention-2 on an H100, forward and backward (arXiv 2307.08691, 335 of 989 TFLOP/s)",
-    "memory": "of the memory's bandwidth; our choice for kernels that read and write once",
-    "link": "of the bandwidth between the GPUs of a node; our choice",
-    "network": "of the network cards' bandwidth; our choice",
-    "launch": "seconds that a kernel takes at least; our choice",
-}
-
-
-def described(assumptions: Assumptions) -> list[tuple[str, float, str]]:
-    """(name, value, what it is and where it comes from) of each."""
-    return [(field.name, getattr(assumptions, field.name), WHY[field.name]) for field in fields(assumptions)]
 
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of one step, and of its parts, which sum to it. mfu: None where the GPU has no peak for the precision."""
+    """Seconds of one step, and of its parts, which sum to it. mfu: as training logs it, without recomputation."""
 
     seconds: float
     parts: dict[str, float]
@@ -86,28 +82,6 @@ class _Timed:
     copy_out: float
     copy_in: float
     stays: bool
-
-
-def step_time(job: Job, units: Sequence[Unit], gpu: Gpu, assumptions: Assumptions = DEFAULT) -> StepTime:
-    """The time of one step of `job` on such GPUs. Raises ValueError when the batch does not divide, or the GPU lacks the precision."""
-    peak = gpu.flops(job.precision.peak)
-    clock = _Clock(job, gpu, assumptions)
-    timed = [clock.unit(unit) for unit in units]
-    parts: Counter[str] = Counter()
-    for one in timed:
-        for passed in (one.forward, one.backward):
-            parts.update({name: job.micro_batches * seconds for name, seconds in passed.items()})
-    passes, parts[_COPIES] = _passes(job, timed)
-    parts["waiting for weights and gradients"] = passes - sum(parts.values())
-    parts["update"] = clock.moved(_UPDATE_BYTES * _sharded_numbers(job, units))
-    world = Collective(4.0, group_of(job.degrees, "world", gpu.node), twice=True)
-    parts["agreeing on the gradient norm"] = clock.collective(world)
-    if TIMETABLES[job.shard].after_update:
-        parts["gathering weights after the update"] = sum(one.gather for one in timed)
-    seconds = sum(parts.values())
-    flops = flops_per_token(job.model, job.seq_len) * job.tokens
-    mfu = flops / (seconds * job.gpus * peak)
-    return StepTime(seconds, {name: value for name, value in parts.items() if value > 1e-9}, mfu)
 
 
 _COPIES = "copies around gathers and reductions"
@@ -170,18 +144,49 @@ def overlapped(units: Sequence[UnitPass]) -> float:
     return max(done, network)
 
 
-class _Clock:
-    """Seconds of kernels and collectives of one job."""
+class Clock:
+    """Seconds of kernels, collectives and steps on one type of GPU. It remembers lists of steps: one for many layouts."""
 
-    def __init__(self, job: Job, gpu: Gpu, assumptions: Assumptions) -> None:
-        self.job, self.gpu, self.assume = job, gpu, assumptions
-        self._passes: dict[int, Counter[str]] = {}  # layers that are alike share their lists
+    def __init__(self, gpu: Gpu, assumptions: Assumptions = DEFAULT) -> None:
+        self.gpu, self.assume = gpu, assumptions
+        self._passes: dict[tuple[int, int, int], tuple[list[Step], dict[str, float]]] = {}
+        self._flops: dict[tuple[int, int], tuple[ModelConfig, float]] = {}
 
-    def unit(self, unit: Unit) -> _Timed:
-        sharding = sharding_of(self.job, unit, self.gpu.node)
+    def step(self, job: Job, units: Sequence[Unit]) -> StepTime:
+        """The time of one step. Raises ValueError when the batch does not divide, or the GPU lacks the precision."""
+        timed = [self._unit(job, unit) for unit in units]
+        parts: dict[str, float] = defaultdict(float)
+        for one in timed:
+            for passed in (one.forward, one.backward):
+                for name, seconds in passed.items():
+                    parts[name] += job.micro_batches * seconds
+        passes, parts[_COPIES] = _passes(job, timed)
+        parts["waiting for weights and gradients"] = passes - sum(parts.values())
+        parts["update"] = self.moved(_UPDATE_BYTES * _sharded_numbers(job, units))
+        world = Collective(4.0, group_of(job.degrees, "world", self.gpu.node), twice=True)
+        parts["agreeing on the gradient norm"] = self.collective(world)
+        if TIMETABLES[job.shard].after_update:
+            parts["gathering weights after the update"] = sum(one.gather for one in timed)
+        seconds = sum(parts.values())
+        return StepTime(seconds, {n: value for n, value in parts.items() if value > 1e-9}, self.mfu(job, seconds))
+
+    def mfu(self, job: Job, seconds: float) -> float:
+        """Of a step that takes so long, as training logs it. Raises ValueError for a GPU without the precision."""
+        peak = self.gpu.flops(job.precision.peak)
+        return self.flops_per_token(job) * job.tokens / (seconds * job.gpus * peak)
+
+    def flops_per_token(self, job: Job) -> float:
+        """`models.flops.flops_per_token`, counted once."""
+        key = id(job.model), job.seq_len
+        if key not in self._flops:
+            self._flops[key] = job.model, flops_per_token(job.model, job.seq_len)
+        return self._flops[key][1]
+
+    def _unit(self, job: Job, unit: Unit) -> _Timed:
+        sharding = sharding_of(job, unit, self.gpu.node)
         return _Timed(
-            forward=self._parts(unit.passes.forward),
-            backward=self._parts(unit.passes.backward),
+            forward=self._parts(job, unit.passes.forward),
+            backward=self._parts(job, unit.passes.backward),
             gather=sum(map(self.collective, sharding.gather)),
             reduce=sum(map(self.collective, sharding.reduce)),
             copy_out=self.moved(2 * unit.gathered),
@@ -189,23 +194,25 @@ class _Clock:
             stays=stays_gathered(unit),
         )
 
-    def _parts(self, steps: list[Step]) -> Counter[str]:
-        if id(steps) not in self._passes:
-            self._passes[id(steps)] = parts = Counter()
+    def _parts(self, job: Job, steps: list[Step]) -> dict[str, float]:
+        key = id(steps), job.degrees.tp, job.degrees.cp
+        if key not in self._passes:
+            parts: dict[str, float] = defaultdict(float)
             for step in steps:
                 if isinstance(step, Exchange):
-                    parts[f"{step.axis} collectives"] += self.collective(
-                        exchange(step, self.job.degrees, self.gpu.node)
-                    )
+                    seconds = self.collective(exchange(step, job.degrees, self.gpu.node))
+                    parts[f"{step.axis} collectives"] += seconds
                 else:
                     parts[_NAMES[step.kind]] += max(self._multiplied(step), self.moved(step.bytes))
-        return self._passes[id(steps)]
+            self._passes[key] = steps, parts
+        return self._passes[key][1]
 
     def moved(self, size: float) -> float:
         """Reading and writing so many bytes."""
         return max(size / (self.gpu.bandwidth * self.assume.memory), self.assume.launch)
 
     def collective(self, collective: Collective) -> float:
+        """One collective, alone on its links."""
         return collective.seconds(self.gpu, link=self.assume.link, network=self.assume.network)
 
     def _multiplied(self, kernel: Kernel) -> float:
