@@ -183,7 +183,10 @@ def run_config(mode: Mode, ranks: int, options: argparse.Namespace) -> RunConfig
 def storages() -> dict[int, int]:
     """Address -> bytes of the storage of every live tensor."""
     gc.collect()
-    return of([item for item in gc.get_objects() if issubclass(type(item), torch.Tensor)])
+    found = [item for item in gc.get_objects() if issubclass(type(item), torch.Tensor)]
+    # a gradient that nobody has asked for has no object in Python yet
+    gradients = [item.grad for item in found if item.is_leaf and item.grad is not None]
+    return of([*found, *gradients])
 
 
 def of(tensors: list[torch.Tensor]) -> dict[int, int]:

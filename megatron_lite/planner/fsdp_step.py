@@ -62,7 +62,6 @@ def undivided_step(timeline: Timeline, units: list[Unit], sharding: Sharding) ->
         backward(timeline, unit)
         if not sharding.accumulates:
             timeline.hold("gradients", FP32 * unit.numbers)
-        timeline.hold("gradients", 0)
     timeline.release("gathered", timeline.held["gathered"])
     timeline.at = "the update"
 
@@ -111,12 +110,11 @@ def _backward(timeline: Timeline, units: list[Unit], sharding: Sharding) -> None
         prefetched = sharding.buffer(after) if after and sharding.reshards(unit) and sharding.reshards(after) else 0
         timeline.hold("communication", prefetched)
         backward(timeline, unit)
-        late = sharding.tied and unit.name == "head"  # the gradient of its weight waits for the embedding's
         if not sharding.accumulates:
             timeline.hold("gradients", sharding.gathered(unit))
+            if sharding.tied and unit.name == "head":  # the gradient of its weight waits for the embedding's
+                timeline.hold("gradients", sharding.gathered(units[0]))
         timeline.release("gathered", sharding.gathered(unit))
-        if late:
-            timeline.hold("gradients", sharding.gathered(units[0]))
         timeline.release("communication", reducing)
         reducing = _reduce(timeline, unit, sharding)
     timeline.release("communication", reducing)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 
 class Timeline:
@@ -28,12 +26,5 @@ class Timeline:
 
     def spike(self, part: str, size: int) -> None:
         """For a moment `size` bytes more of `part` are held."""
-        with self.holding(part, size):
-            pass
-
-    @contextmanager
-    def holding(self, part: str, size: int) -> Iterator[None]:
-        """Inside, `size` bytes more of `part` are held."""
         self.hold(part, size)
-        yield
         self.release(part, size)

@@ -6,8 +6,8 @@ The order of events is that of DeepSpeed (runtime/zero/stage_1_and_2.py, stage3.
   them. Stage 2 moves each into the bucket at once. A full bucket is summed over the ranks, each rank's part in a copy, and what is in
   this rank's partition is kept.
 - The update copies this rank's gradients into one flat tensor.
-- Stage 3 keeps bucket and gradient partition between steps too, gathers weights before they are used and gives them up after a unit's
-  backward only: its limit of live parameters (10^9) is above what we plan one rank to hold. It sums a bucket in a copy.
+- Stage 3 keeps bucket and gradient partition between steps too. What it gathers for forward it keeps until backward, up to 10^9
+  parameters. It sums a bucket in a copy.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def _partitioning_step(timeline: Timeline, units: list[Unit], zero: Zero) -> Non
     if zero.stage == 1:
         timeline.release("gradients", FP32 * (numbers - min(numbers, zero.bucket)))
     timeline.at = "the update"
-    timeline.hold("gradients", partition)  # flat
+    timeline.spike("gradients", partition)  # in one flat tensor
     timeline.release("communication", zero.bucket_bytes)
 
 
@@ -104,30 +104,25 @@ def _keep_partition(timeline: Timeline, zero: Zero, numbers: int, already: int) 
 
 
 def _gathering_step(timeline: Timeline, units: list[Unit], zero: Zero) -> None:
-    room = _MOST_LIVE
-    live: list[int] = []
+    live: set[str] = set()
+    numbers = collected = 0
     for unit in units:
         timeline.at = f"forward of {unit.name}"
-        size = zero.width * unit.numbers
-        timeline.hold("gathered", size)
+        timeline.hold("gathered", zero.width * unit.numbers)
         forward(timeline, unit)
-        live.append(unit.numbers)
-        if sum(live) > room:
-            timeline.release("gathered", size)
-            live.pop()
-    collected = 0
-    kept = len(live)
-    for index in range(len(units) - 1, -1, -1):
-        unit = units[index]
+        if numbers + unit.numbers <= _MOST_LIVE:
+            live.add(unit.name)
+            numbers += unit.numbers
+        else:
+            timeline.release("gathered", zero.width * unit.numbers)
+    for unit in reversed(units):
         timeline.at = f"backward of {unit.name}"
-        if index >= kept:
-            timeline.hold("gathered", zero.width * unit.numbers)
+        timeline.hold("gathered", 0 if unit.name in live else zero.width * unit.numbers)
         backward(timeline, unit)
-        with timeline.holding("gradients", zero.width * unit.numbers):
-            pass  # on their way into the bucket
+        timeline.spike("gradients", zero.width * unit.numbers)  # on their way into the bucket
         timeline.release("gathered", zero.width * unit.numbers)
         collected += unit.numbers
-        if collected >= zero.bucket or not index:
+        if collected >= zero.bucket or unit is units[0]:
             timeline.spike("communication", zero.reduction(min(collected, zero.bucket)))
             collected = 0
     timeline.at = "the update"
