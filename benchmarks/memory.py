@@ -36,14 +36,16 @@ from rich.console import Console
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
+from megatron_lite.data.config import DataConfig
 from megatron_lite.engine.deepspeed import DeepSpeedConfig
 from megatron_lite.engine.fsdp import FsdpConfig
 from megatron_lite.models.config import AttentionConfig, MlpConfig, ModelConfig
 from megatron_lite.objectives.next_token import NextTokenConfig
-from megatron_lite.parallel.mesh import ParallelConfig
+from megatron_lite.parallel.mesh import Mesh, ParallelConfig
 from megatron_lite.precision.dtypes import PrecisionConfig
 from megatron_lite.training.build import build_engine, build_grid
 from megatron_lite.training.config import RunConfig
+from megatron_lite.training.trainer import TrainConfig
 
 PARTS = ("weights", "optimizer", "gradients", "other", "peak")
 VOCABULARY, LENGTH = 4096, 128
@@ -99,46 +101,64 @@ def main() -> None:
 
 
 def in_processes(mode: Mode, ranks: int, options: argparse.Namespace) -> tuple[dict[str, int], int]:
-    """(bytes by part on rank 0, parameters of the model), from processes that end afterwards."""
+    """(bytes by part on rank 0, parameters of the model)."""
+    return measured(run_config(mode, ranks, options), ranks, device=options.device)
+
+
+def measured(run: RunConfig, ranks: int, *, device: str = "cpu") -> tuple[dict[str, int], int]:
+    """(bytes by part on rank 0 of a step of `run`, parameters of its model), from processes that end afterwards."""
     with tempfile.TemporaryDirectory() as folder:
-        processes.spawn(measure, args=(ranks, mode, options, folder), nprocs=ranks)
+        processes.spawn(measure, args=(ranks, run, device, folder), nprocs=ranks)
         return torch.load(Path(folder, "result.pt"), weights_only=True)
 
 
-def measure(rank: int, ranks: int, mode: Mode, options: argparse.Namespace, folder: str) -> None:
+def measure(rank: int, ranks: int, run: RunConfig, device_type: str, folder: str) -> None:
     """In a rank: two steps to settle, then one that is watched."""
     torch.set_num_threads(1)
-    device = torch.device(options.device, rank) if options.device == "cuda" else torch.device("cpu")
-    if options.device == "cuda":
+    device = torch.device(device_type, rank) if device_type == "cuda" else torch.device("cpu")
+    if device_type == "cuda":
         torch.cuda.set_device(device)
-    backend = "cuda:nccl,cpu:gloo" if options.device == "cuda" else "gloo"
+    backend = "cuda:nccl,cpu:gloo" if device_type == "cuda" else "gloo"
     dist.init_process_group(backend, init_method=f"file://{folder}/meet", rank=rank, world_size=ranks)
-    run = run_config(mode, ranks, options)
-    mesh = build_grid(run.parallel, run.engine, world_size=ranks, device=device)
+    result = measured_here(run, build_grid(run.parallel, run.engine, world_size=ranks, device=device))
+    if rank == 0:
+        torch.save(result, Path(folder, "result.pt"))
+    dist.destroy_process_group()
+
+
+def measured_here(run: RunConfig, mesh: Mesh) -> tuple[dict[str, int], int]:
+    """(bytes by part of this rank, parameters of the model)."""
     engine = build_engine(run, mesh)
-    draw = torch.Generator().manual_seed(rank)
-    words = torch.randint(1, VOCABULARY, (options.micro_batch, LENGTH + 1), generator=draw)
-    batch = {
-        "tokens": words[:, :-1],
-        "targets": words[:, 1:],
-        "loss_mask": torch.ones_like(words[:, 1:], dtype=torch.bool),
-    }
-    batch = {key: value.to(device) for key, value in batch.items()}
+    batches = random_batches(run, mesh)
     for _ in range(2):
-        engine.train_step([batch], lr=1e-4)
+        engine.train_step(batches, lr=1e-4)
     staying = storages()
     weights, optimizer = held(engine)
     found = {
         "weights": total(weights),
         "optimizer": total({key: size for key, size in optimizer.items() if key not in weights}),
         "other": total({key: size for key, size in staying.items() if key not in weights | optimizer}),
-        "peak": peak(lambda: engine.train_step([batch], lr=1e-4)),
+        "peak": peak(lambda: engine.train_step(batches, lr=1e-4)),
     }
-    found["gradients"] = at_update(engine, batch, staying)
-    if rank == 0:
-        parameters = sum(torch.Size(info.global_shape).numel() for info in engine.shards.values())
-        torch.save((found, parameters), Path(folder, "result.pt"))
-    dist.destroy_process_group()
+    found["gradients"] = at_update(engine, batches, staying)
+    return found, sum(torch.Size(info.global_shape).numel() for info in engine.shards.values())
+
+
+def random_batches(run: RunConfig, mesh: Mesh) -> list[dict[str, torch.Tensor]]:
+    """This rank's micro-batches of one step."""
+    draw = torch.Generator().manual_seed(mesh.data_parallel_rank)
+    size = run.train.micro_batch_size
+    count = max(1, run.train.global_batch_size // (size * mesh.data_parallel_size))
+    batches = []
+    for _ in range(count):
+        words = torch.randint(1, run.model.vocab_size, (size, run.data.seq_len + 1), generator=draw)
+        batch = {
+            "tokens": words[:, :-1],
+            "targets": words[:, 1:],
+            "loss_mask": torch.ones_like(words[:, 1:], dtype=torch.bool),
+        }
+        batches.append({key: value.to(mesh.device) for key, value in batch.items()})
+    return batches
 
 
 def run_config(mode: Mode, ranks: int, options: argparse.Namespace) -> RunConfig:
@@ -155,13 +175,18 @@ def run_config(mode: Mode, ranks: int, options: argparse.Namespace) -> RunConfig
         parallel=parallel,
         objective=NextTokenConfig(),
         precision=PrecisionConfig(options.precision),
+        data=DataConfig(seq_len=LENGTH),
+        train=TrainConfig(micro_batch_size=options.micro_batch, global_batch_size=1),
     )
 
 
 def storages() -> dict[int, int]:
     """Address -> bytes of the storage of every live tensor."""
     gc.collect()
-    return of([item for item in gc.get_objects() if issubclass(type(item), torch.Tensor)])
+    found = [item for item in gc.get_objects() if issubclass(type(item), torch.Tensor)]
+    # a gradient that nobody has asked for has no object in Python yet
+    gradients = [item.grad for item in found if item.is_leaf and item.grad is not None]
+    return of([*found, *gradients])
 
 
 def of(tensors: list[torch.Tensor]) -> dict[int, int]:
@@ -185,7 +210,7 @@ def held(engine: Any) -> tuple[dict[int, int], dict[int, int]]:
     return weights, of([*state, *adam.state.keys()])
 
 
-def at_update(engine: Any, batch: dict[str, torch.Tensor], staying: dict[int, int]) -> int:
+def at_update(engine: Any, batches: list[dict[str, torch.Tensor]], staying: dict[int, int]) -> int:
     """Bytes of what is new when the update begins."""
     seen = []
     owner, name = (engine, "_take_gradients") if hasattr(engine, "_take_gradients") else (engine.engine, "step")
@@ -196,7 +221,7 @@ def at_update(engine: Any, batch: dict[str, torch.Tensor], staying: dict[int, in
         return right(*arguments)
 
     setattr(owner, name, watched)
-    engine.train_step([batch], lr=1e-4)
+    engine.train_step(batches, lr=1e-4)
     return seen[0]
 
 

@@ -1,46 +1,144 @@
-"""`mlite plan`: the size of a model, and its shapes on a tensor-parallel rank. Builds it on the meta device, without memory.
+"""`mlite plan`: the size of a model and its shapes on a rank; with `gpus` and `gpu` what a training costs there, before it runs.
 
 python -m megatron_lite plan model=nemotron_nano2_12b
 python -m megatron_lite plan model=nemotron4_15b parallel.tp=8
+python -m megatron_lite plan experiment=nemotron4_15b gpus=768 gpu=h100 price=2.5
+python -m megatron_lite plan experiment=nemotron4_15b gpus=64 gpu=h100 search=true train.global_batch_size=256
+
+Everything is built on the meta device, without memory and without a GPU: see docs/plan.md.
 """
 
 from __future__ import annotations
 
+import json
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, replace
 from math import prod
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
+from megatron_lite.commands import plan_report
 from megatron_lite.commands.command import run_command
+from megatron_lite.hardware import Gpu, gpu_named
 from megatron_lite.models.cache_size import cache_bytes
 from megatron_lite.models.config import ModelConfig
 from megatron_lite.models.decoder import Decoder
 from megatron_lite.models.flops import flops_per_token, parameter_count
 from megatron_lite.models.layers import LAYER_TYPES
 from megatron_lite.parallel.layers import ShardInfo, TensorParallel, shard_info
-from megatron_lite.parallel.mesh import ParallelConfig
 from megatron_lite.parallel.plans import apply_plan, check_divisible, decoder_plan
+from megatron_lite.planner import plan as planner
+from megatron_lite.planner.job import Job
+from megatron_lite.planner.search import search
+from megatron_lite.training.config import RunConfig, validate, validate_model
 
 
 @dataclass
-class PlanConfig:
-    """`mlite plan`: a model and its tensor parallelism; other keys of `parallel` have no effect on it. seq_len: for the
-    FLOPs per token."""
+class PlanConfig(RunConfig):
+    """`mlite plan`: a run as `mlite train` takes it.
 
-    model: ModelConfig = field(default_factory=ModelConfig)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    seq_len: for the FLOPs per token and the cache of a model; null = model.max_seq_len. gpus, gpu: how many and which (a name of
+    `hardware.GPUS`); without them only sizes are printed. price: of a GPU for an hour. search: look for the fastest layouts, of which
+    `show` are listed. json: print one JSON line, too.
+    """
+
     seq_len: int | None = None
+    gpus: int | None = None
+    gpu: str | None = None
+    price: float | None = None
+    search: bool = False
+    show: int = 8
+    json: bool = False
 
 
 def main() -> None:
     """Parse, count, exit."""
-    run_command("plan", PlanConfig, "How large a model is, and what a tensor-parallel rank holds of it.", plan)
+    run_command("plan", PlanConfig, "How large a model is, and what training it on some GPUs costs.", plan)
 
 
 def plan(config: PlanConfig) -> int:
+    """Print sizes and shapes, or what a training costs. Raises ValueError when the model cannot be built, or not on these GPUs."""
+    if config.gpus is None and config.gpu is None:
+        if config.search:
+            raise ValueError(
+                "search=true looks for a layout on some GPUs: add gpus=<how many> gpu=<which>, as in gpus=64 gpu=h100"
+            )
+        return sizes(config)
+    gpu = _checked(config)
+    job = job_of(config, gpus=config.gpus or 0)
+    return _search(config, job, gpu) if config.search else _cost(config, job, gpu)
+
+
+def _checked(config: PlanConfig) -> Gpu:
+    """The GPU. Raises ValueError for what is missing beside it."""
+    for key, value, example in (("gpus", config.gpus, "64"), ("gpu", config.gpu, "h100")):
+        if value is None:
+            raise ValueError(f"{key} is not given; add {key}=..., as in {key}={example}")
+    for key, number, least in (("gpus", config.gpus, 1), ("show", config.show, 1), ("price", config.price, 0)):
+        if number is not None and number < least:
+            raise ValueError(f"{key}={number} must be at least {least}")
+    if config.seq_len is not None:
+        raise ValueError(
+            f"seq_len={config.seq_len} is for sizes; with gpus the tokens of a sample are data.seq_len={config.seq_len}"
+        )
+    return gpu_named(config.gpu or "")
+
+
+def job_of(run: RunConfig, *, gpus: int) -> Job:
+    """What is planned of a run."""
+    return Job(
+        run.model,
+        run.parallel,
+        run.engine,
+        run.precision,
+        gpus,
+        run.data.seq_len,
+        run.train.micro_batch_size,
+        run.train.global_batch_size,
+        run.data.reset_attention,
+    )
+
+
+def check(run: RunConfig, job: Job) -> None:
+    """Raise ValueError where `mlite train` would refuse the layout of `job` for `run`."""
+    train = replace(run.train, micro_batch_size=job.micro_batch)
+    if train.max_steps is None and train.max_tokens is None:
+        train = replace(train, max_steps=1)  # a step can be planned without a length
+    run = replace(run, parallel=job.parallel, engine=job.engine, train=train)
+    validate(run, job.gpus)
+    if run.takes_model_of_source:
+        validate_model(run)
+
+
+def _cost(config: PlanConfig, job: Job, gpu: Gpu) -> int:
+    check(config, job)
+    result = planner.plan(job, gpu)
+    tokens = config.train.max_tokens
+    if tokens is None and config.train.max_steps is not None:
+        tokens = config.train.max_steps * job.tokens
+    bill = None if tokens is None else result.bill(tokens, config.price)
+    plan_report.print_plan(result, bill)
+    if job.offloads:
+        print("the transfers of the CPU offload, and the update on the CPU, are not in the time")
+    if config.objective.teacher_path is not None:
+        print("the teacher's forward pass is not in the time, nor its weights in the memory")
+    if config.json:
+        print(json.dumps(result.to_dict() | ({} if bill is None else {"run": asdict(bill)})))
+    return 0
+
+
+def _search(config: PlanConfig, job: Job, gpu: Gpu) -> int:
+    found = search(job, gpu, check=lambda layout: check(config, layout), show=config.show)
+    plan_report.print_found(found, job, gpu)
+    if config.json:
+        rows = {key: [one.to_dict() for one in getattr(found, key)] for key in ("best", "others")}
+        print(json.dumps({"gpus": job.gpus, "gpu": gpu.name, **rows}))
+    return 0
+
+
+def sizes(config: PlanConfig) -> int:
     """Print sizes and shapes. Raises ValueError when the model cannot be built or does not divide by `parallel.tp`."""
     model, tp = config.model, config.parallel.tp
     config.parallel.validate(world_size=tp * config.parallel.cp * config.parallel.dp_replicate)

@@ -45,7 +45,7 @@ from megatron_lite.precision.numerics import numerics_of
 from megatron_lite.runtime import ensure_process_group
 
 # Elements that travel in one collective, at most. DeepSpeed reserves memory for them, 2 GB with its own 5e8.
-_BUCKET = 50_000_000
+BUCKET = 50_000_000
 
 
 @dataclass
@@ -134,7 +134,7 @@ class DeepSpeedEngine:
             model=objective,
             optimizer=self.adamw,
             # an even number, for DeepSpeed
-            config=_ds_config(config, dtype, clip_grad=optim.clip_grad, bucket=min(_BUCKET, elements + elements % 2)),
+            config=_ds_config(config, dtype, clip_grad=optim.clip_grad, bucket=min(BUCKET, elements + elements % 2)),
             mpu=self.unit,
         )[0]
         self._sum_gradients()
@@ -321,7 +321,7 @@ def _deepspeed() -> ModuleType:
 
 
 def _ds_config(
-    config: DeepSpeedConfig, dtype: torch.dtype, *, clip_grad: float = 0.0, bucket: int = _BUCKET
+    config: DeepSpeedConfig, dtype: torch.dtype, *, clip_grad: float = 0.0, bucket: int = BUCKET
 ) -> dict[str, Any]:
     """What DeepSpeed reads. Batch sizes stand for nothing: the engine says itself when a global batch is complete."""
     zero: dict[str, Any] = {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from megatron_lite.commands.plan import shapes
@@ -46,3 +48,56 @@ def hybrid_tiny():
 def test_what_cannot_be_is_refused(words, says):
     with pytest.raises(ValueError, match=says):
         command("plan", *words)
+
+
+TINY = [
+    "model=nemotron4_tiny",
+    "precision=bf16",
+    "data.seq_len=64",
+    "train.max_steps=100",
+    "train.global_batch_size=16",
+]
+
+
+def test_what_a_training_costs(capsys):
+    assert command("plan", *TINY, "gpus=2", "gpu=h100", "price=3", "json=true") == 0
+    printed = capsys.readouterr().out
+    row = json.loads(printed.splitlines()[-1])
+    assert sum(row["step_parts"].values()) == pytest.approx(row["step_seconds"])
+    assert row["tokens_per_second"] == pytest.approx(16 * 64 / row["step_seconds"])
+    bill = row["run"]
+    assert bill["tokens"] == 100 * 16 * 64
+    assert bill["gpu_hours"] == pytest.approx(2 * 100 * row["step_seconds"] / 3600)
+    assert bill["cost"] == pytest.approx(3 * bill["gpu_hours"])
+    assert row["measured"] is False
+    assert "none of these numbers was measured" in printed
+    for name in row["assumptions"]:
+        assert name in printed
+
+
+def test_the_layouts_of_a_search(capsys):
+    assert command("plan", *TINY, "gpus=2", "gpu=h100", "search=true", "show=2", "json=true") == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert len(found["best"]) == 2
+    assert found["best"][0]["step_seconds"] <= found["best"][1]["step_seconds"]
+    assert "slower" in found["best"][1]["loses"]
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["gpus=8"], "gpu is not given"),
+        (["gpu=h100"], "gpus is not given"),
+        (["search=true"], "search=true .*gpus="),
+        (["gpus=0", "gpu=h100"], "gpus=0"),
+        (["gpus=2", "gpu=h1000"], "gpu=h1000 .*h100"),
+        (["gpus=2", "gpu=h100", "price=-1"], "price=-1"),
+        (["gpus=2", "gpu=h100", "seq_len=64"], r"data\.seq_len=64"),
+        (["gpus=3", "gpu=h100"], "global batch of 16 .*24 would do"),
+        (["gpus=2", "gpu=h100", "parallel.tp=3"], r"parallel\.tp"),
+        (["gpus=2", "gpu=a100", "precision=fp8_current"], "gpu=a100 .*fp8"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused(words, says):
+    with pytest.raises(ValueError, match=says):
+        command("plan", *TINY, *words)

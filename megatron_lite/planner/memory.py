@@ -1,0 +1,156 @@
+"""Bytes of one rank by part, at the moment of a training step when it holds most.
+
+    weights        the parameters as they are kept between two steps: fp32 shards (FSDP2), or what DeepSpeed computes with
+    gathered       weights as a unit computes with them, for as long as they are gathered or cast
+    optimizer      Adam's moments, and DeepSpeed's fp32 master weights
+    gradients      of this rank's shard, and until they are reduced of the whole tensor-parallel shard
+    activations    what layers keep for backward, and the most that one layer's forward or backward needs beside it
+    loss           the same of final norm, head and loss: logits of a chunk of tokens, gradients of states and head
+    communication  buffers of gathers and reductions
+    caches         FP8 codes of weights that are kept for a step
+    teacher        a distillation's second model
+
+Local shapes come from training's own plan on the meta device, activations from training's own forward and backward (`trace`), the
+order of events from the engines (`fsdp_step`, `zero_step`). Not counted: what lies outside of torch's allocator (`OUTSIDE`), fragments
+of that allocator, and what a kernel takes and gives back inside of itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+import torch
+
+from megatron_lite.engine.deepspeed import BUCKET
+from megatron_lite.models.config import ModelConfig
+from megatron_lite.planner.fsdp_step import FP32, Sharding, fsdp_step, undivided_step
+from megatron_lite.planner.job import Job
+from megatron_lite.planner.shapes import local_shapes
+from megatron_lite.planner.timeline import Timeline
+from megatron_lite.planner.trace import Unit, traced_units
+from megatron_lite.planner.zero_step import Zero, zero_step
+
+# CUDA context, NCCL's communicators and cuBLAS's workspace on a GPU: an estimate, not measured here.
+OUTSIDE = 4 * 10**9
+
+
+@dataclass(frozen=True)
+class Memory:
+    """parts: bytes by part at the fullest moment of a step, without those that are 0. moment: what is going on then.
+
+    staying: what a rank holds between two steps. gradients: bytes when the update begins. host: bytes in the memory of the CPU where
+    something is offloaded.
+    """
+
+    parts: dict[str, int]
+    moment: str
+    staying: dict[str, int]
+    gradients: int
+    host: int = 0
+
+    @property
+    def total(self) -> int:
+        """Bytes at the fullest moment."""
+        return sum(self.parts.values())
+
+
+def memory(job: Job, *, device: str = "cuda") -> Memory:
+    """What a rank of `job` holds. device: cuda, or cpu for a run there, whose attention and chunks of logits are others.
+
+    Raises ValueError when the model does not divide by the layout's degrees.
+    """
+    units = traced_units(job, device=device)
+    staying = _staying(job, units, device)
+    timeline = Timeline(**staying)
+    if job.engine.name == "deepspeed":
+        zero_step(timeline, units, _zero(job, device))
+    elif job.gpus == 1:
+        undivided_step(timeline, units, _sharding(job))
+    else:
+        fsdp_step(timeline, units, _sharding(job))
+    parts = dict(timeline.fullest)
+    parts["activations"] = parts.get("activations", 0) + parts.pop("stream", 0)  # what travels between units
+    return Memory(
+        {part: size for part, size in parts.items() if size},
+        timeline.moment,
+        {part: size for part, size in staying.items() if size},
+        timeline.held["gradients"],
+        _host(job, units),
+    )
+
+
+def states(job: Job) -> dict[str, int]:
+    """weights, optimizer and gradients of a rank, without activations: a lower bound, in milliseconds."""
+    numbers = sum(map(prod, local_shapes(job.model, tp=job.degrees.tp)[1].values()))
+    ranks = job.degrees.dp_shard * job.degrees.cp
+    width, shard = _width(job), -(-numbers // ranks)
+    if job.engine.name == "deepspeed":
+        stage = _stage(job)
+        weights = width * (shard if stage == 3 else numbers)
+        return {"weights": weights, "optimizer": 0 if _offloads(job) else 3 * FP32 * shard, "gradients": FP32 * shard}
+    if _offloads(job):
+        return {"weights": 0, "optimizer": 0, "gradients": 0}
+    return {"weights": FP32 * shard, "optimizer": 2 * FP32 * shard, "gradients": FP32 * shard}
+
+
+def _staying(job: Job, units: list[Unit], device: str) -> dict[str, int]:
+    ranks = job.degrees.dp_shard * job.degrees.cp
+    numbers, offloads = sum(unit.numbers for unit in units), _offloads(job) and device != "cpu"
+    if job.engine.name == "deepspeed":
+        zero, part = _zero(job, device), -(-numbers // ranks)
+        staying = {
+            "weights": zero.width * (part if zero.stage == 3 else numbers),
+            "optimizer": 0 if offloads else 3 * FP32 * part,
+        }
+        if zero.stage == 3:
+            staying |= {"gradients": zero.partition(numbers), "communication": zero.bucket_bytes}
+        return staying
+    part = sum(unit.shard(ranks) for unit in units)
+    return {"weights": 0, "optimizer": 0} if offloads else {"weights": FP32 * part, "optimizer": 2 * FP32 * part}
+
+
+def _host(job: Job, units: list[Unit]) -> int:
+    """16 bytes a number of the shard with FSDP2 (weights, moments, gradients) and with DeepSpeed (master weights instead)."""
+    ranks = job.degrees.dp_shard * job.degrees.cp
+    return 4 * FP32 * sum(unit.shard(ranks) for unit in units) if _offloads(job) else 0
+
+
+def _sharding(job: Job) -> Sharding:
+    return Sharding(
+        job.shard,
+        job.degrees.dp_shard * job.degrees.cp,
+        _width(job),
+        tied=job.model.tie_embeddings,
+        accumulates=job.micro_batches > 1,
+        offload=_offloads(job),
+    )
+
+
+def _zero(job: Job, device: str) -> Zero:
+    numbers = _all_numbers(job.model)
+    return Zero(
+        _stage(job),
+        job.degrees.dp_shard * job.degrees.cp,
+        _width(job),
+        bucket=min(BUCKET, numbers + numbers % 2),
+        overlaps=device != "cpu",
+        accumulates=job.micro_batches > 1,
+        offload=_offloads(job),
+    )
+
+
+def _all_numbers(model: ModelConfig) -> int:
+    return sum(prod(info.global_shape) for info in local_shapes(model, tp=1)[0].values())
+
+
+def _width(job: Job) -> int:
+    return torch.empty((), dtype=job.precision.dtype).element_size()
+
+
+def _stage(job: Job) -> int:
+    return int(job.shard.removeprefix("zero "))
+
+
+def _offloads(job: Job) -> bool:
+    return getattr(job.engine, "cpu_offload", False) or getattr(job.engine, "offload_optimizer", False)

@@ -1,0 +1,183 @@
+"""Records what a forward and a backward pass run: every kernel with its FLOPs and bytes, every collective with its bytes.
+
+The passes run on the meta device, so what is recorded holds for every layer type, layout and recompute mode by construction: the
+operators are those that training would dispatch, and there is no second list of them.
+
+- A matrix product counts 2 m n k FLOPs and reads and writes its three matrices.
+- Attention counts 2 products forward and 5 backward (FlashAttention, arXiv 2205.14135, recomputes the scores), over the pairs of query
+  and key that are seen.
+- Everything else counts the bytes that it reads and writes. Under compilation, what lies between two products is one kernel: it
+  reads what was there before, and writes what outlives it.
+- FP8 operands are read, cast and written once more, transposed too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+_aten = torch.ops.aten
+_PRODUCTS = {_aten.mm: (0, 1), _aten.addmm: (1, 2), _aten.addmm_: (1, 2), _aten.bmm: (0, 1), _aten.baddbmm: (1, 2)}
+_FORWARD = {_aten._scaled_dot_product_flash_attention, _aten._scaled_dot_product_efficient_attention}
+_BACKWARD = {
+    _aten._scaled_dot_product_flash_attention_backward,
+    _aten._scaled_dot_product_efficient_attention_backward,
+}
+_LOOK_UPS = {_aten.embedding, _aten.index_select, _aten.gather, _aten.index}
+_FREE = {_aten.empty, _aten.empty_like, _aten.new_empty, _aten.empty_strided, _aten.detach, _aten.lift_fresh}
+_FREE |= {torch.ops._c10d_functional.wait_tensor}
+_DTYPES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp32"}
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One kernel. kind: matmul | attention | memory. dtype: bf16 | fp32 | fp8, of the units that multiply."""
+
+    kind: str
+    dtype: str
+    flops: float
+    bytes: float
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """One collective within a layer. axis: of the mesh. size: bytes of the whole tensor, which every rank has before or after."""
+
+    operation: str
+    axis: str
+    size: float
+
+
+Step = Kernel | Exchange
+
+
+@dataclass(eq=False)
+class Recorder(TorchDispatchMode):
+    """Inside, what runs is appended to `steps`.
+
+    axes: the names of groups whose collectives count. seen: the part of all pairs of query and key that attention looks at. fuse:
+    whether memory-bound kernels between two products are one. fp8_weights: the products with them are FP8. fp8_bytes: what casting
+    an operand costs, for each of its numbers.
+    """
+
+    axes: Sequence[str] = ()
+    seen: float = 1.0
+    fuse: bool = False
+    fp8_weights: Sequence[Tensor] = ()
+    fp8_bytes: float = 0.0
+    steps: list[Step] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        super().__init__()
+        self._weights = {_key(weight) for weight in self.fp8_weights}
+        self._weight_shapes = {tuple(weight.shape) for weight in self.fp8_weights}
+        self._cast: dict[int, StorageWeakRef] = {}
+        self._read: dict[int, float] = {}  # of the kernel that is being fused
+        self._written: dict[int, tuple[StorageWeakRef, float]] = {}
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operator, which costs nothing on meta, and record it."""
+        result = operator(*args, **(kwargs or {}))
+        self._record(operator, args, result)
+        return result
+
+    def take(self) -> list[Step]:
+        """What was recorded since the last call."""
+        self._flush()
+        steps, self.steps = self.steps, []
+        return steps
+
+    def _record(self, operator: Any, args: Any, result: Any) -> None:
+        packet = operator.overloadpacket
+        inputs = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
+        outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        if packet in _FREE or not outputs:
+            return
+        axis = next((leaf for leaf in tree_leaves(args) if isinstance(leaf, str) and leaf in self.axes), None)
+        if axis is not None:
+            self._flush()
+            self.steps.append(Exchange(packet.__name__, axis, max(_bytes(x) for x in (*inputs, *outputs))))
+        elif packet in _PRODUCTS:
+            self._product(inputs, outputs[0], *(args[place] for place in _PRODUCTS[packet]))
+        elif packet in _FORWARD | _BACKWARD:
+            self._attention(inputs, outputs, packet in _BACKWARD)
+        elif operator._schema.is_mutable or not {_key(x) for x in outputs} <= {_key(x) for x in inputs}:  # not a view
+            self._memory(outputs if packet in _LOOK_UPS else inputs, outputs)
+
+    def _product(self, inputs: list[Tensor], output: Tensor, left: Tensor, right: Tensor) -> None:
+        self._flush()
+        dtype = _DTYPES.get(left.dtype, "bf16")
+        if {_key(left), _key(right)} & self._weights or tuple(output.shape) in self._weight_shapes:
+            dtype = "fp8"
+            for operand in (left, right):
+                self._cast_to_fp8(operand)
+        flops = 2.0 * output.numel() * left.shape[-1]
+        self.steps.append(Kernel("matmul", dtype, flops, sum(map(_bytes, {*inputs, output}))))
+
+    def _cast_to_fp8(self, operand: Tensor) -> None:
+        known = self._cast.get(_key(operand))
+        if known is None or known.expired():
+            self._cast[_key(operand)] = StorageWeakRef(operand.untyped_storage())
+            self.steps.append(Kernel("memory", "fp8", 0.0, self.fp8_bytes * operand.numel()))
+
+    def _attention(self, inputs: list[Tensor], outputs: list[Tensor], backward: bool) -> None:
+        self._flush()
+        query, key, value = inputs[1:4] if backward else inputs[:3]
+        scores = 2.0 * prod(query.shape[:3]) * key.shape[2] * self.seen
+        widths = 3 * query.shape[3] + 2 * value.shape[3] if backward else query.shape[3] + value.shape[3]
+        moved = sum(map(_bytes, inputs + outputs))
+        self.steps.append(Kernel("attention", _DTYPES.get(query.dtype, "bf16"), scores * widths, moved))
+
+    def _memory(self, inputs: list[Tensor], outputs: list[Tensor]) -> None:
+        if not self.fuse:
+            self.steps.append(Kernel("memory", "", 0.0, sum(map(_bytes, inputs + outputs))))
+            return
+        for tensor in inputs:
+            if _key(tensor) not in self._written:
+                self._read[_key(tensor)] = _bytes(tensor)
+        for tensor in outputs:
+            self._written[_key(tensor)] = StorageWeakRef(tensor.untyped_storage()), _bytes(tensor)
+
+    def _flush(self) -> None:
+        """End the kernel that is being fused: what nobody holds any more was never written."""
+        moved = sum(self._read.values()) + sum(size for ref, size in self._written.values() if not ref.expired())
+        if moved:
+            self.steps.append(Kernel("memory", "", 0.0, moved))
+        self._read, self._written = {}, {}
+
+
+@dataclass(frozen=True)
+class Passes:
+    """What a micro-batch runs."""
+
+    forward: list[Step]
+    backward: list[Step]
+
+
+def record(recorder: Recorder, forward: Callable[[], Any]) -> tuple[Passes, Any]:
+    """(the passes of `forward`, what it returned). Gradients arrive for every differentiable tensor that it returns."""
+    with recorder:
+        result = forward()
+    there = recorder.take()
+    outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor) and leaf.requires_grad]
+    gradients = [torch.empty_like(output) for output in outputs]
+    with recorder:
+        torch.autograd.backward(outputs, gradients)
+    return Passes(there, recorder.take()), result
+
+
+def _key(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _bytes(tensor: Tensor) -> float:
+    """What a kernel that reads all of it moves: an expanded tensor is as large as its storage."""
+    return float(min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes()))

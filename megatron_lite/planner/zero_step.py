@@ -1,0 +1,128 @@
+"""What a step holds under DeepSpeed's ZeRO 1, 2 and 3, with the settings of `engine/deepspeed.py`.
+
+The order of events is that of DeepSpeed (runtime/zero/stage_1_and_2.py, stage3.py):
+
+- Stage 1 keeps all gradients in fp32 until backward is done, and then moves them through one bucket, which is there since the first of
+  them. Stage 2 moves each into the bucket at once. A full bucket is summed over the ranks, each rank's part in a copy, and what is in
+  this rank's partition is kept.
+- The update copies this rank's gradients into one flat tensor.
+- Stage 3 keeps bucket and gradient partition between steps too. What it gathers for forward it keeps until backward, up to 10^9
+  parameters. It sums a bucket in a copy.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_lite.planner.fsdp_step import FP32, backward, forward
+from megatron_lite.planner.timeline import Timeline
+from megatron_lite.planner.trace import Unit
+
+# stage3_max_live_parameters of DeepSpeed
+_MOST_LIVE = 1_000_000_000
+
+
+@dataclass(frozen=True)
+class Zero:
+    """stage: 1, 2 or 3. ranks: over which it shards. width: bytes of a number in forward and backward. bucket: numbers in it.
+
+    overlaps: gradients are reduced beside backward, with two buckets. accumulates: more than one micro-batch. offload: optimizer's part
+    on the CPU.
+    """
+
+    stage: int
+    ranks: int
+    width: int
+    bucket: int
+    overlaps: bool
+    accumulates: bool
+    offload: bool = False
+
+    @property
+    def bucket_bytes(self) -> int:
+        """Bytes of the buffers that gradients are collected in."""
+        width = self.width if self.stage == 2 else FP32
+        return self.bucket * width * (2 if self.overlaps and self.stage < 3 else 1)
+
+    def partition(self, numbers: int) -> int:
+        """Bytes of this rank's fp32 part of `numbers` gradients."""
+        return 0 if self.offload else FP32 * -(-numbers // self.ranks)
+
+    def reduction(self, numbers: int) -> int:
+        """Bytes of the copies in which `numbers` of a bucket are summed over the ranks."""
+        if self.ranks == 1 and self.width == FP32 and self.stage < 3:
+            return 0
+        return FP32 * (numbers if self.stage == 3 or self.width < FP32 else min(numbers, self.bucket))
+
+
+def zero_step(timeline: Timeline, units: list[Unit], zero: Zero) -> None:
+    """A step of DeepSpeed."""
+    if zero.stage == 3:
+        _gathering_step(timeline, units, zero)
+    else:
+        _partitioning_step(timeline, units, zero)
+
+
+def _partitioning_step(timeline: Timeline, units: list[Unit], zero: Zero) -> None:
+    numbers = sum(unit.numbers for unit in units)
+    if zero.accumulates:
+        timeline.hold("gradients", FP32 * numbers if zero.stage == 1 else zero.partition(numbers))
+    for unit in units:
+        timeline.at = f"forward of {unit.name}"
+        forward(timeline, unit)
+    timeline.hold("communication", zero.bucket_bytes)
+    collected = partition = 0
+    for unit in reversed(units):
+        timeline.at = f"backward of {unit.name}"
+        backward(timeline, unit)
+        if zero.stage == 1:
+            timeline.hold("gradients", 0 if zero.accumulates else FP32 * unit.numbers)
+            continue
+        collected += unit.numbers
+        if collected >= zero.bucket:
+            partition = _keep_partition(timeline, zero, numbers, partition)
+            timeline.spike("communication", zero.reduction(min(collected, zero.bucket)))
+            collected = 0
+    timeline.at = "the reduction of gradients"
+    if zero.stage == 1:
+        timeline.release("gradients", FP32 * min(numbers, zero.bucket))
+    partition = _keep_partition(timeline, zero, numbers, partition)
+    timeline.spike("communication", zero.reduction(min(numbers, zero.bucket)))
+    if zero.stage == 1:
+        timeline.release("gradients", FP32 * (numbers - min(numbers, zero.bucket)))
+    timeline.at = "the update"
+    timeline.spike("gradients", partition)  # in one flat tensor
+    timeline.release("communication", zero.bucket_bytes)
+
+
+def _keep_partition(timeline: Timeline, zero: Zero, numbers: int, already: int) -> int:
+    """This rank's gradients, which have their memory since the first reduction."""
+    partition = zero.partition(numbers)
+    if not already and not (zero.accumulates and zero.stage == 2):
+        timeline.hold("gradients", partition)
+    return partition
+
+
+def _gathering_step(timeline: Timeline, units: list[Unit], zero: Zero) -> None:
+    live: set[str] = set()
+    numbers = collected = 0
+    for unit in units:
+        timeline.at = f"forward of {unit.name}"
+        timeline.hold("gathered", zero.width * unit.numbers)
+        forward(timeline, unit)
+        if numbers + unit.numbers <= _MOST_LIVE:
+            live.add(unit.name)
+            numbers += unit.numbers
+        else:
+            timeline.release("gathered", zero.width * unit.numbers)
+    for unit in reversed(units):
+        timeline.at = f"backward of {unit.name}"
+        timeline.hold("gathered", 0 if unit.name in live else zero.width * unit.numbers)
+        backward(timeline, unit)
+        timeline.spike("gradients", zero.width * unit.numbers)  # on their way into the bucket
+        timeline.release("gathered", zero.width * unit.numbers)
+        collected += unit.numbers
+        if collected >= zero.bucket or unit is units[0]:
+            timeline.spike("communication", zero.reduction(min(collected, zero.bucket)))
+            collected = 0
+    timeline.at = "the update"
