@@ -133,7 +133,7 @@ def traced_units(job: Job, *, device: str = "cuda") -> list[Unit]:
             if kv is not None:
                 shared[index] = kv
             units.append(_unit(f"layers.{index}", [layer], passes))
-        tail = [decoder.final_norm] if decoder.head is None else [decoder.final_norm, decoder.head]
+        tail: list[nn.Module] = [decoder.final_norm] if decoder.head is None else [decoder.final_norm, decoder.head]
         return [*units, _unit("head", tail, stream.head())]
 
 
