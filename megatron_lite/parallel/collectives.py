@@ -102,7 +102,8 @@ def _all_gather(x: Tensor, *, group: dist.ProcessGroup, dim: int) -> Tensor:
     dim, size = dim % x.dim(), group.size()
     stacked = _c10d.wait_tensor(_c10d.all_gather_into_tensor(x.contiguous(), size, group.group_name))
     slices = stacked.unflatten(0, (size, x.shape[0]))
-    return slices.movedim(0, dim).flatten(dim, dim + 1).contiguous()
+    # contiguous as it is; torch.compile of torch 2.11 gives what ends in a `contiguous` without effect no gradient
+    return slices.movedim(0, dim).flatten(dim, dim + 1)
 
 
 def _reduce_scatter(x: Tensor, *, group: dist.ProcessGroup, dim: int) -> Tensor:
@@ -114,7 +115,7 @@ def _reduce_scatter(x: Tensor, *, group: dist.ProcessGroup, dim: int) -> Tensor:
 
 def _slice(x: Tensor, *, group: dist.ProcessGroup, dim: int) -> Tensor:
     length = slice_length(x, group.size(), dim)
-    return x.narrow(dim, group.rank() * length, length).contiguous()
+    return x.narrow(dim, group.rank() * length, length).clone(memory_format=torch.contiguous_format)
 
 
 def slice_length(x: Tensor, size: int, dim: int) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 import torch.distributed as dist
 
 from megatron_lite.models.decoder import Decoder
@@ -35,6 +36,8 @@ def parallelize(decoder: Decoder, mesh: Mesh, recipe: Recipe) -> None:
     Raises ValueError when the model does not divide by `parallel.tp` or `parallel.cp`, or the precision cannot be had.
     """
     config = recipe.parallel
+    if config.compile:
+        _check_compiler(decoder)
     if isinstance(recipe.precision, Fp8Config):
         quantize(decoder, recipe.precision, mesh)
     if mesh.tp_size > 1:
@@ -49,6 +52,17 @@ def parallelize(decoder: Decoder, mesh: Mesh, recipe: Recipe) -> None:
         recompute_layer(layer, config.recompute, divided=mesh.context_parallel is not None)
         if config.compile:
             layer.compile()
+
+
+def _check_compiler(decoder: Decoder) -> None:
+    """Raises ValueError where torch.compile would give wrong gradients without a word. Before torch 2.13 a custom autograd function
+    whose output was written in place gets zeros (seen in 2.11): the convolution of state-space layers is one."""
+    found = {"M", "H"} & set(decoder.config.symbols)
+    if found and torch.__version__ < "2.13":  # compares numbers, not text
+        raise ValueError(
+            f"parallel.compile=true: torch {torch.__version__} computes wrong gradients for layers {', '.join(sorted(found))} of "
+            "model.pattern; install torch 2.13, or set parallel.compile=false"
+        )
 
 
 def vocabulary_shard(decoder: Decoder) -> tuple[int, dist.ProcessGroup | None]:
