@@ -17,7 +17,7 @@ from megatron_lite.engine.base import BatchSums
 from megatron_lite.engine.fsdp import FsdpEngine
 from megatron_lite.parallel import sequence_slices
 from megatron_lite.parallel.sequence_slices import ContextParallel
-from tests.distributed import run_ranks
+from tests.distributed import RanksFailed, run_ranks
 from tests.engine import harness
 from tests.engine.harness import Case, Trace, sample
 from tests.engine.harness import micro_batches as harness_batches
@@ -102,8 +102,8 @@ def first_step(rank: int, world_size: int, cases: list[Case]) -> list[tuple[floa
 
 
 def test_bf16() -> None:
-    """Rounded to 8 bits, one after the other: attention's parts before they are merged, and what scans add. Loss and norm of one process
-    differ from fp32 by 1e-4 and 1e-3 themselves."""
+    """Attention's parts and the states of scans are rounded to 8 bits at other places: 2e-6 in the loss and 5e-4 in the norm were
+    measured."""
     layouts = [{}, {"cp": 2}]
     alone, divided = (
         [Case(parallel, precision="bf16", model=model, micro_batch=4) for model in MODELS.values()]
@@ -112,9 +112,8 @@ def test_bf16() -> None:
     expected = first_step(0, 1, alone)
     for found in run_ranks(2, first_step, divided):
         for (loss, norm), (wanted_loss, wanted_norm) in zip(found, expected):
-            print(loss / wanted_loss - 1, norm / wanted_norm - 1)
-            assert loss == pytest.approx(wanted_loss, rel=1e-4)
-            assert norm == pytest.approx(wanted_norm, rel=1e-3)
+            assert loss == pytest.approx(wanted_loss, rel=2e-5)
+            assert norm == pytest.approx(wanted_norm, rel=2e-3)
 
 
 # ---------------------------------------------------------------- planted bugs
@@ -160,5 +159,9 @@ def plant(bug: str, patch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("bug", BUGS)
 def test_a_planted_bug_is_found(bug: str) -> None:
     world_size, case = of("grouped", (2, Case({"cp": 2}, micro_batch=4)))
-    traces = run_ranks(world_size, train, case, 1, bug)
-    assert harness.differences(one_process("grouped"), traces) != []
+    try:
+        traces = run_ranks(world_size, train, case, 1, bug)
+    except RanksFailed as failed:
+        assert "assert result.skipped == 0" in str(failed)  # noqa: PT017 a query that sees no key
+    else:
+        assert harness.differences(one_process("grouped"), traces) != []
