@@ -26,6 +26,7 @@ from megatron_lite.parallel.context_scan import (
     Slice,
 )
 from megatron_lite.parallel.reclass import reclass
+from megatron_lite.parallel.recompute import recompute_layer
 from megatron_lite.parallel.sequence_slices import ContextParallel, cut, shard_sequence
 from tests.distributed import run_ranks
 
@@ -181,6 +182,7 @@ def low_precision(rank: int, world_size: int) -> dict[str, dict[str, float]]:
 def bugs() -> dict[str, tuple[str, Any]]:
     """What is planted: name -> (its kind of layer, what to patch and with what)."""
     slices, passing, before = Division.slices, context_scan.entering_states, context_scan.preceding
+    inputs = context_scan._inputs_before
 
     def with_slices(change: Any) -> Any:
         return mock.patch.object(Division, "slices", lambda *a: [change(of) for of in slices(*a)])
@@ -210,6 +212,10 @@ def bugs() -> dict[str, tuple[str, Any]]:
             mock.patch.object(context_scan, "preceding", lambda ends, cp: before(ends.roll(1, 2), cp)),
         ),
         "documents of the halo ignored": ("conv", leak),
+        "the prefix forgotten at a border": (
+            "conv",
+            mock.patch.object(context_scan, "_inputs_before", lambda of, halo, start: inputs(of, halo, 0 * start)),
+        ),
     }
 
 
@@ -218,22 +224,27 @@ def planted(rank: int, world_size: int) -> dict[str, float]:
     found = {}
     for name, (kind, patch) in bugs().items():
         with patch:
-            found[name] = max(errors(Case(kind), cp).values())
+            found[name] = max(errors(Case(kind, prefix=5), cp).values())
     return found
 
 
 def sent(rank: int, world_size: int) -> dict[str, list[list[tuple[str, int]]]]:
-    """(collective, bytes given to it) in forward and backward, for two lengths."""
+    """(collective, bytes given to it) in forward and backward, for two lengths and with recompute."""
     cp = ContextParallel(rank, world_size, dist.group.WORLD)
     found: dict[str, list[list[tuple[str, int]]]] = {}
     for kind in MIXINS:
-        for length in (7, 150):
-            calls: list[tuple[str, int]] = []
+        for length, recompute in ((7, "none"), (150, "none"), (7, "selective"), (7, "full")):
+            case, calls, layer = Case(kind, length, packed=False), [], Layer()
+            recompute_layer(layer, recompute, divided=True)
             with mock.patch.object(slice_collectives, "_c10d", Recorder(calls)):
-                case = Case(kind, length, packed=False)
-                outputs(case, leaves_of(case, 1, 2 * cp.size * length), None, cp).sum().backward()
+                layer(case, leaves_of(case, 1, 2 * cp.size * length), cp).sum().backward()
             found.setdefault(kind, []).append(calls)
     return found
+
+
+class Layer(nn.Module):
+    def forward(self, case: Case, leaves: dict[str, Tensor], cp: ContextParallel) -> Tensor:
+        return outputs(case, leaves, None, cp)
 
 
 class Recorder:
@@ -276,11 +287,11 @@ def test_planted_bugs_are_found() -> None:
         assert max(found[name] for found in ranks) > 1e-3, name
 
 
-def test_what_is_sent_does_not_depend_on_the_length() -> None:
+def test_what_is_sent_does_not_depend_on_the_length_and_is_not_sent_again() -> None:
     number, state = 8, {"mamba2": (6 * 3 * 4, 6), "mamba1": (5 * 3, 5 * 3)}  # bytes of a number; states and decays
     for rank, found in enumerate(run_ranks(2, sent)):
-        for kind, (short, long) in found.items():
-            assert short == long
+        for kind, (short, *others) in found.items():
+            assert others == [short] * 3, "a longer sequence, selective and full recompute"
             if kind == "conv":
                 trades = [("all_to_all_single", (1 if rank == 0 else 2) * (TAPS - 1) * 5 * number)]
                 assert short == trades * 2
