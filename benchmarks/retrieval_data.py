@@ -11,7 +11,7 @@ The keys of questions are pairs of words that no training document has; each of 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -110,10 +110,10 @@ def _tokens(prefix: str) -> Tokens:
     return dataset.tokens(0, dataset.num_tokens).astype(np.int64)
 
 
-def write(prefix: Path, documents: Sequence[Tokens], identity: TokenizerIdentity) -> None:
+def write(prefix: Path, documents: Iterable[Tokens], identity: TokenizerIdentity) -> None:
     """Token files and their sidecar."""
     with IndexedWriter(prefix, best_dtype(identity.vocab_size)) as writer:
         for document in documents:
             writer.add_document(document)
-    counts = {"documents": len(documents), "tokens": sum(map(len, documents))}
+    counts = {"documents": writer.num_documents, "tokens": writer.num_tokens}
     write_sidecar(prefix, Sidecar(identity.fingerprint, identity.name, identity.eod, identity.vocab_size, **counts))
