@@ -5,7 +5,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check install -q --no-compi
 # Of a demo: `make fp8 SMALL=1` for a look, `TINY=1` to see that every part of it runs.
 SIZE   := $(if $(TINY),tiny,$(if $(SMALL),small,full))
 
-.PHONY: help smoke fp8 families minitron minitron-smollm2 test test-slow test-gpu soak lint format env env-dev clean
+.PHONY: help smoke fp8 families retrieval minitron minitron-smollm2 test test-slow test-gpu soak lint format env env-dev clean
 
 help:            ## show this list
 	@grep -hE '^[a-z0-9-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 18
@@ -18,6 +18,9 @@ fp8: env         ## does FP8 train as well as bf16? about 40 minutes (estimated)
 
 families: env    ## four model families at equal size: about 50 minutes (estimated); SMALL=1: 7
 	$(BIN)/python -m benchmarks.families --size $(SIZE)
+
+retrieval: env   ## does a short extension on 4 ranks let a model find keys 8 times as far back? about 45 minutes (estimated); SMALL=1: 8
+	$(BIN)/python -m benchmarks.retrieval --size $(SIZE)
 
 # Whole files for a process: what the tests of a file share is made once. One process more than two cores: some of them wait.
 test: env-dev    ## set up .venv with [dev] and run the tests

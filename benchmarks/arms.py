@@ -10,6 +10,7 @@
   - A study can be stopped at any time. The same command continues: finished runs are read, unfinished ones resume from their checkpoint.
     A run directory that was made with other settings is refused, and nothing is ever deleted.
   - Each run has one thread, and `jobs` runs train side by side, each in a process of its own; a single job trains in this process.
+    With `ranks`, each run is a job of so many processes, which torchrun starts.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from megatron_lite.atomic import whole_file
 from megatron_lite.commands.train import train
@@ -106,11 +107,12 @@ class Result:
 
 @dataclass(frozen=True)
 class Study:
-    """Runs arms below `folder`. common: the overrides of every arm. jobs: how many runs train at the same time."""
+    """Runs arms below `folder`. common: the overrides of every arm. jobs: how many runs train at the same time. ranks: of a run."""
 
     folder: Path
     common: Sequence[str] = ()
     jobs: int = 1
+    ranks: int = 1
 
     def run(self, arms: Iterable[Arm], seeds: Iterable[int]) -> dict[str, list[Result]]:
         """The results by the arm's name, in the order of `seeds`. What is finished is only read.
@@ -180,7 +182,7 @@ class Study:
 
     def _train(self, tasks: dict[tuple[str, int], list[str]]) -> Iterator[tuple[tuple[str, int], float]]:
         """Train `jobs` at a time; yields each task as it ends, with its seconds."""
-        if self.jobs == 1:
+        if self.jobs == self.ranks == 1:
             for key, words in tasks.items():
                 began = time.monotonic()
                 train_arm(self._directory(*key), words)
@@ -188,14 +190,17 @@ class Study:
             return
         pool = ThreadPoolExecutor(self.jobs)
         try:
-            waiting = {pool.submit(_in_a_process, self._directory(*key), words): key for key, words in tasks.items()}
+            waiting = {
+                pool.submit(_in_a_process, self._directory(*key), words, self.ranks): key
+                for key, words in tasks.items()
+            }
             for done in as_completed(waiting):
                 yield waiting[done], done.result()
         finally:
             pool.shutdown(cancel_futures=True)
 
 
-def train_arm(directory: Path, words: list[str]) -> None:
+def train_arm(directory: Path, words: list[str], ranks: int = 1) -> None:
     """`mlite train <words>` into `directory`; what it prints is in log.txt there. Raises what the training raises, unless it diverged."""
     record = directory / _RECORD
     with whole_file(record) as temporary:
@@ -203,7 +208,8 @@ def train_arm(directory: Path, words: list[str]) -> None:
     outcome = None
     with (directory / "log.txt").open("a") as log, redirect_stdout(log), redirect_stderr(log):
         try:
-            train(compose_run([*words, f"run.dir={directory}"]))
+            run = [*words, f"run.dir={directory}"]
+            train(compose_run(run)) if ranks == 1 else _torchrun(ranks, ["train", *run], log)
             if json.loads((directory / "status.json").read_text())["state"] == "finished":
                 outcome = "finished"
         except TrainingDivergedError as error:
@@ -212,10 +218,18 @@ def train_arm(directory: Path, words: list[str]) -> None:
         temporary.write_text(json.dumps({"overrides": words, "outcome": outcome}) + "\n")
 
 
-def _in_a_process(directory: Path, words: list[str]) -> float:
+def _torchrun(ranks: int, words: list[str], log: TextIO) -> None:
+    """`mlite <words>` on `ranks` processes of this machine. Raises RuntimeError if it fails; a run that diverges fails, too."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    ended = subprocess.run([*launcher, "-m", "megatron_lite", *words], stdout=log, stderr=subprocess.STDOUT)
+    if ended.returncode:
+        raise RuntimeError(f"torchrun: exit code {ended.returncode}, see {log.name}")
+
+
+def _in_a_process(directory: Path, words: list[str], ranks: int) -> float:
     """`train_arm` in a process of its own; returns its seconds. Raises RuntimeError with the end of its output if it fails."""
     began = time.monotonic()
-    command = [sys.executable, "-m", "benchmarks.arms", str(directory), *words]
+    command = [sys.executable, "-m", "benchmarks.arms", str(directory), str(ranks), *words]
     ended = subprocess.run(command, capture_output=True, text=True)
     if ended.returncode:
         raise RuntimeError(f"{directory}: {ended.stderr[-2000:]}")
@@ -239,4 +253,4 @@ def _outcome(directory: Path, words: list[str]) -> str | None:
 
 
 if __name__ == "__main__":
-    train_arm(Path(sys.argv[1]), sys.argv[2:])
+    train_arm(Path(sys.argv[1]), sys.argv[3:], ranks=int(sys.argv[2]))

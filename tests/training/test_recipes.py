@@ -56,6 +56,39 @@ def test_the_stages_of_the_reasoning_model_cut_depth_first() -> None:
     assert (wide.hidden_size, wide.mlp.ffn_size) == (4480, 15680)
 
 
+# parameters, tokens, length, batch, cp, learning rate, start
+LONG = {
+    "nano2_12b_long": (12_310_001_152, 18.9e9, 524_288, 12, 16, "runs/nano2_12b"),
+    "nano2_9b_reasoning_49k": (8_888_227_328, 25e9, 49_152, 128, 2, "runs/nano2_9b_reasoning"),
+    "nano2_9b_reasoning_262k": (8_888_227_328, 1e9, 262_144, 24, 8, "runs/nano2_9b_reasoning_49k"),
+}
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_a_recipe_for_long_sequences(name: str) -> None:
+    parameters, tokens, length, batch, cp, start = LONG[name]
+    run = compose_run([f"experiment={name}"])
+    world_size = 8 * cp * 4
+    validate(run, world_size)
+    schedule = build_schedule(run)
+    check_batch_sizes(run, schedule, world_size=world_size)
+    assert (run.run.name, run.init_from.path, run.init_from.model) == (name, start, "config")
+    assert (run.data.seq_len, run.train.global_batch_size, run.parallel.tp, run.parallel.cp) == (length, batch, 8, cp)
+    assert parameter_count(run.model) == parameters
+    assert 0 <= schedule.end.consumed_tokens - tokens < batch * length
+    rates = {schedule.lr(step, 0) for step in (1, 2, 100)}
+    assert rates == {4.5e-6}
+    assert isinstance(run.objective, DistillationConfig) == name.startswith("nano2_9b")
+
+
+def test_a_fifth_of_the_long_phase_is_long_documents() -> None:
+    before, run = (compose_run([f"experiment=nano2_12b{end}"]).data for end in ("", "_long"))
+    assert {source.min_document_tokens for source in run.groups["long"].sources.values()} == {32_769}
+    (phase,) = run.phases
+    assert phase.weights.pop("long") == 0.2
+    assert phase.weights == pytest.approx({name: 0.8 * weight for name, weight in before.phases[-1].weights.items()})
+
+
 def test_environment_variables_name_the_models(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STUDENT", "/models/student")
     monkeypatch.setenv("TEACHER", "/models/teacher")
