@@ -12,12 +12,12 @@ import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from megatron_lite.commands.plan import job_of
 from megatron_lite.hardware import Gpu, gpu_named
 from megatron_lite.planner.job import Job
 from megatron_lite.planner.time import DEFAULT, Assumptions, Clock
 from megatron_lite.planner.work import units_of
 from megatron_lite.training.config import compose_run
+from megatron_lite.training.planning import job_of
 
 H100, H200 = gpu_named("h100"), gpu_named("h200")
 # Memory of 2.4 TB/s and a limit of 500 W: their page says that its peak lies between those of the SXM and the NVL version. The middle.
@@ -68,7 +68,7 @@ class Published:
         """What is planned."""
         micro_batch, global_batch = self.batch
         sizes = [f"train.micro_batch_size={micro_batch}", f"train.global_batch_size={global_batch}"]
-        return job_of(compose_run([*self.settings, *sizes]), gpus=self.gpus)
+        return job_of(compose_run([*self.settings, *sizes]), self.gpus)
 
 
 def _nemotron(ranks: int, seconds: float) -> Published:
@@ -125,29 +125,35 @@ def fitted(row: Published) -> float:
     return (low + high) / 2
 
 
-def lines() -> Iterator[str]:
-    """The table, and what its errors are."""
+def predictions() -> dict[str, float]:
+    """Name -> tokens a second and GPU, of every figure."""
+    return {row.name: predicted(row) for row in PUBLISHED}
+
+
+def error(row: Published, speed: float) -> float:
+    """In percent."""
+    return 100 * (speed / row.speed - 1)
+
+
+def lines(speeds: dict[str, float]) -> Iterator[str]:
+    """The table, and what its errors are. The first row is that of the fit."""
     yield "| published | tokens/s | planned | error |"
     yield "|---|---|---|---|"
-    errors = {}
     for row in PUBLISHED:
-        speed = predicted(row)
-        error = 100 * (speed / row.speed - 1)
-        if row is not PUBLISHED[0]:
-            errors[row.name] = error
-        yield f"| {row.name} | {row.speed:,.0f} | {speed:,.0f} | {f'{error:+.1f} %' if row.name in errors else 'fitted'} |"
-    worst, median = max(errors, key=lambda name: abs(errors[name])), statistics.median(map(abs, errors.values()))
+        off = "fitted" if row is PUBLISHED[0] else f"{error(row, speeds[row.name]):+.1f} %"
+        yield f"| {row.name} | {row.speed:,.0f} | {speeds[row.name]:,.0f} | {off} |"
+    errors = {row.name: error(row, speeds[row.name]) for row in PUBLISHED[1:]}
+    worst = max(PUBLISHED[1:], key=lambda row: abs(errors[row.name]))
+    median = statistics.median(map(abs, errors.values()))
     yield ""
-    yield f"{len(errors)} predicted: median error {median:.1f} %, largest {errors[worst]:+.1f} % ({worst})."
-    row = next(row for row in PUBLISHED if row.name == worst)
-    faster = predicted(row, replace(DEFAULT, attention=_FUSED_ATTENTION))
-    error = 100 * (faster / row.speed - 1)
-    yield f"With attention at {_FUSED_ATTENTION} of the peak the latter would be {faster:,.0f} tokens/s, {error:+.1f} %."
+    yield f"{len(errors)} predicted: median error {median:.1f} %, largest {errors[worst.name]:+.1f} % ({worst.name})."
+    faster = predicted(worst, replace(DEFAULT, attention=_FUSED_ATTENTION))
+    yield f"With attention at {_FUSED_ATTENTION} of the peak the latter would be {faster:,.0f} tokens/s, {error(worst, faster):+.1f} %."
 
 
 def main() -> None:
     """Print the table, and what the fit gives."""
-    for line in lines():
+    for line in lines(predictions()):
         print(line)
     print(f"Matrix products run at {fitted(PUBLISHED[0]):.3f} of their peak in the first row; used: {DEFAULT.matmul}.")
 

@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
+from functools import partial
 from math import prod
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -24,15 +24,16 @@ from megatron_lite.commands.command import run_command
 from megatron_lite.hardware import Gpu, gpu_named
 from megatron_lite.models.cache_size import cache_bytes
 from megatron_lite.models.config import ModelConfig
-from megatron_lite.models.decoder import Decoder
 from megatron_lite.models.flops import flops_per_token, parameter_count
 from megatron_lite.models.layers import LAYER_TYPES
-from megatron_lite.parallel.layers import ShardInfo, TensorParallel, shard_info
-from megatron_lite.parallel.plans import apply_plan, check_divisible, decoder_plan
+from megatron_lite.parallel.layers import ShardInfo
+from megatron_lite.parallel.plans import check_divisible
 from megatron_lite.planner import plan as planner
 from megatron_lite.planner.job import Job
 from megatron_lite.planner.search import search
-from megatron_lite.training.config import RunConfig, validate, validate_model
+from megatron_lite.planner.shapes import local_shapes
+from megatron_lite.training.config import RunConfig
+from megatron_lite.training.planning import check_layout, job_of
 
 
 @dataclass
@@ -67,7 +68,7 @@ def plan(config: PlanConfig) -> int:
             )
         return sizes(config)
     gpu = _checked(config)
-    job = job_of(config, gpus=config.gpus or 0)
+    job = job_of(config, config.gpus or 0)
     return _search(config, job, gpu) if config.search else _cost(config, job, gpu)
 
 
@@ -86,34 +87,8 @@ def _checked(config: PlanConfig) -> Gpu:
     return gpu_named(config.gpu or "")
 
 
-def job_of(run: RunConfig, *, gpus: int) -> Job:
-    """What is planned of a run."""
-    return Job(
-        run.model,
-        run.parallel,
-        run.engine,
-        run.precision,
-        gpus,
-        run.data.seq_len,
-        run.train.micro_batch_size,
-        run.train.global_batch_size,
-        run.data.reset_attention,
-    )
-
-
-def check(run: RunConfig, job: Job) -> None:
-    """Raise ValueError where `mlite train` would refuse the layout of `job` for `run`."""
-    train = replace(run.train, micro_batch_size=job.micro_batch)
-    if train.max_steps is None and train.max_tokens is None:
-        train = replace(train, max_steps=1)  # a step can be planned without a length
-    run = replace(run, parallel=job.parallel, engine=job.engine, train=train)
-    validate(run, job.gpus)
-    if run.takes_model_of_source:
-        validate_model(run)
-
-
 def _cost(config: PlanConfig, job: Job, gpu: Gpu) -> int:
-    check(config, job)
+    check_layout(config, job)
     result = planner.plan(job, gpu)
     tokens = config.train.max_tokens
     if tokens is None and config.train.max_steps is not None:
@@ -130,7 +105,7 @@ def _cost(config: PlanConfig, job: Job, gpu: Gpu) -> int:
 
 
 def _search(config: PlanConfig, job: Job, gpu: Gpu) -> int:
-    found = search(job, gpu, check=lambda layout: check(config, layout), show=config.show)
+    found = search(job, gpu, check=partial(check_layout, config), show=config.show)
     plan_report.print_found(found, job, gpu)
     if config.json:
         rows = {key: [one.to_dict() for one in getattr(found, key)] for key in ("best", "others")}
@@ -147,7 +122,7 @@ def sizes(config: PlanConfig) -> int:
     seq_len = model.max_seq_len if config.seq_len is None else config.seq_len
     if seq_len < 1:
         raise ValueError(f"seq_len={seq_len} must be at least 1")
-    infos, local = shapes(model, tp=tp)
+    infos, local = local_shapes(model, tp=tp)
     total = parameter_count(model)
     vocabulary = model.vocab_size * model.hidden_size * (1 if model.tie_embeddings else 2)
     console = Console(width=None if Console().is_terminal else 160)
@@ -165,16 +140,6 @@ def sizes(config: PlanConfig) -> int:
     )
     console.print(_table(model, infos, local))
     return 0
-
-
-def shapes(model: ModelConfig, *, tp: int) -> tuple[dict[str, ShardInfo], dict[str, tuple[int, ...]]]:
-    """(name -> where a rank's part is in the global parameter, name -> the part's shape), as training makes them."""
-    with torch.device("meta"):
-        decoder = Decoder(model)
-    if tp > 1:
-        # no group: nothing is computed
-        apply_plan(decoder, decoder_plan(decoder), TensorParallel(0, tp, None))  # type: ignore[arg-type]
-    return shard_info(decoder), {name: tuple(parameter.shape) for name, parameter in decoder.named_parameters()}
 
 
 def _table(model: ModelConfig, infos: dict[str, ShardInfo], local: dict[str, tuple[int, ...]]) -> Table:

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from megatron_lite.commands.plan import shapes
+from megatron_lite.planner.shapes import local_shapes
 from tests.hf_folders import command
 
 
@@ -21,7 +21,7 @@ def test_a_full_size_model(capsys):
 
 
 def test_the_shapes_are_those_of_a_rank(hybrid_tiny):
-    infos, local = shapes(hybrid_tiny, tp=2)
+    infos, local = local_shapes(hybrid_tiny, tp=2)
     assert local["layers.0.mixer.ssm.A_log"] == (4,)
     assert infos["layers.0.mixer.ssm.A_log"].global_shape == (8,)
     assert local["layers.0.mixer.out_proj.weight"] == (256, 128)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from functools import partial
 
 import pytest
 
-from megatron_lite.commands.plan import check, job_of
 from megatron_lite.hardware import gpu_named
 from megatron_lite.planner.memory import OUTSIDE, memory
 from megatron_lite.planner.plan import overrides_of, plan
 from megatron_lite.planner.search import layouts, search, variants
 from megatron_lite.training.config import compose_run, validate
+from megatron_lite.training.planning import check_layout, job_of
 
 WORDS = ["model=nemotron4_tiny", "precision=bf16", "data.seq_len=64", "data.reset_attention=false", "train.max_steps=1"]
 WORDS += ["train.global_batch_size=16"]
@@ -23,7 +24,7 @@ SMALL = replace(gpu_named("h100"), name="small", memory=OUTSIDE + 90e6, node=4)
 @pytest.fixture(scope="module")
 def found():
     run = compose_run(WORDS)
-    return search(job_of(run, gpus=4), SMALL, check=lambda job: check(run, job), show=24)
+    return search(job_of(run, 4), SMALL, check=partial(check_layout, run), show=24)
 
 
 @pytest.mark.slow
@@ -33,7 +34,7 @@ def test_every_listed_layout_composes(found):
     for one in listed:
         run = compose_run([*WORDS, *overrides_of(one.job).split()])
         validate(run, world_size=4)
-        assert job_of(run, gpus=4) == replace(one.job, parallel=replace(one.job.parallel, dp_shard=None))
+        assert job_of(run, 4) == replace(one.job, parallel=replace(one.job.parallel, dp_shard=None))
 
 
 def test_every_other_layout_says_why_it_loses(found):
@@ -50,7 +51,7 @@ def test_every_other_layout_says_why_it_loses(found):
 def test_the_first_one_is_the_fastest_that_fits(found):
     """Against planning every layout by itself."""
     run = compose_run(WORDS)
-    job = job_of(run, gpus=4)
+    job = job_of(run, 4)
     seconds = []
     for cut in layouts(job, SMALL.node):
         if cut.parallel.cp > 1 or cut.parallel.tp > 1:
@@ -65,10 +66,10 @@ def test_nothing_fits():
     run = compose_run([*WORDS, "train.global_batch_size=1"])
     tiny = replace(SMALL, memory=OUTSIDE)
     with pytest.raises(ValueError, match=r"no layout fits gpus=1 gpu=small.*parallel\.tp=.*more gpus"):
-        search(job_of(run, gpus=1), tiny, check=lambda job: check(run, job))
+        search(job_of(run, 1), tiny, check=partial(check_layout, run))
 
 
 def test_a_batch_that_no_layout_divides():
     run = compose_run([*WORDS, "train.global_batch_size=1"])
     with pytest.raises(ValueError, match=r"gpus=3 .*global batch of 1 .*3 would do"):
-        search(job_of(run, gpus=3), SMALL, check=lambda job: check(run, job))
+        search(job_of(run, 3), SMALL, check=partial(check_layout, run))

@@ -7,13 +7,13 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_lite.commands.plan import job_of
 from megatron_lite.models.flops import parameter_count
 from megatron_lite.models.pattern import LayerSpec
 from megatron_lite.planner.job import Job
 from megatron_lite.planner.operators import Exchange, Kernel
 from megatron_lite.planner.work import seen_fraction, units_of
 from megatron_lite.training.config import compose_run
+from megatron_lite.training.planning import job_of
 
 BF16 = [
     "precision=bf16",
@@ -25,7 +25,7 @@ BF16 = [
 
 
 def job(*words: str, gpus: int = 1) -> Job:
-    return job_of(compose_run([*BF16, *words]), gpus=gpus)
+    return job_of(compose_run([*BF16, *words]), gpus)
 
 
 def flops(planned: Job) -> Counter[str]:
