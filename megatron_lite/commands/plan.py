@@ -15,6 +15,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from functools import partial
 from math import prod
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -30,8 +31,10 @@ from megatron_lite.parallel.layers import ShardInfo
 from megatron_lite.parallel.plans import check_divisible
 from megatron_lite.planner import plan as planner
 from megatron_lite.planner.job import Job
+from megatron_lite.planner.memory import OUTSIDE
 from megatron_lite.planner.search import search
 from megatron_lite.planner.shapes import local_shapes
+from megatron_lite.tracking.memory import write_memory_plot
 from megatron_lite.training.config import RunConfig
 from megatron_lite.training.planning import check_layout, job_of
 
@@ -42,7 +45,7 @@ class PlanConfig(RunConfig):
 
     seq_len: for the FLOPs per token and the cache of a model; null = model.max_seq_len. gpus, gpu: how many and which (a name of
     `hardware.GPUS`); without them only sizes are printed. price: of a GPU for an hour. search: look for the fastest layouts, of which
-    `show` are listed. json: print one JSON line, too.
+    `show` are listed. json: print one JSON line, too. plot: a PNG to draw the memory by part in.
     """
 
     seq_len: int | None = None
@@ -52,6 +55,7 @@ class PlanConfig(RunConfig):
     search: bool = False
     show: int = 8
     json: bool = False
+    plot: str | None = None
 
 
 def main() -> None:
@@ -99,6 +103,10 @@ def _cost(config: PlanConfig, job: Job, gpu: Gpu) -> int:
         print("the transfers of the CPU offload, and the update on the CPU, are not in the time")
     if config.objective.teacher_path is not None:
         print("the teacher's forward pass is not in the time, nor its weights in the memory")
+    if config.plot:
+        title = f"memory of a rank of {job.gpus:,} x {gpu.name}, in {result.memory.moment}"
+        parts = result.memory.parts | {"outside": OUTSIDE}
+        print(f"drawn: {write_memory_plot(Path(config.plot), parts, title=title, available=gpu.memory)}")
     if config.json:
         print(json.dumps(result.to_dict() | ({} if bill is None else {"run": asdict(bill)})))
     return 0

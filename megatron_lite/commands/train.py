@@ -21,6 +21,7 @@ from megatron_lite.tracking import write_loss_plot, write_report
 from megatron_lite.training.build import build_schedule, build_trainer, check_batch_sizes, prepare_data, run_info
 from megatron_lite.training.config import RunConfig, validate, validate_model
 from megatron_lite.training.hints import how_to_lengthen
+from megatron_lite.training.memory_check import MemoryCheck
 from megatron_lite.training.resume import choose_checkpoint, choose_model
 from megatron_lite.training.run_directory import keep_tokenizer, write_config
 from megatron_lite.training.trainer import Trainer
@@ -70,6 +71,8 @@ def train(run: RunConfig) -> int:
         watchdog.enter("prepare data", 0)
         prepare_data(run.data, vocab_size=run.model.vocab_size, report=print if runtime.is_main else None)
         watchdog.enter("build", 0)
+        memory_check = MemoryCheck(run, runtime, lost)
+        memory_check.warn()
         trainer = build_trainer(run, runtime, store=store, watchdog=watchdog, point=point, lost=lost)
         if trainer.is_finished:
             _close_finished(run, trainer, checkpoint)
@@ -84,6 +87,8 @@ def train(run: RunConfig) -> int:
         trainer.tracker.start(run_info(run, trainer))
         outcome = trainer.fit()
         if runtime.is_main:
+            if off := memory_check.conclude():
+                print(off)
             _report(run, trainer, outcome)
     return 0
 

@@ -122,7 +122,7 @@ def _sharding(job: Job) -> Sharding:
         job.degrees.dp_shard * job.degrees.cp,
         _width(job),
         tied=job.model.tie_embeddings,
-        accumulates=job.micro_batches > 1,
+        accumulates=_accumulates(job),
         offload=_offloads(job),
     )
 
@@ -135,7 +135,7 @@ def _zero(job: Job, device: str) -> Zero:
         _width(job),
         bucket=min(BUCKET, numbers + numbers % 2),
         overlaps=device != "cpu",
-        accumulates=job.micro_batches > 1,
+        accumulates=_accumulates(job),
         offload=_offloads(job),
     )
 
@@ -150,6 +150,11 @@ def _width(job: Job) -> int:
 
 def _stage(job: Job) -> int:
     return int(job.shard.removeprefix("zero "))
+
+
+def _accumulates(job: Job) -> bool:
+    """Whether a rank has several micro-batches, also where a batch that grows does not divide yet."""
+    return job.global_batch > job.degrees.data_parallel * job.micro_batch
 
 
 def _offloads(job: Job) -> bool:

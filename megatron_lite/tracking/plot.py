@@ -25,7 +25,7 @@ COLORS = ("#2a78d6", "#eb6834", "#1baf7a", "#eda100", "#e87ba4", "#008300", "#4a
 DASHES = ("-", "--", ":", "-.")
 INK, FAINT, GRID = "#333330", "#66665f", "#e6e6e1"
 
-_SVG: Any = {"svg.fonttype": "none", "svg.hashsalt": "megatron_lite", "path.simplify_threshold": 1.0}
+SVG: Any = {"svg.fonttype": "none", "svg.hashsalt": "megatron_lite", "path.simplify_threshold": 1.0}
 
 
 def write_loss_plot(run_dir: str | Path) -> Path | None:
@@ -36,7 +36,7 @@ def write_loss_plot(run_dir: str | Path) -> Path | None:
         return None
     beside = len(curves.sources()) > 6  # where the legend goes
     path = run_dir / "loss.png"
-    with whole_file(path) as temporary, _figure(10 if beside else 8.4, 6.4) as figure:
+    with whole_file(path) as temporary, figure_of(10 if beside else 8.4, 6.4) as figure:
         top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
         _draw_losses(top, curves)
         top.set_title(_label(run_dir.resolve().name), loc="left", fontsize=12, fontweight="bold", color=INK)
@@ -49,9 +49,9 @@ def write_loss_plot(run_dir: str | Path) -> Path | None:
 
 def loss_svg(curves: Curves) -> str:
     """An <svg> of training and validation losses. The names of the sources appear on hover only."""
-    with _figure(8.8, 4.2, _SVG) as figure:
+    with figure_of(8.8, 4.2, SVG) as figure:
         _draw_losses(figure.subplots(), curves)
-        svg = _svg(figure, "Training and validation loss by step")
+        svg = draw_svg(figure, "Training and validation loss by step")
     for i, source in enumerate(curves.sources()):
         svg = svg.replace(f'<g id="source_{i}">', f"<g><title>{escape(source)}</title>")
     return svg
@@ -59,13 +59,13 @@ def loss_svg(curves: Curves) -> str:
 
 def column_svg(curves: Curves, key: str, *, title: str, color: str, zero: bool) -> str:
     """An <svg> of the training column `key`. zero: the y axis starts at 0."""
-    with _figure(4.6, 2.2, _SVG) as figure:
+    with figure_of(4.6, 2.2, SVG) as figure:
         _draw_column(figure.subplots(), curves, key, color=color, zero=zero)
-        return _svg(figure, f"{title} by step")
+        return draw_svg(figure, f"{title} by step")
 
 
 @contextmanager
-def _figure(width: float, height: float, settings: Any = None) -> Iterator[Any]:
+def figure_of(width: float, height: float, settings: Any = None) -> Iterator[Any]:
     """A figure of this size in inches, with matplotlib's `settings` in force until it is saved."""
     import matplotlib
     from matplotlib.figure import Figure
@@ -75,7 +75,7 @@ def _figure(width: float, height: float, settings: Any = None) -> Iterator[Any]:
         yield Figure(figsize=(width, height), layout="constrained")
 
 
-def _svg(figure: Any, label: str) -> str:
+def draw_svg(figure: Any, label: str) -> str:
     """The figure as an <svg> for an HTML page, without the header, links and date of an SVG file."""
     text = io.StringIO()
     figure.savefig(text, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
@@ -94,7 +94,7 @@ def _draw_losses(axes: Any, curves: Curves) -> None:
         style = {"color": COLORS[i % 8], "linestyle": DASHES[i // 8 % 4], "linewidth": 1.6, "markersize": 3.5}
         points = curves.source(source)
         axes.plot(*points, label=_label(source), marker=_marker(points[0], 20), gid=f"source_{i}", **style)
-    _dress(axes)
+    dress(axes)
 
 
 def _draw_schedule(axes: Any, curves: Curves) -> None:
@@ -112,7 +112,7 @@ def _draw_column(axes: Any, curves: Curves, key: str, *, color: str, zero: bool)
     steps, values = curves.column(key)
     axes.plot(steps, values, color=color, linewidth=1.2, marker=_marker(values, 1))
     axes.ticklabel_format(axis="y", scilimits=(-2, 5))
-    _dress(axes)
+    dress(axes)
     if zero:
         axes.set_ylim(bottom=0)
     elif values and min(values) > 0 and max(values) > 50 * min(values):
@@ -129,7 +129,8 @@ def _legend(axes: Any, *, beside: bool) -> None:
     axes.figure.legend(handles, labels, loc="outside right upper", fontsize=8.5 if len(labels) < 24 else 7.5, **style)
 
 
-def _dress(axes: Any) -> None:
+def dress(axes: Any) -> None:
+    """Grid, spines and labels as all drawings here have them."""
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))

@@ -20,6 +20,7 @@ from megatron_lite.atomic import whole_file
 from megatron_lite.tracking.console import clock, human, number, perplexity
 from megatron_lite.tracking.curves import Curves, read_curves, smooth
 from megatron_lite.tracking.jsonl import METRICS_FILE, read_rows
+from megatron_lite.tracking.memory import MEMORY_FILE, memory_svg
 from megatron_lite.tracking.page import chart, key, page, table
 from megatron_lite.tracking.plot import COLORS, column_svg, loss_svg
 
@@ -39,6 +40,7 @@ def write_report(run_dir: str | Path) -> Path:
         _tiles(curves, status, newest),
         _losses(curves),
         _small_charts(curves),
+        _memory(_read_json(run_dir / MEMORY_FILE)),
         _blend(status.get("blend_seen"), newest),
         _precision_events(newest.get("precision_events")),
         _checkpoints(manifests),
@@ -125,6 +127,17 @@ def _small_charts(curves: Curves) -> str:
             svg = column_svg(curves, column, title=title, color=color, zero=zero)
             charts.append(f"<section><h2>{title}</h2>{chart(svg)}</section>")
     return f'<div class="pair">{"".join(charts)}</div>'
+
+
+def _memory(plan: dict[str, Any]) -> str:
+    """What was planned by part, beside the measured peak: `training/memory_check.py` writes it."""
+    parts, measured = plan.get("planned"), plan.get("measured")
+    if not isinstance(parts, dict) or not parts or not isinstance(measured, int | float):
+        return ""
+    rows = [[escape(str(part)), _bytes(size)] for part, size in parts.items()]
+    rows += [["planned, all", _bytes(sum(parts.values()))], ["measured", _bytes(measured)]]
+    listed = table((f"memory of a rank, {plan.get('moment', '')}", "size"), rows)
+    return f"<section><h2>Memory of a rank, planned</h2>{chart(memory_svg(parts, measured))}{listed}</section>"
 
 
 def _blend(seen: Any, manifest: dict[str, Any]) -> str:

@@ -1,0 +1,107 @@
+"""What the planner says about a job's memory: whether it fits when it starts, and how far off the plan was at the end.
+
+An observer: what goes wrong in it is reported, and never ends a training. On a CPU it says nothing at the start, for its memory is shared
+and can be swapped; at the end it compares with the growth of the process's resident set, where that is large enough to be the model's and
+not the libraries'. The planner is imported when it is used: it takes a second.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from megatron_lite.atomic import whole_file
+from megatron_lite.background import Lost
+from megatron_lite.hardware import GPUS
+from megatron_lite.runtime import Runtime
+from megatron_lite.tracking.memory import MEMORY_FILE
+from megatron_lite.training.config import RunConfig
+from megatron_lite.training.metrics import memory_gib
+
+if TYPE_CHECKING:
+    from megatron_lite.planner.memory import Memory
+
+# Growth of a process on a CPU from which on it is compared with the plan: less may be libraries.
+_LEAST_GIB = 0.5
+_LAYOUTS = 3
+
+
+class MemoryCheck:
+    """The plan of one job's memory, beside what it takes. `lost` collects failures."""
+
+    def __init__(self, run: RunConfig, runtime: Runtime, lost: Lost) -> None:
+        self.run, self.runtime, self.lost = run, runtime, lost
+        self.before = 0.0 if runtime.device.type == "cuda" else memory_gib(runtime.device)
+
+    def warn(self) -> None:
+        """Warn on the main process of a GPU whose memory the plan exceeds."""
+        if self.runtime.device.type != "cuda" or not self.runtime.is_main:
+            return
+        try:
+            properties = torch.cuda.get_device_properties(self.runtime.device)
+            text = too_large(self.run, self.runtime.world_size, properties.total_memory, name=properties.name)
+        except Exception as error:
+            self.lost(f"plan of the memory: {type(error).__name__}: {error}")
+            return
+        if text:
+            print(f"WARNING: {text}")
+
+    def conclude(self) -> str:
+        """How far the plan was off, in a line; empty where nothing can be said. Writes `memory.json` for the report."""
+        measured = memory_gib(self.runtime.device) - self.before
+        on_cpu = self.runtime.device.type != "cuda"
+        if on_cpu and measured < _LEAST_GIB:
+            return ""
+        try:
+            planned = _planned(self.run, self.runtime.world_size, "cpu" if on_cpu else "cuda")
+            directory = Path(self.run.run.dir)
+            content = {"planned": planned.parts, "moment": planned.moment, "measured": measured * 2**30}
+            with whole_file(directory / MEMORY_FILE) as temporary:
+                temporary.write_text(json.dumps(content) + "\n")
+        except Exception as error:
+            self.lost(f"plan of the memory: {type(error).__name__}: {error}")
+            return ""
+        gib = planned.total / 2**30
+        what = "more than before the model was built" if on_cpu else "in torch's allocator"
+        return f"memory of a rank: planned {gib:.2f} GiB, measured {measured:.2f} GiB {what} (plan {gib / measured - 1:+.0%})."
+
+
+def too_large(run: RunConfig, world_size: int, available: int, *, name: str) -> str:
+    """Why a rank of `run` does not fit into `available` bytes of a GPU of that name, and layouts that would; empty if it fits."""
+    from megatron_lite.planner.memory import OUTSIDE
+
+    planned = _planned(run, world_size, "cuda")
+    if planned.total + OUTSIDE <= available:
+        return ""
+    parts = ", ".join(f"{part} {size / 1e9:.1f}" for part, size in sorted(planned.parts.items(), key=lambda p: -p[1]))
+    return (
+        f"this layout is planned to take {planned.total / 1e9:.1f} GB of a rank ({parts}) and about {OUTSIDE / 1e9:.0f} outside of torch's "
+        f"allocator, but {name} has {available / 1e9:.1f} GB. {_that_would(run, world_size, name)}"
+    )
+
+
+def _planned(run: RunConfig, world_size: int, device: str) -> Memory:
+    from megatron_lite.planner.memory import memory
+    from megatron_lite.training.planning import job_of
+
+    return memory(job_of(run, world_size), device=device)
+
+
+def _that_would(run: RunConfig, world_size: int, name: str) -> str:
+    from megatron_lite.planner.plan import overrides_of
+    from megatron_lite.planner.search import search
+    from megatron_lite.training.planning import check_layout, job_of
+
+    gpu = next((gpu for gpu in GPUS if re.search(gpu.pattern, name)), None)
+    if gpu is None:
+        return "Shard more (engine.shard=full, parallel.tp), recompute more, or lower train.micro_batch_size."
+    try:
+        found = search(job_of(run, world_size), gpu, check=partial(check_layout, run), show=_LAYOUTS)
+    except ValueError as error:  # none does
+        return f"{error}."
+    return "These would fit: " + "; or ".join(overrides_of(one.job) for one in found.best)
