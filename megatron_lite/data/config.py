@@ -75,7 +75,8 @@ class DataConfig:
     mask_eod_loss: predicting the end of a document does not count. folder: for blends to build paths from
     (`${data.folder}/wiki`). tokenizer: folder of the tokenizer that
     the files were written with. eod_id: end-of-document id, where it is not the tokenizer's own. sample_corpus:
-    folder of the corpus that is assembled from installed packages at first use, None for any other data.
+    folder of the corpus that is assembled from installed packages at first use, None for any other data. random_corpus:
+    folder of random tokens, which are written at first use.
     """
 
     seq_len: int = 256
@@ -85,6 +86,7 @@ class DataConfig:
     tokenizer: str = ""
     eod_id: int | None = None
     sample_corpus: str | None = None
+    random_corpus: str | None = None
     groups: dict[str, GroupConfig] = field(default_factory=dict)
     phases: list[PhaseConfig] = field(default_factory=list)
     validation: ValidationConfig = field(default_factory=ValidationConfig)

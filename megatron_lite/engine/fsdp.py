@@ -5,8 +5,6 @@ Notable features:
 - `engine.shard=full` gathers a layer for forward and again for backward (ZeRO-3), embedding and head once for both; `optimizer`
   gathers all weights once a step and keeps them until its last backward (ZeRO-2); `none` keeps everything on every rank and only
   sums gradients: `build` gives it a mesh whose shard dimension is 1.
-- Embedding and head are groups of their own: the first layer waits for the embedding's gather only, and the head's gradient, the
-  first that is complete, is reduced beside the rest of backward. (When they are one tensor, it is gathered first and reduced last.)
 - Gradients are reduced on the last micro-batch only, as a sum: the loss was divided by the global token count before. Until then
   they are kept unsharded in fp32: with several micro-batches, 4 bytes for every parameter of a tensor-parallel shard.
 - Clipping, the finite check and the update stay on the device: no step waits for a host sync.
@@ -16,21 +14,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import (
-    CPUOffloadPolicy,
-    FSDPModule,
-    MixedPrecisionPolicy,
-    OffloadPolicy,
-    fully_shard,
-    register_fsdp_forward_method,
-)
-from torch.distributed.tensor import DTensor
 
 from megatron_lite.data.packing import Batch
 from megatron_lite.engine.base import BatchSums, StepResult, numerics_pieces
@@ -38,11 +26,12 @@ from megatron_lite.engine.replicas import Replicas
 from megatron_lite.objectives.base import Objective
 from megatron_lite.optim.optimizer import AdamW, OptimConfig
 from megatron_lite.optim.spikes import Judge, not_finite
-from megatron_lite.parallel.assemble import Distribute, Materialize, undivided
+from megatron_lite.parallel.assemble import Distribute, undivided
 from megatron_lite.parallel.global_view import State
 from megatron_lite.parallel.layers import ShardInfo
-from megatron_lite.parallel.mesh import CPU, Mesh, sum_over
-from megatron_lite.precision.dtypes import computing_in, fp32_modules
+from megatron_lite.parallel.mesh import Mesh, sum_over
+from megatron_lite.parallel.sharded import fsdp_module, local_shard
+from megatron_lite.precision.dtypes import computing_in
 from megatron_lite.precision.numerics import numerics_of
 
 SHARD_MODES = ("none", "optimizer", "full")
@@ -71,32 +60,11 @@ class FsdpConfig:
         """See `EngineConfig`: the layers and then the objective are sharded on the meta device, only shards get memory."""
         if mesh.device_mesh is None:
             return undivided
-        in_fp32 = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
-        mixed = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-        policy = in_fp32 if dtype is torch.float32 else mixed
-        offload = CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if self.cpu_offload else OffloadPolicy()
-        shard = partial(fully_shard, mesh=mesh.sharding, offload_policy=offload)
+        from megatron_lite.engine.fsdp_sharding import (
+            sharding,  # late: one process needs no FSDP2, which takes long to import
+        )
 
-        def distribute(objective: nn.Module, materialize: Materialize) -> None:
-            for module in fp32_modules(objective) if policy is mixed else []:  # a policy is a whole group's
-                shard(module, mp_policy=in_fp32, reshard_after_forward=self.shard == "full")
-            for layer in materialize.decoder.layers:
-                shard(layer, mp_policy=policy, reshard_after_forward=self.shard == "full")
-            decoder = materialize.decoder
-            for module in (decoder.embedding, decoder.head) if decoder.head is not None else ():
-                # stays gathered: backward begins where forward ends
-                shard(module, mp_policy=policy, reshard_after_forward=False)
-            if decoder.head is not None:
-                register_fsdp_forward_method(decoder.head, "with_weight")  # what a loss calls
-            shard(objective, mp_policy=policy, reshard_after_forward=False)
-            for module in objective.modules():
-                if isinstance(module, FSDPModule):
-                    module.set_gradient_divide_factor(1.0)
-                    module.set_force_sum_reduction_for_comms(True)  # a plain sum: gloo has no scaled one
-            place = replace(materialize, device=CPU) if self.cpu_offload else materialize
-            place(objective)
-
-        return distribute
+        return sharding(mesh, dtype, reshard=self.shard == "full", cpu_offload=self.cpu_offload)
 
     def build(
         self,
@@ -115,7 +83,7 @@ class FsdpConfig:
 
 def computing(dtype: torch.dtype, objective: nn.Module) -> AbstractContextManager[None]:
     """Inside, `objective` computes in `dtype`: FSDP2 does this itself; in a single process the parameters are cast here."""
-    return nullcontext() if isinstance(objective, FSDPModule) else computing_in(dtype, objective)
+    return nullcontext() if fsdp_module(objective) else computing_in(dtype, objective)
 
 
 class FsdpEngine:
@@ -140,13 +108,13 @@ class FsdpEngine:
         self.numerics = numerics_of(objective.decoder)
         self.replicas = Replicas(shards, mesh)
         self.parameters = dict(objective.decoder.named_parameters())
-        local = {name: _local(parameter) for name, parameter in self.parameters.items()}
+        local = {name: local_shard(parameter) for name, parameter in self.parameters.items()}
         self.optimizer = AdamW(local, optim, {name: info.kind for name, info in shards.items()})
         self.optimizer_device = next(iter(self.optimizer.parameters.values())).device  # the CPU with engine.cpu_offload
 
     def train_step(self, micro_batches: list[Batch], *, lr: float, judge: Judge = not_finite) -> StepResult:
         """See `Engine`."""
-        keeps_weights = self.keep_gathered or not isinstance(self.objective, FSDPModule)
+        keeps_weights = self.keep_gathered or not fsdp_module(self.objective)
         with self.numerics.step(keep_weights=keeps_weights):
             sums = self._backward(micro_batches, self.numerics.micro_batch)
         mean, parts = sums.means()
@@ -203,7 +171,7 @@ class FsdpEngine:
         self.optimizer.adam_step = state.counters["adam_step"]
 
     def _begin_micro_batch(self, *, last: bool) -> None:
-        if isinstance(self.objective, FSDPModule):
+        if fsdp_module(self.objective):
             self.objective.set_requires_gradient_sync(last)
             self.objective.set_is_last_backward(last)
             self.objective.set_reshard_after_backward(last or not self.keep_gathered)
@@ -213,7 +181,7 @@ class FsdpEngine:
         gradients = {}
         for name, parameter in self.parameters.items():
             local = self.optimizer.parameters[name]
-            gradients[name] = torch.zeros_like(local) if parameter.grad is None else _local(parameter.grad)
+            gradients[name] = torch.zeros_like(local) if parameter.grad is None else local_shard(parameter.grad)
             parameter.grad = None
         return gradients
 
@@ -236,8 +204,3 @@ def sum_of_squares(tensors: list[Tensor]) -> Tensor:
     if tensors[0].is_cpu:
         return torch.cat([torch.linalg.vector_norm(tensor, dim=-1).flatten() for tensor in tensors]).square().sum()
     return torch.stack(torch._foreach_norm(tensors)).square().sum()
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """The plain local tensor, sharing its memory."""
-    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()

@@ -19,7 +19,6 @@ from typing import Protocol, TypeVar
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from megatron_lite.models.config import ModelConfig
 from megatron_lite.models.decoder import Decoder
@@ -29,6 +28,7 @@ from megatron_lite.parallel.global_view import Layout, Piece
 from megatron_lite.parallel.layers import ShardInfo, shard_info
 from megatron_lite.parallel.mesh import Mesh
 from megatron_lite.parallel.parallelize import Recipe, parallelize
+from megatron_lite.parallel.sharded import is_sharded, local_shard
 from megatron_lite.tensor_files import TensorSource
 
 M = TypeVar("M", bound=nn.Module)
@@ -95,9 +95,10 @@ class Materialize:
                 self._fill(f"{path}.{name}", module.get_parameter(name), distribution)
 
     def _fill(self, name: str, parameter: nn.Parameter, initial: Distribution) -> None:
-        info, sharded = self.shards[name], isinstance(parameter, DTensor)
-        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter.detach()
-        piece = self.layout.piece(local, info.global_shape, tp_dim=info.tp_dim, dp_sharded=sharded)
+        info = self.shards[name]
+        piece = self.layout.piece(
+            local_shard(parameter), info.global_shape, tp_dim=info.tp_dim, dp_sharded=is_sharded(parameter)
+        )
         self.fill(name, piece, initial)
 
 

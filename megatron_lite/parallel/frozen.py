@@ -14,9 +14,9 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 
 from megatron_lite.models.decoder import Decoder
+from megatron_lite.parallel.sharded import fsdp_module
 from megatron_lite.precision.dtypes import fp32_modules
 
 
@@ -43,9 +43,9 @@ class FrozenDecoder(nn.Module):
         """
         # tied embeddings, like the final norm, are sharded with the module itself: see `FsdpConfig.distribute`
         holder = self if self.decoder.head is None else self.decoder.head
-        if isinstance(holder, FSDPModule):
+        if fsdp_module(holder):
             holder.unshard()
         yield self.decoder.head_weight
         for module in (self, self.decoder.embedding, self.decoder.head):
-            if isinstance(module, FSDPModule):
+            if fsdp_module(module):
                 module.reshard()

@@ -6,6 +6,8 @@
                recompute what is large and cheap; there it was softmax attention, which a fused kernel no longer stores)
     full       keep each layer's input only; recompute the layer
 
+What ranks that divide a sequence have told each other (`parallel.cp`) both modes keep: to compute it again would be to send it again.
+
 The same operations run again on the same inputs, so gradients are the same bits. A layer becomes a subclass
 in place (`reclass`), so that no parameter changes its name.
 """
@@ -18,10 +20,16 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import SAC_IGNORED_OPS, CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from megatron_lite.parallel.context_attention import CONTEXT_ATTENTION
+from megatron_lite.parallel.context_collectives import CONTEXT_GATHER
 from megatron_lite.parallel.reclass import reclass
 
+# What ranks that divide a sequence have told each other.
+_COMMUNICATION = frozenset({CONTEXT_ATTENTION, CONTEXT_GATHER})
+
+
 # Not bmm: where attention has no fused kernel its T x T scores are bmm outputs, the largest thing there is to keep.
-_KEPT = {
+_KEPT = _COMMUNICATION | {
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
     torch.ops.aten._scaled_mm.default,
@@ -38,13 +46,18 @@ SAC_IGNORED_OPS.update(
 )
 
 
-def recompute_layer(layer: nn.Module, mode: str) -> None:
-    """Make `layer` recompute in backward, in place. Raises ValueError for an unknown mode."""
+def recompute_layer(layer: nn.Module, mode: str, *, divided: bool = False) -> None:
+    """Make `layer` recompute in backward, in place. divided: its sequences are, over ranks. Raises ValueError for an unknown mode."""
     if mode == "none":
         return
-    if mode not in _MODES:
-        raise ValueError(f"parallel.recompute={mode} is unknown; choose one of none, {', '.join(_MODES)}")
-    reclass(layer, _MODES[mode])
+    if mode == "selective":
+        reclass(layer, SelectiveRecompute, kept=_KEPT)
+    elif mode == "full" and divided:
+        reclass(layer, SelectiveRecompute, kept=_COMMUNICATION)
+    elif mode == "full":
+        reclass(layer, FullRecompute)
+    else:
+        raise ValueError(f"parallel.recompute={mode} is unknown; choose one of none, selective, full")
 
 
 class FullRecompute(nn.Module):
@@ -56,7 +69,9 @@ class FullRecompute(nn.Module):
 
 
 class SelectiveRecompute(nn.Module):
-    """Keeps what `_KEPT` computed and runs the rest again in backward."""
+    """Keeps what the operators `kept` computed and runs the rest again in backward."""
+
+    kept: frozenset[Any]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return checkpoint(
@@ -64,17 +79,12 @@ class SelectiveRecompute(nn.Module):
             *args,
             use_reentrant=False,
             preserve_rng_state=False,
-            context_fn=_selective_contexts,
+            context_fn=self._contexts,
             **kwargs,
         )
 
+    def _contexts(self) -> Any:
+        return create_selective_checkpoint_contexts(self._policy)
 
-_MODES: dict[str, type[nn.Module]] = {"selective": SelectiveRecompute, "full": FullRecompute}
-
-
-def _selective_contexts() -> Any:
-    return create_selective_checkpoint_contexts(_policy)
-
-
-def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if operator in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+    def _policy(self, context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        return CheckpointPolicy.MUST_SAVE if operator in self.kept else CheckpointPolicy.PREFER_RECOMPUTE

@@ -13,7 +13,7 @@ Notable features:
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -31,11 +31,16 @@ _ROUNDING = 1 + 2.0**-20
 
 @dataclass
 class Mode:
-    """What all quantized layers of a decoder share. weights: the quantized weights by layer, while they may be kept."""
+    """What all quantized layers of a decoder share. weights: the quantized weights by layer, while they may be kept.
+
+    multiply: the product, which torch.compile leaves out, for it reads and writes what layers share. (Marked here and not where it
+    is defined: the mark imports torch's compiler, which takes half a second.)
+    """
 
     rung: str = FP8
     observe: Callable[[Observation], None] | None = None
     weights: dict[str, Pair] | None = None
+    multiply: Callable[..., Tensor] = field(default_factory=lambda: torch.compiler.disable(_product))
 
 
 class QuantizedLinear(nn.Module):
@@ -50,7 +55,7 @@ class QuantizedLinear(nn.Module):
         """(..., K) -> (..., N)."""
         if self.mode.rung == BF16:
             return super().product(x, bias)  # type: ignore[misc]
-        return _product(x, self.weight, bias, self)
+        return self.mode.multiply(x, self.weight, bias, self)
 
     def quantize(self, operand: str, x: Tensor) -> Pair:
         """Both forms of an operand, a matrix."""
@@ -69,7 +74,6 @@ class QuantizedLinear(nn.Module):
         return kept[self.path]
 
 
-@torch.compiler.disable  # it reads and writes what layers share; torch.compile takes the rest of the layer
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None, linear: QuantizedLinear) -> Tensor:
     return _Linear.apply(x, weight, bias, linear)
 

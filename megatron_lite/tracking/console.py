@@ -108,6 +108,8 @@ class ConsoleTracker:
             self._print(f"step {row['step']}: {row['skipped_steps']} skipped, {why}")
 
     def _validation(self, row: Row) -> None:
+        if not row["val_loss"]:
+            return
         before = dict(self._last)
         self._remember(row)
         table = _table(

@@ -25,6 +25,7 @@ from megatron_lite.config.compose import from_dict, to_dict
 from megatron_lite.data.blend import Blend, open_blend
 from megatron_lite.data.config import DataConfig
 from megatron_lite.data.loader import DataLoader, HeldOut, rank_samples
+from megatron_lite.data.random_corpus import prepare_random
 from megatron_lite.data.resume import resume_blend
 from megatron_lite.data.sample.corpus import prepare
 from megatron_lite.data.sidecar import TokenizerIdentity
@@ -98,9 +99,11 @@ def _token_bytes(tokenizer: PreTrainedTokenizerBase) -> npt.NDArray[np.int64] | 
 
 
 def prepare_data(config: DataConfig, *, vocab_size: int, report: Callable[[str], None] | None) -> None:
-    """Build the sample corpus if the config reads it and it is not there yet."""
+    """Build the sample or the random corpus if the config reads it and it is not there yet."""
     if config.sample_corpus:
         prepare(config.sample_corpus, vocab_size=vocab_size, report=report)
+    if config.random_corpus:
+        prepare_random(config.random_corpus, vocab_size=vocab_size, seq_len=config.seq_len, report=report)
 
 
 def check_vocabulary(model: ModelConfig, tokenizer: TokenizerIdentity) -> None:

@@ -1,0 +1,154 @@
+"""Which tokens of a divided sequence look at which, as far as it is known before any number is computed.
+
+The unit is a tile: consecutive tokens of one slice. What the queries of a tile see of the keys of another is nothing (then
+nothing is computed, and a slice of which no tile is seen is not sent), all of them, all up to themselves, or some, which takes
+a mask. A tile is a whole slice where one rule holds for all of it. With a window it has at most as many tokens as the window,
+so that a tile sees itself causally, the one before through a mask, and no other; with documents at most `DOCUMENT_TILE`, so
+that a short document does not cost a slice. No mask is larger than a tile by a tile.
+
+All follows from the tokens' places, so every rank knows what every other one needs. Where documents begin is data: it makes
+views narrower (`narrowed`) but never decides about communication.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from enum import Enum
+
+from torch import Tensor
+
+from megatron_lite.models.attention_mask import Visibility
+from megatron_lite.parallel.context_collectives import Route
+
+META = -1  # the number of the "slice" of meta tokens, which every rank holds
+DOCUMENT_TILE = 2048
+SHORTEST_TILE = 64  # shorter ones are not worth a kernel call
+
+
+class View(Enum):
+    """What the queries of a tile see of the keys of another."""
+
+    NOTHING = "nothing"
+    ALL = "all"
+    CAUSAL = "the same tokens, each up to itself"
+    SOME = "a mask says which"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Who sees whom. prefix: number of meta tokens, the first of the sequence. documents: whether there may be several."""
+
+    visibility: Visibility
+    prefix: int
+    documents: bool
+
+    def tile_length(self, slice_length: int) -> int:
+        """The most tokens of a tile."""
+        window, length = self.visibility.window, slice_length
+        if window is not None:
+            length = min(length, max(SHORTEST_TILE, window))
+        return min(length, DOCUMENT_TILE) if self.documents else length
+
+
+@dataclass(frozen=True)
+class Tile:
+    """`length` tokens from `start` on of the slice `number`; its first one is token `first` of the sequence, meta tokens included."""
+
+    number: int
+    start: int
+    length: int
+    first: int
+
+    @property
+    def last(self) -> int:
+        """The place of its last token in the sequence."""
+        return self.first + self.length - 1
+
+    def of(self, slices: dict[int, Tensor]) -> Tensor:
+        """The tile's part of tensors that have their tokens along dimension 2."""
+        return slices[self.number].narrow(2, self.start, self.length)
+
+
+def tiles(numbers: Sequence[int], slice_length: int, rule: Rule) -> Iterator[Tile]:
+    """The tiles of these slices."""
+    step = rule.tile_length(slice_length)
+    for number in numbers:
+        if number == META:
+            yield Tile(META, 0, rule.prefix, 0)
+            continue
+        first = rule.prefix + number * slice_length
+        for start in range(0, slice_length, step):
+            yield Tile(number, start, min(step, slice_length - start), first + start)
+
+
+def view(query: Tile, key: Tile, rule: Rule) -> View:
+    """What is known from places alone. Two tiles are the same tokens or have none in common.
+
+    Within a document positions are as far apart as places, and in meta tokens they are the places.
+    """
+    if key.first > query.last:
+        return View.NOTHING
+    known = not rule.documents or key.number == META  # whether keys' positions are their places
+    window, always = rule.visibility.window, rule.visibility.always_visible
+    some = not known
+    if window is not None and not (known and key.last < always):
+        if _out_of_reach(query, key, rule):
+            return View.NOTHING
+        some = some or query.last - key.first > window
+    if some:
+        return View.SOME
+    return View.CAUSAL if key.first == query.first else View.ALL
+
+
+def _out_of_reach(query: Tile, key: Tile, rule: Rule) -> bool:
+    window, always = rule.visibility.window, rule.visibility.always_visible
+    assert window is not None, "without a window everything is in reach"
+    if rule.documents and (key.number == META or always > rule.prefix):
+        return False  # positions count from where the query's document begins, which is anywhere
+    return query.first - key.last > window and key.first >= always
+
+
+def narrowed(found: View, query: Tile, key: Tile, *, rule: Rule, documents_BS: Tensor) -> View:
+    """`found`, or less where the documents (B, S) of the sequence's tokens, which rise, show that a mask is not needed.
+
+    Reads the numbers of documents, which on a GPU would make the host wait for it; so it is asked for those on a CPU.
+    """
+    if found is not View.SOME or key.number == META:
+        return found
+    if bool((documents_BS[:, key.last] < documents_BS[:, query.first]).all()):
+        return View.NOTHING
+    one_document = bool((documents_BS[:, key.first] == documents_BS[:, query.last]).all())
+    if one_document and rule.visibility.always_visible <= rule.prefix:
+        return view(query, key, replace(rule, documents=False))
+    return found
+
+
+@functools.cache
+def routes(rank: int, size: int, slice_length: int, rule: Rule) -> tuple[Route, ...]:
+    """The rounds in which rank `rank` of `size` gets the slices at which its queries look; in round i every rank sends to the one i
+    places after it. A round in which no rank needs anything is left out, on all ranks alike."""
+    rounds = []
+    for step in range(1, size):
+        needed = [
+            _needed(reader, (reader - step) % size, size=size, length=slice_length, rule=rule) for reader in range(size)
+        ]
+        if any(needed):
+            to = (rank + step) % size
+            rounds.append(Route(to, (rank - step) % size, sent=needed[to], received=needed[rank]))
+    return tuple(rounds)
+
+
+def _needed(reader: int, holder: int, *, size: int, length: int, rule: Rule) -> tuple[int, ...]:
+    """The holder's slices of which the reader's queries may see something."""
+    held, queries = ((rank, 2 * size - 1 - rank) for rank in (holder, reader))
+    return tuple(
+        number
+        for number in held
+        if any(
+            view(query, key, rule) is not View.NOTHING
+            for query in tiles(queries, length, rule)
+            for key in tiles([number], length, rule)
+        )
+    )

@@ -1,0 +1,66 @@
+"""Context parallelism: one sequence divided over ranks, in slices that give each of them the same work.
+
+A sequence of T tokens is cut into 2 cp slices, and rank r holds the slices r and 2 cp - 1 - r, one after the other. With causal
+attention a token's work grows with its position, and the two slices of every rank have the same sum (after Llama 3, arXiv 2407.21783,
+section 3.3.2).
+
+A batch is cut once, where it goes to the device (`shard_sequence`). From there on a rank's sequence is T / cp tokens long; what looks
+along the sequence (attention, convolution, state-space scan) asks the other ranks, everything else sees tokens. Which token is which is
+said by its position in its document, computed before the cut. Targets are cut, not shifted: the last token of a slice has its target
+in the next one.
+
+Shapes: B batch, T sequence (T / cp after the cut).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_lite.models.rope import restarting_positions
+
+
+@dataclass(frozen=True)
+class ContextParallel:
+    """A process's place among those that divide one sequence. group: None on the meta device, where nothing is communicated."""
+
+    rank: int
+    size: int
+    group: dist.ProcessGroup | None
+
+    @property
+    def slices(self) -> tuple[int, int]:
+        """Which of the 2 size slices of the sequence this rank holds, in their order."""
+        return self.rank, 2 * self.size - 1 - self.rank
+
+
+def cut(x: Tensor, cp: ContextParallel, dim: int = 1) -> Tensor:
+    """This rank's two slices of `x`, which has whole sequences along `dim`, one after the other.
+
+    Raises ValueError if the sequence does not divide.
+    """
+    length, parts = x.shape[dim], 2 * cp.size
+    if length % parts:
+        raise ValueError(
+            f"a sequence of {length} tokens does not divide into the {parts} slices of parallel.cp={cp.size}; it must be a multiple of "
+            f"{parts}"
+        )
+    slices = x.unflatten(dim, (parts, length // parts))
+    return torch.cat([slices.select(dim, index) for index in cp.slices], dim=dim)
+
+
+def shard_sequence(batch: dict[str, Tensor], cp: ContextParallel) -> dict[str, Tensor]:
+    """This rank's slices of every entry (B, T) of a batch, and of the tokens' `positions`, (B, T / cp) or (1, T / cp) int64.
+
+    positions: each token's place in its document, from 0. documents: numbered from 0 in each row.
+    Raises ValueError if the sequence does not divide.
+    """
+    tokens_BT, documents_BT = batch["tokens"], batch.get("documents")
+    if documents_BT is None:
+        positions_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)[None]
+        return {key: cut(value, cp) for key, value in (batch | {"positions": positions_BT}).items()}
+    numbered = {"documents": documents_BT - documents_BT[:, :1], "positions": restarting_positions(documents_BT)}
+    return {key: cut(value, cp) for key, value in (batch | numbered).items()}
