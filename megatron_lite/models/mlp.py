@@ -11,9 +11,12 @@ Shapes: B batch, T sequence, D hidden, F feed-forward width.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from megatron_lite.models.config import ModelConfig
 from megatron_lite.models.context import LayerContext
@@ -23,7 +26,23 @@ from megatron_lite.models.pattern import LayerSpec
 
 def squared_relu(x: Tensor) -> Tensor:
     """max(x, 0)^2."""
-    return F.relu(x).square()
+    return _SquaredReLU.apply(x)
+
+
+class _SquaredReLU(torch.autograd.Function):
+    """y = r^2 with r = max(x, 0), so dy/dx = 2 r: three passes over memory, where plain autograd makes nine."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        r = x.clamp_min(0.0)
+        ctx.save_for_backward(r)
+        return r * r
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_y: Tensor) -> Tensor:
+        (r,) = ctx.saved_tensors
+        return torch.addcmul(r.new_zeros(()), r, d_y, value=2.0)
 
 
 PLAIN_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"squared_relu": squared_relu}

@@ -128,11 +128,12 @@ class _ChunkedLossSum(torch.autograd.Function):
                 total += loss_C.masked_fill(~mask_C, 0.0).sum()
             if d_logits_CV is None:
                 continue
-            d_logits_CV = d_logits_CV.masked_fill_(~mask_C[:, None], 0.0).to(x_ND.dtype)
+            # Masked on the narrow sides of both products: a pass over a chunk's logits costs V/D times as much.
+            d_logits_CV = d_logits_CV.to(x_ND.dtype)
             if d_x_ND is not None:
-                torch.mm(d_logits_CV, weight_VD, out=d_x_ND[rows])
+                torch.mm(d_logits_CV, weight_VD, out=d_x_ND[rows]).masked_fill_(~mask_C[:, None], 0.0)
             if d_weight_VD is not None:
-                _accumulate(d_weight_VD, d_logits_CV.t(), x_CD)
+                _accumulate(d_weight_VD, d_logits_CV.t(), x_CD.masked_fill(~mask_C[:, None], 0.0))
         ctx.save_for_backward(d_x_ND, d_weight_VD)
         ctx.mark_non_differentiable(*sums[1:])
         return tuple(sums)
