@@ -135,8 +135,10 @@ def _inputs_before(of: Slice, halo_BKW: Tensor, restart_BKW: Tensor) -> Tensor:
 
 # ------------------------------------------------------------------ the scans
 
-Scan = Callable[[Sequence[Tensor], Tensor | None, Tensor | None, Tensor | None], tuple[Tensor, Tensor]]
-Effect = Callable[[Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
+Part = Sequence[Tensor]  # x, dt, B and C of some tokens
+Known = Tensor | None
+Scan = Callable[[Part, Known, Known, Known], tuple[Tensor, Tensor]]
+Effect = Callable[[Tensor, Tensor, Tensor, Known], tuple[Tensor, Tensor]]
 
 
 class ContextParallelScan(nn.Module):
@@ -160,7 +162,7 @@ class ContextParallelScan(nn.Module):
         assert state_BHPN is None, NO_STATE
         whole = super().scan  # type: ignore[misc]
 
-        def scan(part, state, documents, restart):
+        def scan(part: Part, state: Known, documents: Known, restart: Known) -> tuple[Tensor, Tensor]:
             x, dt, B, C = part
             return whole(x, dt, A_H, B, C, state_BHPN=state, documents_BT=documents, restart_BHPN=restart)
 
@@ -189,7 +191,7 @@ class ContextParallelSelectiveScan(nn.Module):
         assert state_BCN is None, NO_STATE
         whole = super().scan  # type: ignore[misc]
 
-        def scan(part, state, documents, restart):
+        def scan(part: Part, state: Known, documents: Known, restart: Known) -> tuple[Tensor, Tensor]:
             x, dt, B, C = part
             return whole(x, dt, A_CN, B, C, state_BCN=state, documents_BT=documents, restart_BCN=restart)
 
