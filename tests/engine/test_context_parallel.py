@@ -50,6 +50,7 @@ SLOW: dict[str, tuple[int, Case]] = {
         "cp x dp, nothing sharded": (4, Case({"cp": 2}, {"shard": "none"})),
         "cp x hsdp": (4, Case({"cp": 2, "dp_replicate": 2}, {"cpu_offload": True})),
     }.items()
+    if model == "hybrid" or name in ("cp x tp, sequence parallel", "cp x hsdp")
 }
 STEPS = 3
 
