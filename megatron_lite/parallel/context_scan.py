@@ -158,9 +158,9 @@ class ContextParallelScan(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """See `ssd`; the tokens are this rank's part of the sequence, and there is no state before them."""
         assert state_BHPN is None, NO_STATE
-        whole = super().scan
+        whole = super().scan  # type: ignore[misc]
 
-        def scan(part, state, documents, restart):  # type: ignore[no-untyped-def]
+        def scan(part, state, documents, restart):
             x, dt, B, C = part
             return whole(x, dt, A_H, B, C, state_BHPN=state, documents_BT=documents, restart_BHPN=restart)
 
@@ -187,9 +187,9 @@ class ContextParallelSelectiveScan(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """See `selective_scan`; the tokens are this rank's part of the sequence, and there is no state before them."""
         assert state_BCN is None, NO_STATE
-        whole = super().scan
+        whole = super().scan  # type: ignore[misc]
 
-        def scan(part, state, documents, restart):  # type: ignore[no-untyped-def]
+        def scan(part, state, documents, restart):
             x, dt, B, C = part
             return whole(x, dt, A_CN, B, C, state_BCN=state, documents_BT=documents, restart_BCN=restart)
 

@@ -22,9 +22,10 @@ from torch.utils.checkpoint import SAC_IGNORED_OPS, CheckpointPolicy, checkpoint
 
 from megatron_lite.parallel.context_attention import CONTEXT_ATTENTION
 from megatron_lite.parallel.reclass import reclass
+from megatron_lite.parallel.slice_collectives import SLICE_OPERATORS
 
 # What ranks that divide a sequence have told each other.
-_COMMUNICATION = frozenset({CONTEXT_ATTENTION})
+_COMMUNICATION = frozenset({CONTEXT_ATTENTION, *SLICE_OPERATORS})
 
 
 # Not bmm: where attention has no fused kernel its T x T scores are bmm outputs, the largest thing there is to keep.
