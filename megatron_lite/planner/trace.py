@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import get_gradient_edge
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -139,6 +138,8 @@ def traced_units(job: Job, *, device: str = "cuda") -> list[Unit]:
 
 @contextmanager
 def _devices(device: str) -> Iterator[torch.device]:
+    from torch._subclasses.fake_tensor import FakeTensorMode  # takes a second
+
     around: AbstractContextManager[Any] = FakeTensorMode() if device == "cpu" else nullcontext()
     place = torch.device("cpu") if device == "cpu" else META
     with around:

@@ -2,29 +2,30 @@
 
 An observer: what goes wrong in it is reported, and never ends a training. On a CPU it says nothing at the start, for its memory is shared
 and can be swapped; at the end it compares with the growth of the process's resident set, where that is large enough to be the model's and
-not the libraries'. The planner is imported when it is used: it takes a second.
+not the libraries'.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
 from megatron_lite.atomic import whole_file
 from megatron_lite.background import Lost
 from megatron_lite.hardware import GPUS
+from megatron_lite.planner.memory import OUTSIDE, Memory, memory
+from megatron_lite.planner.plan import overrides_of
+from megatron_lite.planner.search import search
 from megatron_lite.runtime import Runtime
 from megatron_lite.tracking.memory import MEMORY_FILE
 from megatron_lite.training.config import RunConfig
 from megatron_lite.training.metrics import memory_gib
-
-if TYPE_CHECKING:
-    from megatron_lite.planner.memory import Memory
+from megatron_lite.training.planning import check_layout, job_of
 
 # Growth of a process on a CPU from which on it is compared with the plan: less may be libraries.
 _LEAST_GIB = 0.5
@@ -73,34 +74,26 @@ class MemoryCheck:
 
 def too_large(run: RunConfig, world_size: int, available: int, *, name: str) -> str:
     """Why a rank of `run` does not fit into `available` bytes of a GPU of that name, and layouts that would; empty if it fits."""
-    from megatron_lite.planner.memory import OUTSIDE
-
     planned = _planned(run, world_size, "cuda")
     if planned.total + OUTSIDE <= available:
         return ""
     parts = ", ".join(f"{part} {size / 1e9:.1f}" for part, size in sorted(planned.parts.items(), key=lambda p: -p[1]))
     return (
         f"this layout is planned to take {planned.total / 1e9:.1f} GB of a rank ({parts}) and about {OUTSIDE / 1e9:.0f} outside of torch's "
-        f"allocator, but {name} has {available / 1e9:.1f} GB. {_that_would(run, world_size, name)}"
+        f"allocator, but {name} has {available / 1e9:.1f} GB. {_that_would(run, world_size, name, available)}"
     )
 
 
 def _planned(run: RunConfig, world_size: int, device: str) -> Memory:
-    from megatron_lite.planner.memory import memory
-    from megatron_lite.training.planning import job_of
-
     return memory(job_of(run, world_size), device=device)
 
 
-def _that_would(run: RunConfig, world_size: int, name: str) -> str:
-    from megatron_lite.planner.plan import overrides_of
-    from megatron_lite.planner.search import search
-    from megatron_lite.training.planning import check_layout, job_of
-
+def _that_would(run: RunConfig, world_size: int, name: str, available: int) -> str:
     gpu = next((gpu for gpu in GPUS if re.search(gpu.pattern, name)), None)
     if gpu is None:
         return "Shard more (engine.shard=full, parallel.tp), recompute more, or lower train.micro_batch_size."
     try:
+        gpu = replace(gpu, memory=available)  # a data sheet's is a little more
         found = search(job_of(run, world_size), gpu, check=partial(check_layout, run), show=_LAYOUTS)
     except ValueError as error:  # none does
         return f"{error}."
