@@ -23,8 +23,8 @@ Shapes: B batch, T sequence, Q tokens of a chunk, C channels, N state.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -92,10 +92,10 @@ class _Scan(torch.autograd.Function):
         state_BNC = state_BCN.mT.to(dt_BTC.dtype)
         step = _compiled(_states) if x_BTC.is_cuda else _states
         outputs, entering = [], []
-        for x, dt, B, C, begins in _chunks(chunk, x_BTC, dt_BTC, B_BTN, C_BTN, begins_BT):
+        for part in _chunks(chunk, x_BTC, dt_BTC, B_BTN, C_BTN, begins_BT):
             entering.append(state_BNC)
-            h_BQNC, _ = step(x.to(dt.dtype), dt, A_NC, B.to(dt.dtype), state_BNC, begins, restart_BNC)
-            outputs.append((C.to(dt.dtype)[:, :, None] @ h_BQNC)[:, :, 0])
+            h_BQNC = step(part, A_NC, state_BNC, restart_BNC)
+            outputs.append((part.C_BQN[:, :, None] @ h_BQNC)[:, :, 0])
             state_BNC = h_BQNC[:, -1].clone()  # a view would keep the states of the whole chunk
         ctx.chunk = chunk
         ctx.save_for_backward(x_BTC, dt_BTC, A_NC, B_BTN, C_BTN, begins_BT, restart_BNC, torch.stack(entering, dim=1))
@@ -109,12 +109,11 @@ class _Scan(torch.autograd.Function):
         d_restart_BNC = None if restart_BNC is None else torch.zeros_like(restart_BNC)
         step: Callable[..., Any] = _compiled(_gradients) if x_BTC.is_cuda else _gradients
         found: list[tuple[Tensor, ...]] = []
-        chunks = list(_chunks(ctx.chunk, x_BTC, dt_BTC, B_BTN, C_BTN, begins_BT, dy_BTC))
+        chunks = list(zip(_chunks(ctx.chunk, x_BTC, dt_BTC, B_BTN, C_BTN, begins_BT), dy_BTC.split(ctx.chunk, dim=1)))
         for number in reversed(range(len(chunks))):
-            x, dt, B, C, begins, dy = chunks[number]
-            wide = [tensor.to(dt.dtype) for tensor in (x, B, C, dy)]
+            part, dy = chunks[number]
             *of_tokens, dA, later_BNC, d_restart = step(
-                *wide, dt, A_NC, entering_BKNC[:, number], later_BNC, begins, restart_BNC
+                part, dy.to(dt_BTC.dtype), A_NC, entering_BKNC[:, number], later_BNC, restart_BNC
             )
             found.append(tuple(of_tokens))
             dA_NC += dA
@@ -126,74 +125,79 @@ class _Scan(torch.autograd.Function):
         return *narrow, later_BNC.mT, None, d_restart_BCN, None
 
 
-def _chunks(chunk: int, *tensors_BT: Tensor | None) -> Any:
-    """The chunks of all tensors along the sequence; None stays None."""
-    length = next(tensor.shape[1] for tensor in tensors_BT if tensor is not None)
-    for start in range(0, length, chunk):
-        yield tuple(None if tensor is None else tensor[:, start : start + chunk] for tensor in tensors_BT)
+class Chunk(NamedTuple):
+    """What comes into the recurrence at Q tokens, in one dtype. begins: which of them begin a document."""
+
+    x_BQC: Tensor
+    dt_BQC: Tensor
+    B_BQN: Tensor
+    C_BQN: Tensor
+    begins_BQ: Tensor | None
 
 
-def _states(
-    x_BQC: Tensor,
-    dt_BQC: Tensor,
-    A_NC: Tensor,
-    B_BQN: Tensor,
-    state_BNC: Tensor,
-    begins_BQ: Tensor | None,
-    restart_BNC: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """(the states h after each token of a chunk, how much of the state before it each token keeps), both (B, Q, N, C)."""
-    decay_BQNC = torch.exp(dt_BQC[:, :, None] * A_NC)
-    h_BQNC = (dt_BQC * x_BQC)[:, :, None] * B_BQN[..., None]
-    if begins_BQ is not None:
-        begins_BQ11 = begins_BQ[:, :, None, None]
+def _chunks(
+    chunk: int, x_BTC: Tensor, dt_BTC: Tensor, B_BTN: Tensor, C_BTN: Tensor, begins_BT: Tensor | None
+) -> Iterator[Chunk]:
+    for start in range(0, x_BTC.shape[1], chunk):
+        x, dt, B, C = (tensor[:, start : start + chunk] for tensor in (x_BTC, dt_BTC, B_BTN, C_BTN))
+        begins = None if begins_BT is None else begins_BT[:, start : start + chunk]
+        yield Chunk(x.to(dt.dtype), dt, B.to(dt.dtype), C.to(dt.dtype), begins)
+
+
+def _steps(part: Chunk, A_NC: Tensor, state_BNC: Tensor, restart_BNC: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(how much of the state before it each token keeps, what it adds), both (B, Q, N, C): the state that enters the chunk is a part of
+    what the first token adds, the restart state of what the first token of a document adds."""
+    decay_BQNC = torch.exp(part.dt_BQC[:, :, None] * A_NC)
+    added_BQNC = (part.dt_BQC * part.x_BQC)[:, :, None] * part.B_BQN[..., None]
+    if part.begins_BQ is not None:
+        begins_BQ11 = part.begins_BQ[:, :, None, None]
         if restart_BNC is not None:
-            h_BQNC = torch.where(begins_BQ11, torch.addcmul(h_BQNC, decay_BQNC, restart_BNC[:, None]), h_BQNC)
+            restarted_BQNC = torch.addcmul(added_BQNC, decay_BQNC, restart_BNC[:, None])
+            added_BQNC = torch.where(begins_BQ11, restarted_BQNC, added_BQNC)
         decay_BQNC = decay_BQNC.masked_fill(begins_BQ11, 0.0)
-    h_BQNC[:, 0].addcmul_(decay_BQNC[:, 0], state_BNC)
-    scan_(decay_BQNC.clone(), h_BQNC)
-    return h_BQNC, decay_BQNC
+    added_BQNC[:, 0].addcmul_(decay_BQNC[:, 0], state_BNC)
+    return decay_BQNC, added_BQNC
+
+
+def _states(part: Chunk, A_NC: Tensor, state_BNC: Tensor, restart_BNC: Tensor | None) -> Tensor:
+    """The states after each token of a chunk, (B, Q, N, C)."""
+    decay_BQNC, h_BQNC = _steps(part, A_NC, state_BNC, restart_BNC)
+    scan_(decay_BQNC, h_BQNC)
+    return h_BQNC
 
 
 def _gradients(
-    x_BQC: Tensor,
-    B_BQN: Tensor,
-    C_BQN: Tensor,
-    dy_BQC: Tensor,
-    dt_BQC: Tensor,
-    A_NC: Tensor,
-    state_BNC: Tensor,
-    later_BNC: Tensor,
-    begins_BQ: Tensor | None,
-    restart_BNC: Tensor | None,
+    part: Chunk, dy_BQC: Tensor, A_NC: Tensor, state_BNC: Tensor, later_BNC: Tensor, restart_BNC: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     """The gradients of one chunk's x, dt, B and C; of A (summed over the chunk), of the state that enters it, of the restart state.
 
     later: the gradient of its last state from the tokens after it.
     """
-    h_BQNC, decay_BQNC = _states(x_BQC, dt_BQC, A_NC, B_BQN, state_BNC, begins_BQ, restart_BNC)
-    dC_BQN = (h_BQNC @ dy_BQC[..., None])[..., 0]
-    # the gradient of h_t: g_t = C_t dy_t + decay_{t+1} g_{t+1}, scanned from the end
-    g_BQNC = (C_BQN[..., None] * dy_BQC[:, :, None]).flip(1)
-    g_BQNC[:, 0] += later_BNC
-    scan_(torch.cat([torch.zeros_like(decay_BQNC[:, :1]), decay_BQNC[:, 1:].flip(1)], dim=1), g_BQNC)
-    g_BQNC = g_BQNC.flip(1)
+    x_BQC, dt_BQC, B_BQN, C_BQN, begins_BQ = part
+    decay_BQNC, h_BQNC = _steps(part, A_NC, state_BNC, restart_BNC)
+    scan_(decay_BQNC.clone(), h_BQNC)
+    dC_BQN = (dy_BQC[:, :, None] @ h_BQNC.mT)[:, :, 0]
+    # the gradient of h_t: g_t = C_t dy_t + decay_{t+1} g_{t+1}
+    g_BQNC = C_BQN[..., None] * dy_BQC[:, :, None]
+    g_BQNC[:, -1] += later_BNC
+    scan_from_end_(torch.cat([decay_BQNC[:, 1:], torch.zeros_like(decay_BQNC[:, :1])], dim=1), g_BQNC)
     # what a token adds to the state
     du_BQC = (B_BQN[:, :, None] @ g_BQNC)[:, :, 0]
-    dB_BQN = (g_BQNC @ (dt_BQC * x_BQC)[..., None])[..., 0]
-    # its decay
-    before_BQNC = torch.cat([state_BNC[:, None], h_BQNC[:, :-1]], dim=1)
-    into_before_BQNC = decay_BQNC * g_BQNC
-    d_exponent_BQNC = into_before_BQNC * before_BQNC
+    dB_BQN = ((dt_BQC * x_BQC)[:, :, None] @ g_BQNC.mT)[:, :, 0]
+    # its decay, which multiplies the state before it
+    d_exponent_BQNC = decay_BQNC * g_BQNC
+    d_state_BNC = d_exponent_BQNC[:, 0].clone()
+    d_exponent_BQNC[:, 0].mul_(state_BNC)
+    d_exponent_BQNC[:, 1:].mul_(h_BQNC[:, :-1])
     d_restart_BNC = None
     if begins_BQ is not None and restart_BNC is not None:
-        begins_BQ11 = begins_BQ[:, :, None, None]
-        into_restart_BQNC = (torch.exp(dt_BQC[:, :, None] * A_NC) * g_BQNC).masked_fill(~begins_BQ11, 0.0)
+        kept_BQNC = torch.exp(dt_BQC[:, :, None] * A_NC) * g_BQNC
+        into_restart_BQNC = kept_BQNC.masked_fill(~begins_BQ[:, :, None, None], 0.0)
         d_restart_BNC = into_restart_BQNC.sum(1)
-        d_exponent_BQNC = d_exponent_BQNC + into_restart_BQNC * restart_BNC[:, None]
+        d_exponent_BQNC += into_restart_BQNC * restart_BNC[:, None]
     d_dt_BQC = (d_exponent_BQNC * A_NC).sum(2) + du_BQC * x_BQC
-    dA_NC = torch.einsum("bqnc,bqc->nc", d_exponent_BQNC, dt_BQC)
-    return du_BQC * dt_BQC, d_dt_BQC, dB_BQN, dC_BQN, dA_NC, into_before_BQNC[:, 0].clone(), d_restart_BNC
+    dA_NC = (d_exponent_BQNC * dt_BQC[:, :, None]).sum((0, 1))  # einsum would copy into another order first
+    return du_BQC * dt_BQC, d_dt_BQC, dB_BQN, dC_BQN, dA_NC, d_state_BNC, d_restart_BNC
 
 
 def scan_(decay: Tensor, h: Tensor) -> None:
@@ -211,6 +215,20 @@ def scan_(decay: Tensor, h: Tensor) -> None:
     scan_(odd_decay, odd_h)
     even_h = h[:, 2::2]
     even_h.addcmul_(decay[:, 2::2], odd_h[:, : even_h.shape[1]])
+
+
+def scan_from_end_(decay: Tensor, h: Tensor) -> None:
+    """`scan_` from the last to the first, h_t <- decay_t h_{t+1} + h_t: the same steps, counted from the end."""
+    length = h.shape[1]
+    if length < 2:
+        return
+    first = length % 2  # of the odd ones, counted from the end
+    odd_decay, odd_h = decay[:, first:-1:2], h[:, first:-1:2]
+    odd_h.addcmul_(odd_decay, h[:, first + 1 :: 2])
+    odd_decay.mul_(decay[:, first + 1 :: 2])
+    scan_from_end_(odd_decay, odd_h)
+    even_h = h[:, 1 - first : -2 : 2]
+    even_h.addcmul_(decay[:, 1 - first : -2 : 2], odd_h[:, odd_h.shape[1] - even_h.shape[1] :])
 
 
 @functools.cache

@@ -151,9 +151,10 @@ def test_the_work_on_a_chunk_is_one_graph():
     torch._dynamo.reset()
     x, dt, A, B, C, state = inputs_of(16, 2.0, 0)
     A, state, begins = A.T.contiguous(), state.mT.contiguous(), torch.arange(16).expand(2, -1) == 5
+    part = scans.Chunk(x, dt, B, C, begins)
     for function, arguments in (
-        (scans._states, (x, dt, A, B, state, begins, state)),
-        (scans._gradients, (x, B, C, x, dt, A, state, state, begins, state)),
+        (scans._states, (part, A, state, state)),
+        (scans._gradients, (part, x, A, state, state, state)),
     ):
         compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
         for got, wanted in zip(compiled(*arguments), function(*arguments)):
