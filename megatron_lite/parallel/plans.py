@@ -45,6 +45,11 @@ from megatron_lite.models.meta_tokens import PrefixedEmbedding
 from megatron_lite.models.mlp import MLP, GatedMLP
 from megatron_lite.models.pattern import LayerSpec
 from megatron_lite.parallel.context_attention import ContextParallelAttention
+from megatron_lite.parallel.context_scan import (
+    ContextParallelConv,
+    ContextParallelScan,
+    ContextParallelSelectiveScan,
+)
 from megatron_lite.parallel.layers import (
     ColumnParallelLinear,
     CopyIn,
@@ -156,7 +161,8 @@ MIXERS: dict[type[nn.Module], MixerPlan] = {
         {"in_proj": (column_in_order,), "out_proj": (row_in_order,)}
         | dict.fromkeys(("conv.weight", "conv.bias", "ssm.A_log", "ssm.dt_bias", "ssm.D", "norm.weight"), (shard(0),)),
         _ssm_groups,
-        taps=_conv_taps,
+        {"conv": ContextParallelConv, "ssm": ContextParallelScan},
+        _conv_taps,
     ),
     Hymba: MixerPlan(
         {
@@ -172,7 +178,8 @@ MIXERS: dict[type[nn.Module], MixerPlan] = {
         }
         | dict.fromkeys(("conv.weight", "conv.bias", "ssm.A_log", "ssm.dt_bias", "ssm.D"), (shard(0),)),
         _kv_heads,  # a group of channels goes with each
-        taps=_conv_taps,
+        {"attention": ContextParallelAttention, "conv": ContextParallelConv, "ssm": ContextParallelSelectiveScan},
+        _conv_taps,
     ),
 }
 EMBEDDINGS: dict[type[nn.Module], Entry] = {

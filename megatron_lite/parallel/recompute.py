@@ -22,9 +22,10 @@ from torch.utils.checkpoint import SAC_IGNORED_OPS, CheckpointPolicy, checkpoint
 
 from megatron_lite.parallel.context_attention import CONTEXT_ATTENTION
 from megatron_lite.parallel.reclass import reclass
+from megatron_lite.parallel.slice_collectives import SLICE_OPERATORS
 
 # What ranks that divide a sequence have told each other.
-_COMMUNICATION = frozenset({CONTEXT_ATTENTION})
+_COMMUNICATION = frozenset({CONTEXT_ATTENTION, *SLICE_OPERATORS})
 
 
 # Not bmm: where attention has no fused kernel its T x T scores are bmm outputs, the largest thing there is to keep.
@@ -49,14 +50,12 @@ def recompute_layer(layer: nn.Module, mode: str, *, divided: bool = False) -> No
     """Make `layer` recompute in backward, in place. divided: its sequences are, over ranks. Raises ValueError for an unknown mode."""
     if mode == "none":
         return
-    if mode == "selective":
-        reclass(layer, SelectiveRecompute, kept=_KEPT)
-    elif mode == "full" and divided:
-        reclass(layer, SelectiveRecompute, kept=_COMMUNICATION)
-    elif mode == "full":
-        reclass(layer, FullRecompute)
-    else:
+    if mode not in ("selective", "full"):
         raise ValueError(f"parallel.recompute={mode} is unknown; choose one of none, selective, full")
+    if mode == "full":
+        reclass(layer, FullRecomputeOfDivided if divided else FullRecompute)
+    else:
+        reclass(layer, SelectiveRecompute)
 
 
 class FullRecompute(nn.Module):
@@ -67,10 +66,8 @@ class FullRecompute(nn.Module):
         return checkpoint(super().forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
 
-class SelectiveRecompute(nn.Module):
-    """Keeps what the operators `kept` computed and runs the rest again in backward."""
-
-    kept: frozenset[Any]
+class FullRecomputeOfDivided(nn.Module):
+    """Keeps the input and what ranks told each other, and runs the rest again in backward."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return checkpoint(
@@ -78,12 +75,37 @@ class SelectiveRecompute(nn.Module):
             *args,
             use_reentrant=False,
             preserve_rng_state=False,
-            context_fn=self._contexts,
+            context_fn=_contexts_of_divided,
             **kwargs,
         )
 
-    def _contexts(self) -> Any:
-        return create_selective_checkpoint_contexts(self._policy)
 
-    def _policy(self, context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-        return CheckpointPolicy.MUST_SAVE if operator in self.kept else CheckpointPolicy.PREFER_RECOMPUTE
+class SelectiveRecompute(nn.Module):
+    """Keeps what `_KEPT` computed and runs the rest again in backward."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return checkpoint(
+            super().forward,
+            *args,
+            use_reentrant=False,
+            preserve_rng_state=False,
+            context_fn=_selective_contexts,
+            **kwargs,
+        )
+
+
+# Functions of the module, not methods: torch.compile traces no others here.
+def _contexts_of_divided() -> Any:
+    return create_selective_checkpoint_contexts(_keep_communication)
+
+
+def _selective_contexts() -> Any:
+    return create_selective_checkpoint_contexts(_keep_products)
+
+
+def _keep_communication(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if operator in _COMMUNICATION else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _keep_products(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if operator in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE

@@ -44,6 +44,7 @@ TWO: dict[str, Case] = {
     "dp, nothing sharded": Case(engine={"shard": "none"}),
     "tp, sequence parallel, recompute": Case({**SEQUENCE, "recompute": "full"}, micro_batch=4),
     "zero 3": Case(engine=zero(3), micro_batch=1),
+    "cp": Case({"cp": 2}, micro_batch=4),
 }
 TWO_MORE: dict[str, Case] = {
     "dp, optimizer, cpu offload": Case(engine={"shard": "optimizer", "cpu_offload": True}),
@@ -52,6 +53,7 @@ TWO_MORE: dict[str, Case] = {
 FOUR: dict[str, Case] = {
     "hsdp": Case({"dp_replicate": 2}),
     "dp x tp": Case(SEQUENCE, {"shard": "optimizer"}, micro_batch=1),
+    "cp x tp": Case({"cp": 2, **SEQUENCE}, micro_batch=4),
     "zero 2 x tp": Case({"tp": 2}, zero(2)),
     "zero 3 x tp, sequence parallel": Case(SEQUENCE, zero(3)),
 }

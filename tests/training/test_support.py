@@ -57,13 +57,23 @@ FREE = (
     "engine",
     "tp",
     "sequence_parallel",
+    "cp",
     "replicas",
     "precision",
     "recompute",
     "compile",
     "offload",
 )
-LOADED = ["family", "engine", "tp", "sequence_parallel", "replicas", "precision", "offload"]  # what evaluate reads
+LOADED = [
+    "family",
+    "engine",
+    "tp",
+    "sequence_parallel",
+    "cp",
+    "replicas",
+    "precision",
+    "offload",
+]  # what evaluate reads
 Choices = dict[str, str]
 
 
@@ -73,15 +83,15 @@ def drawn(draw: random.Random) -> Choices:
         choices = {name: draw.choice(list(support.FEATURES[name].choices)) for name in FREE}
         choices["command"] = draw.choice(["train", "train", "train", "evaluate"])
         world_size = draw.choice([1, 2, 2, 2, 4])
-        tp, replicas = (2 if choices[name] == "several" else 1 for name in ("tp", "replicas"))
-        if world_size % (tp * replicas) or (world_size == 4 and tp * replicas == 1):
+        tp, cp, replicas = (2 if choices[name] == "several" else 1 for name in ("tp", "cp", "replicas"))
+        if world_size % (tp * cp * replicas) or (world_size == 4 and tp * cp * replicas == 1):
             continue
         if choices["compile"] == "on" and (
             world_size == 4 or draw.random() < 0.7
         ):  # seconds a rank; no pair needs four of them
             continue
         choices["processes"] = "1" if world_size == 1 else "several"
-        choices["dp"] = "1" if world_size == tp else "several"
+        choices["dp"] = "1" if world_size == tp * cp else "several"
         if choices["command"] == "evaluate":
             choices = {name: choices[name] for name in (*LOADED, "command", "processes", "dp")}
         if support.pair_works(choices):
@@ -110,7 +120,17 @@ def covering() -> list[Choices]:
 def overrides(choices: Choices, teacher: Path) -> list[str]:
     """The command line of a combination."""
     words = [] if choices["command"] == "evaluate" else list(FAMILIES[choices["family"]])
-    for name in ("objective", "engine", "tp", "sequence_parallel", "replicas", "precision", "recompute", "compile"):
+    for name in (
+        "objective",
+        "engine",
+        "tp",
+        "sequence_parallel",
+        "cp",
+        "replicas",
+        "precision",
+        "recompute",
+        "compile",
+    ):
         if name in choices:
             words += support.FEATURES[name].choices[choices[name]].replace("PATH", str(teacher)).split()
     if "fp8" in choices["precision"]:
@@ -186,6 +206,8 @@ def test_the_set_is_small_and_complete() -> None:
         ("evaluate", 2, ["engine=deepspeed"], "engine=deepspeed"),
         ("generate", 2, ["parallel.sequence_parallel=true", "parallel.tp=2"], r"parallel\.sequence_parallel=true"),
         ("generate", 2, [], "2 data-parallel processes"),
+        ("generate", 2, ["parallel.cp=2"], r"parallel\.cp=2.*parallel\.cp=1"),
+        ("train", 2, ["parallel.cp=2", "engine=deepspeed"], r"engine=deepspeed with parallel\.cp=2.*engine=fsdp"),
     ],
 )
 def test_what_the_table_does_not_support_is_refused(
