@@ -2,8 +2,9 @@
 
 A line is four tokens: the end of a line, two words (the key), one word (the value). In a training document the same lines stand
 again and again, with corpus text between them, so that from the second time on their values can be known. How often is what makes
-it learnable: with many lines of few keys a model first guesses among the few values, and then finds the right one. A question is a
-document in which the asked line stands once at a given depth, among lines with other keys, and ends with the key.
+it learnable: with many lines of few keys a model first guesses among the few values, and then finds the right one. In every second
+document all keys stand twice, the second time in another order and far from the first. A question is a document
+in which the asked line stands once at a given depth, among lines with other keys, and ends with the key.
 
 The keys of questions are pairs of words that no training document has; each of the two words alone is in other keys.
 """
@@ -56,9 +57,14 @@ class Material:
     def document(self, draw: np.random.Generator, length: int, *, lines: int) -> Tokens:
         """(length,) tokens: 2 to `lines` lines with up to half as many keys, each with one value, and the end-of-document token."""
         trained, count = self.keys[0], _log_uniform(draw, 2, lines)
-        some = _log_uniform(draw, 1, count // 2)
+        some = _log_uniform(draw, 1, min(count // 2, len(trained)))
+        if draw.integers(2):
+            order = draw.integers(0, some, count)
+        else:  # all keys and all of them again: the way back is long
+            some = min(count // 2, len(trained))
+            order = np.concatenate([draw.permutation(some), draw.permutation(some)])
         keys, values = trained[draw.choice(len(trained), some, replace=False)], draw.choice(self.words[2], some)
-        written = [self.line(keys[i], values[i]) for i in draw.integers(0, some, count)]
+        written = [self.line(keys[i], values[i]) for i in order]
         return np.array([*self._spread(draw, written, length - 1), self.eod])
 
     def question(
