@@ -201,22 +201,21 @@ class _Rotary(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_BTGNK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return _rotated(x_BTGNK, cos, sin, turn=1)
+        return _rotated(x_BTGNK, cos, sin)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_y_BTGNK: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
-        return _rotated(d_y_BTGNK, cos, sin, turn=-1), None, None
+        return _rotated(d_y_BTGNK, cos, -sin), None, None
 
 
-def _rotated(x_BTGNK: Tensor, cos: Tensor, sin: Tensor, *, turn: int) -> Tensor:
-    """turn: 1 forward, -1 back."""
+def _rotated(x_BTGNK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     half = cos.shape[-1]
     a, b = x_BTGNK[..., :half], x_BTGNK[..., half : 2 * half]
     y_BTGNK = x_BTGNK.to(cos.dtype, copy=True, memory_format=torch.contiguous_format)
-    y_BTGNK[..., :half].mul_(cos).addcmul_(b, sin, value=-turn)
-    y_BTGNK[..., half : 2 * half].mul_(cos).addcmul_(a, sin, value=turn)
+    y_BTGNK[..., :half].mul_(cos).sub_(b * sin)
+    y_BTGNK[..., half : 2 * half].mul_(cos).add_(a * sin)
     return y_BTGNK.to(x_BTGNK.dtype)
 
 

@@ -38,6 +38,13 @@ def test_rotation_is_multiplication_by_a_unit_complex_number(head_dim, rotary_di
     assert torch.equal(y[..., rotary_dim:], x[..., rotary_dim:])
 
 
+def test_gradient_is_that_of_finite_differences():
+    x = torch.randn(2, 3, 1, 2, 6, dtype=torch.float64, requires_grad=True)
+    angles = torch.randn(1, 3, 1, 1, 2, dtype=torch.float64)
+    # scaled, as yarn's tables are: then the transpose of the rotation is not its inverse
+    assert torch.autograd.gradcheck(lambda x: apply_rotary(x, 1.2 * angles.cos(), 1.2 * angles.sin()), x)
+
+
 def test_bf16_heads_rotate_with_float32_angles():
     cos, sin = rotary(4).tables(torch.tensor([[4095]]))
     assert cos.dtype == sin.dtype == torch.float32
