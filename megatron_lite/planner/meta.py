@@ -18,9 +18,11 @@ from megatron_lite.models.attention_kernel import attention_kernel
 from megatron_lite.models.cache import KeyValue
 from megatron_lite.models.context import LayerContext
 from megatron_lite.models.decoder import Decoder
+from megatron_lite.parallel.context_attention import ContextParallelAttention
 from megatron_lite.parallel.mesh import Mesh
 from megatron_lite.parallel.parallelize import Recipe, parallelize
 from megatron_lite.parallel.reclass import reclass
+from megatron_lite.parallel.sequence_slices import ContextParallel
 from megatron_lite.planner.job import Job
 from megatron_lite.precision.dtypes import PrecisionConfig, fp32_modules
 
@@ -48,6 +50,12 @@ class MetaMesh(Mesh):
     """The mesh of `degrees` as its first rank sees it, on the meta device."""
 
     device: torch.device = META
+
+    @property
+    def context_parallel(self) -> ContextParallel | None:
+        """See `Mesh`."""
+        cp = self.degrees.cp
+        return None if cp == 1 else ContextParallel(0, cp, self.group("cp"))
 
     def group(self, axis: str) -> dist.ProcessGroup:
         """See `Mesh`; its collectives compute shapes only."""
@@ -88,9 +96,9 @@ def meta_decoder(job: Job) -> Decoder:
 
 
 def use_gpu_attention(decoder: Decoder, *, masked: bool) -> None:
-    """Give every attention core the kernel that a GPU would run."""
+    """Give every attention core the kernel that a GPU would run; one that divides a sequence is an operator by itself."""
     for module in decoder.modules():
-        if isinstance(module, AttentionCore):
+        if isinstance(module, AttentionCore) and not isinstance(module, ContextParallelAttention):
             reclass(module, GpuAttention, masked=masked)
 
 

@@ -13,7 +13,7 @@ operators are those that training would dispatch, and there is no second list of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -24,6 +24,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from megatron_lite.parallel.context_attention import CONTEXT_ATTENTION
+
 _aten = torch.ops.aten
 _PRODUCTS = {_aten.mm: (0, 1), _aten.addmm: (1, 2), _aten.addmm_: (1, 2), _aten.bmm: (0, 1), _aten.baddbmm: (1, 2)}
 _FORWARD = {_aten._scaled_dot_product_flash_attention, _aten._scaled_dot_product_efficient_attention}
@@ -31,6 +33,7 @@ _BACKWARD = {
     _aten._scaled_dot_product_flash_attention_backward,
     _aten._scaled_dot_product_efficient_attention_backward,
 }
+_CONTEXT = (CONTEXT_ATTENTION.overloadpacket, torch.ops.mlite.context_attention_backward)
 _LOOK_UPS = {_aten.embedding, _aten.index_select, _aten.gather, _aten.index}
 _FREE = {_aten.empty, _aten.empty_like, _aten.new_empty, _aten.empty_strided, _aten.detach, _aten.lift_fresh}
 _FREE |= {torch.ops._c10d_functional.wait_tensor}
@@ -47,9 +50,15 @@ class Kernel:
     bytes: float
 
 
+ROUNDS = "rounds"
+
+
 @dataclass(frozen=True)
 class Exchange:
-    """One collective within a layer. axis: of the mesh. size: bytes of the whole tensor, which every rank has before or after."""
+    """One collective within a layer. axis: of the mesh. size: bytes of the whole tensor, which every rank has before or after.
+
+    operation: torch's name of it, or ROUNDS, in which ranks send to each other beside the attention that is recorded before it.
+    """
 
     operation: str
     axis: str
@@ -63,12 +72,12 @@ Step = Kernel | Exchange
 class Recorder(TorchDispatchMode):
     """Inside, what runs is appended to `steps`.
 
-    axes: the names of groups whose collectives count. seen: the part of all pairs of query and key that attention looks at. fuse:
+    axes: the size of groups whose collectives count, by name. seen: the part of all pairs of query and key that attention looks at. fuse:
     whether memory-bound kernels between two products are one. fp8_weights: the products with them are FP8. fp8_bytes: what casting
     an operand costs, for each of its numbers.
     """
 
-    axes: Sequence[str] = ()
+    axes: Mapping[str, int] = field(default_factory=dict)
     seen: float = 1.0
     fuse: bool = False
     fp8_weights: Sequence[Tensor] = ()
@@ -102,7 +111,9 @@ class Recorder(TorchDispatchMode):
         if packet in _FREE or not outputs:
             return
         axis = next((leaf for leaf in tree_leaves(args) if isinstance(leaf, str) and leaf in self.axes), None)
-        if axis is not None:
+        if packet in _CONTEXT:
+            self._divided_attention(inputs, outputs, packet is _CONTEXT[1])
+        elif axis is not None:
             self._flush()
             self.steps.append(Exchange(packet.__name__, axis, max(_bytes(x) for x in (*inputs, *outputs))))
         elif packet in _PRODUCTS:
@@ -135,6 +146,21 @@ class Recorder(TorchDispatchMode):
         widths = 3 * query.shape[3] + 2 * value.shape[3] if backward else query.shape[3] + value.shape[3]
         moved = sum(map(_bytes, inputs + outputs))
         self.steps.append(Kernel("attention", _DTYPES.get(query.dtype, "bf16"), scores * widths, moved))
+
+    def _divided_attention(self, inputs: list[Tensor], outputs: list[Tensor], backward: bool) -> None:
+        """Attention over a divided sequence: a rank computes its share of all pairs, and gets three quarters of the keys and values of
+        the others (`context_attention`), fewer with a window, which is not counted; backward gets them again, and gradients go back in
+        fp32."""
+        self._flush()
+        query, kv = inputs[1:3] if backward else inputs[:2]
+        ranks, heads = self.axes["cp"], query.shape[3]
+        widths = 3 * heads + 2 * (kv.shape[3] - heads) if backward else kv.shape[3]
+        flops = 2.0 * prod(query.shape[:3]) * kv.shape[2] * ranks * self.seen * widths
+        moved = sum(map(_bytes, inputs + outputs))
+        self.steps.append(Kernel("attention", _DTYPES.get(query.dtype, "bf16"), flops, moved))
+        there = 0.75 * _bytes(kv)
+        back = 0.75 * 4 * kv.numel() if backward else 0.0
+        self.steps.append(Exchange(ROUNDS, "cp", (there + back) * ranks))
 
     def _memory(self, inputs: list[Tensor], outputs: list[Tensor]) -> None:
         if not self.fuse:

@@ -75,11 +75,10 @@ def search(job: Job, gpu: Gpu, *, check: Check, show: int = 8, assumptions: Assu
 def layouts(job: Job, node: int) -> Iterator[Job]:
     """Every cut of a layer that is considered, with engine and micro-batch still to be chosen: tensor parallelism in powers of two inside
     a node, with sequence parallelism where the sequence divides, times context parallelism."""
-    length = job.seq_len + job.model.meta_tokens
     for tp in _powers(min(node, job.gpus)):
         for cp in _powers(job.gpus // tp):
             if job.gpus % (tp * cp) == 0:
-                cut = tp > 1 and length % tp == 0
+                cut = tp > 1 and (job.seq_len // cp + job.model.meta_tokens) % tp == 0
                 parallel = replace(
                     job.parallel, tp=tp, cp=cp, dp_shard=None, dp_replicate=1, sequence_parallel=cut, recompute="none"
                 )

@@ -20,7 +20,7 @@ from megatron_lite.hardware import Gpu
 from megatron_lite.models.config import ModelConfig
 from megatron_lite.models.flops import flops_per_token
 from megatron_lite.planner.job import Job
-from megatron_lite.planner.operators import Exchange, Kernel, Step
+from megatron_lite.planner.operators import ROUNDS, Exchange, Kernel, Step
 from megatron_lite.planner.traffic import (
     GRADIENT_BYTES,
     TIMETABLES,
@@ -198,12 +198,15 @@ class Clock:
         key = id(steps), job.degrees.tp, job.degrees.cp
         if key not in self._passes:
             parts: dict[str, float] = defaultdict(float)
+            seconds = 0.0
             for step in steps:
                 if isinstance(step, Exchange):
+                    beside = seconds if step.operation == ROUNDS else 0.0
                     seconds = self.collective(exchange(step, job.degrees, self.gpu.node))
-                    parts[f"{step.axis} collectives"] += seconds
+                    parts[f"{step.axis} collectives"] += max(0.0, seconds - beside)
                 else:
-                    parts[_NAMES[step.kind]] += max(self._multiplied(step), self.moved(step.bytes))
+                    seconds = max(self._multiplied(step), self.moved(step.bytes))
+                    parts[_NAMES[step.kind]] += seconds
             self._passes[key] = steps, parts
         return self._passes[key][1]
 

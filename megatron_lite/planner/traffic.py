@@ -182,9 +182,9 @@ def flows(job: Job, units: list[Unit], node: int) -> list[Flow]:
                 if isinstance(step, Exchange) and step.axis == axis
             ],
             times=batches,
-            beside="nothing",
+            beside=beside,
         )
-        for axis in ("tp", "cp")
+        for axis, beside in (("tp", "nothing"), ("cp", "attention"))
     ]
     gathers, reduces = [], []
     for unit in units:

@@ -26,8 +26,6 @@ from megatron_lite.planner.meta import META, meta_decoder, meta_tensor
 from megatron_lite.planner.operators import Passes, Recorder, Step, record
 from megatron_lite.precision.recipes import DelayedScalingConfig, Fp8Config
 
-_AXES = ("tp", "cp")
-
 
 @dataclass(frozen=True)
 class Unit:
@@ -90,7 +88,7 @@ class _Stream:
         self.context = LayerContext(positions, prefix=job.model.meta_tokens)
 
     def recorder(self, **settings: Any) -> Recorder:
-        return Recorder(axes=_AXES, **settings)
+        return Recorder(axes={"tp": self.job.degrees.tp, "cp": self.job.degrees.cp}, **settings)
 
     def embed(self) -> Passes:
         words_BT = torch.empty(self.job.micro_batch, self.text, dtype=torch.int64, device=META)
@@ -102,7 +100,9 @@ class _Stream:
         """(its passes, its keys and values if other layers use them). fp8: the names of its linear layers that are. shared: keys and
         values of earlier layers."""
         recorder = self.recorder(
-            seen=seen_fraction(spec, self.tokens, self.job.model.attention.always_visible),
+            seen=seen_fraction(
+                spec, self.job.model.meta_tokens + self.job.seq_len, self.job.model.attention.always_visible
+            ),
             fuse=self.job.parallel.compile,
             fp8_weights=[layer.get_submodule(name).get_parameter("weight") for name in fp8],
             # read for the largest number, read to cast, written in rows and in columns; delayed scaling knows the scale before

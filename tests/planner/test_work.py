@@ -10,7 +10,7 @@ import pytest
 from megatron_lite.models.flops import parameter_count
 from megatron_lite.models.pattern import LayerSpec
 from megatron_lite.planner.job import Job
-from megatron_lite.planner.operators import Exchange, Kernel
+from megatron_lite.planner.operators import ROUNDS, Exchange, Kernel
 from megatron_lite.planner.work import seen_fraction, units_of
 from megatron_lite.training.config import compose_run
 from megatron_lite.training.planning import job_of
@@ -122,3 +122,14 @@ def test_seen_pairs_are_those_of_a_mask():
             for key in range(tokens)
         )
         assert seen_fraction(LayerSpec("*", window=window), tokens, first) * tokens**2 == pytest.approx(seen)
+
+
+def test_ranks_that_divide_a_sequence_share_attention_and_send_what_is_seen():
+    whole, divided = job("model=nemotron4_tiny"), job("model=nemotron4_tiny", "parallel.cp=2", gpus=2)
+    assert {kind: 2 * count for kind, count in flops(divided).items()} == pytest.approx(dict(flops(whole)))
+    core = units_of(divided)[1]
+    model = divided.model
+    numbers = 2 * 32 * model.attention.kv_heads * 2 * model.head_dim  # keys and values of this rank
+    sent = [step.size / 2 for step in core.steps if isinstance(step, Exchange) and step.operation == ROUNDS]
+    # three quarters of them in bf16, and in backward again with their gradients in fp32
+    assert sent == [0.75 * 2 * numbers, 0.75 * (2 + 4) * numbers]
