@@ -19,6 +19,7 @@ def write_memory_plot(path: Path, parts: Mapping[str, float], *, title: str, ava
         _draw(axes, parts, measured=None)
         if available:
             axes.axvline(available / 1e9, color=INK, linestyle="--", linewidth=1.2)
+            axes.set_xlim(right=1.03 * max(available, sum(parts.values())) / 1e9)
         axes.set_title(title.replace("$", r"\$"), loc="left", fontsize=10, color=INK)
         figure.savefig(temporary, format="png", dpi=130, facecolor="white")
     return path
