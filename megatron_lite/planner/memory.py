@@ -7,8 +7,6 @@
     activations    what layers keep for backward, and the most that one layer's forward or backward needs beside it
     loss           the same of final norm, head and loss: logits of a chunk of tokens, gradients of states and head
     communication  buffers of gathers and reductions
-    caches         FP8 codes of weights that are kept for a step
-    teacher        a distillation's second model
 
 Local shapes come from training's own plan on the meta device, activations from training's own forward and backward (`trace`), the
 order of events from the engines (`fsdp_step`, `zero_step`). Not counted: what lies outside of torch's allocator (`OUTSIDE`), fragments
