@@ -1,7 +1,8 @@
 """The command: `python -m megatron_lite inspect data=<name>` shows what a run will read, before it runs.
 
-It prints weights and epochs of every source at a token budget, the phases, where the first samples come from, and decoded samples
-with their document boundaries, and draws a picture. `--config-dir <corpus> data=<recipe>` takes the blend that `prepare` wrote.
+It prints weights and epochs of every source at a token budget, the phases, how long the documents are, where the first samples come
+from, and decoded samples with their document boundaries, and draws a picture. `--config-dir <corpus> data=<recipe>` takes the blend
+that `prepare` wrote.
 
 It warns if a source would be read more than `max_epochs` times: according to Muennighoff et al. (https://arxiv.org/abs/2305.16264),
 up to 4 passes are about as good as new text, and passes beyond about 16 gain nothing.
@@ -14,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -21,8 +23,11 @@ from megatron_lite.commands.command import run_command
 from megatron_lite.data.blend import Blend, open_blend
 from megatron_lite.data.config import DataConfig
 from megatron_lite.data.sidecar import TokenizerIdentity
+from megatron_lite.data.source import Source
 from megatron_lite.data.tokenizer import fingerprint, load_tokenizer, vocabulary_size
 
+QUANTILES = (0.1, 0.5, 0.9, 0.99, 1.0)
+LONG = (8_192, 32_768, 131_072)  # tokens of a document
 PICTURE_TITLE = "blend drawn by mlite inspect"
 
 
@@ -77,6 +82,7 @@ def inspect(config: InspectConfig, console: Console | None = None) -> list[str]:
     ]
     for warning in warnings:
         console.print(f"[yellow]warning:[/] {warning}")
+    console.print(_length_table(blend))
     _places(blend, config.places, console)
     for i in range(config.samples):
         _sample(blend, i, tokenizer, config.characters, console)
@@ -128,6 +134,31 @@ def _table(blend: Blend, rows: list[dict[str, Any]]) -> Table:
             *shares,
             f"{row['samples']:,}",
             f"{row['epochs']:.2f}",
+        )
+    return table
+
+
+def document_lengths(source: Source) -> dict[str, list[float]]:
+    """Of the documents that a source reads: the tokens at QUANTILES, and the share of all tokens in documents of at least LONG tokens.
+
+    Reads the index of the token file as a whole.
+    """
+    lengths = np.sort(np.concatenate([length_D for _, length_D in source.documents.document_lengths()]))
+    upto = np.concatenate([[0], np.cumsum(lengths)])
+    longer = [1 - float(upto[np.searchsorted(lengths, least)] / upto[-1]) for least in LONG]
+    return {"quantiles": np.quantile(lengths, QUANTILES, method="nearest").tolist(), "long": longer}
+
+
+def _length_table(blend: Blend) -> Table:
+    names = {0.5: "median", 1.0: "longest"}
+    headings = [names.get(quantile, f"{quantile:.0%} up to") for quantile in QUANTILES]
+    table = Table("source", title="tokens of a document; share of the tokens that are in documents of at least so many")
+    for heading in (*headings, *(f"{least // 1024}k" for least in LONG)):
+        table.add_column(heading, justify="right")
+    for name, source in blend.sources.items():
+        found = document_lengths(source)
+        table.add_row(
+            name, *(f"{tokens:,}" for tokens in found["quantiles"]), *(f"{share:.2%}" for share in found["long"])
         )
     return table
 

@@ -36,6 +36,7 @@ from megatron_lite.objectives.next_token import NextToken
 from megatron_lite.parallel.assemble import assemble, from_tensors
 from megatron_lite.parallel.mesh import ParallelConfig
 from megatron_lite.parallel.parallelize import Recipe
+from megatron_lite.parallel.sequence_length import check_layout
 from megatron_lite.precision.dtypes import PrecisionConfig
 from megatron_lite.precision.numerics import numerics_of
 from megatron_lite.precision.recipes import Precision, precision_class
@@ -135,6 +136,9 @@ def measure(config: EvaluateConfig, runtime: Runtime, ranks: Ranks) -> Measured:
     set_threads(config.threads)
     weights = open_weights(config.checkpoint, ranks, more=SCALES)
     read = ranks.attempt("open the data", lambda: _held_out(config, weights, runtime))
+    ranks.attempt(
+        "check the layout", lambda: check_layout(weights.config, config.parallel, seq_len=config.data.seq_len)
+    )
     mesh = build_grid(config.parallel, config.engine, world_size=runtime.world_size, device=runtime.device)
     dtype = config.precision.dtype
     objective, _ = ranks.attempt(
@@ -159,7 +163,7 @@ def measure(config: EvaluateConfig, runtime: Runtime, ranks: Ranks) -> Measured:
             rank=mesh.data_parallel_rank,
             ranks=mesh.data_parallel_size,
         )
-        losses[name] = mean_loss(objective, batches, dtype, runtime=runtime)
+        losses[name] = mean_loss(objective, map(mesh.place, batches), dtype, runtime=runtime)
     return Measured(weights.path, losses, bits_per_byte(losses, read.bytes_per_token))
 
 
@@ -216,11 +220,11 @@ def data_tokenizer(checkpoint: str, data: DataConfig, weights: Weights, runtime:
 
 @torch.no_grad()
 def mean_loss(objective: NextToken, batches: Iterable[Batch], dtype: torch.dtype, *, runtime: Runtime) -> float:
-    """Mean loss in nats over the counted tokens of one source, summed up in the order of `Trainer.validate`."""
+    """Mean loss in nats over the counted tokens of one source, summed up in the order of `Trainer.validate`. batches: placed."""
     sums = torch.zeros(2, dtype=torch.float64, device=runtime.device)
     for batch in batches:
         with numerics_of(objective.decoder).forward_only(), computing(dtype, objective):
-            loss = objective({key: value.to(runtime.device) for key, value in batch.items()})
+            loss = objective(batch)
         sums += torch.stack([loss.total.double(), loss.tokens.double()])
     total, tokens = runtime.sum(sums).tolist()
     return total / max(tokens, 1.0)

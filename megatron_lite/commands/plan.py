@@ -43,9 +43,9 @@ def main() -> None:
 def plan(config: PlanConfig) -> int:
     """Print sizes and shapes. Raises ValueError when the model cannot be built or does not divide by `parallel.tp`."""
     model, tp = config.model, config.parallel.tp
-    config.parallel.validate(world_size=tp * config.parallel.dp_replicate)
+    config.parallel.validate(world_size=tp * config.parallel.cp * config.parallel.dp_replicate)
     model.validate()
-    check_divisible(model, tp=tp, sequence_parallel=config.parallel.sequence_parallel)
+    check_divisible(model, tp=tp, sequence_parallel=config.parallel.sequence_parallel and config.parallel.cp == 1)
     seq_len = model.max_seq_len if config.seq_len is None else config.seq_len
     if seq_len < 1:
         raise ValueError(f"seq_len={seq_len} must be at least 1")

@@ -156,7 +156,9 @@ class Session:
                 rank=self.mesh.data_parallel_rank,
                 ranks=self.mesh.data_parallel_size,
             )
-            losses[name] = mean_loss(probe, batches, self.config.precision.dtype, runtime=self.runtime)
+            losses[name] = mean_loss(
+                probe, map(self.mesh.place, batches), self.config.precision.dtype, runtime=self.runtime
+            )
         return losses
 
     def _found_scores(self, folder: Path, blend: Blend | None) -> Scores:
@@ -210,14 +212,14 @@ class Session:
         )
 
     def _batches(self, blend: Blend, samples: range) -> Iterator[Batch]:
-        for batch in calibration_batches(
+        batches = calibration_batches(
             blend,
             samples,
             micro_batch_size=self.config.micro_batch_size,
             rank=self.mesh.data_parallel_rank,
             ranks=self.mesh.data_parallel_size,
-        ):
-            yield {key: value.to(self.runtime.device) for key, value in batch.items()}
+        )
+        yield from map(self.mesh.place, batches)
 
     def _assembled(self, model: ModelConfig, tensors: TensorSource) -> Probe:
         """The model at this layout, in evaluation mode; a rank reads only what it holds."""

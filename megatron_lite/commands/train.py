@@ -89,11 +89,11 @@ def train(run: RunConfig) -> int:
 
 
 def validate_only(run: RunConfig, *, world_size: int) -> int:
-    """Check the config for `world_size` ranks without touching the run directory; returns 0. Raises ValueError."""
+    """Check the config for `world_size` ranks without touching the run directory, and print their mesh; returns 0. Raises ValueError."""
     validate(run, world_size)
     if _starts_afresh(run):  # else batch sizes and length depend on where the run stands
         check_batch_sizes(run, build_schedule(run), world_size=world_size)
-    print(f"the config is valid for {world_size} rank(s)")
+    print(f"the config is valid for {world_size} rank(s): {run.parallel.degrees(world_size)}")
     return 0
 
 

@@ -22,7 +22,8 @@ from dataclasses import dataclass, field
 class SourceConfig:
     """One source of text.
 
-    path: prefix of its `.bin/.idx` pair. validation: prefix of held-out documents of the same kind.
+    path: prefix of its `.bin/.idx` pair. validation: prefix of held-out documents of the same kind. min_document_tokens: only
+    documents of at least so many tokens are read, of both files; 0 = all. Two sources may read one file with different values.
     weight: its share inside the group; give it to all sources of a group or to none. In a group without
     weights the shares follow tokens^alpha, and `weight: 0` leaves a source out until a phase names it.
     """
@@ -30,6 +31,7 @@ class SourceConfig:
     path: str
     validation: str | None = None
     weight: float | None = None
+    min_document_tokens: int = 0
 
 
 @dataclass
@@ -119,23 +121,27 @@ class DataConfig:
             self._check_phase(f"data.phases[{number}]", phase, last=number == len(self.phases) - 1)
 
     def _check_paths(self) -> None:
-        seen: dict[str, str] = {}
+        readers: dict[str, dict[tuple[str, int], str]] = {}  # path -> (purpose, min_document_tokens) -> source
         for name, source in self.sources().items():
-            for path in (source.path, source.validation):
-                if path is not None and not path.strip():
-                    group, _, key = name.partition("/")
+            group, _, key = name.partition("/")
+            for purpose, path in (("path", source.path), ("validation", source.validation)):
+                if path is None:
+                    continue
+                if not path.strip():
                     raise ValueError(
                         f"data.groups.{group}.sources.{key} has an empty path; give the prefix of a .bin/.idx pair "
                         "(validation=null where nothing is held out)"
                     )
-                if path is not None and path in seen:
+                known = readers.setdefault(path, {})
+                reads = (purpose, source.min_document_tokens)
+                others = [other for mode, other in known.items() if mode == reads or mode[0] != purpose]
+                if others:
                     raise ValueError(
-                        f"data.groups: {name} and {seen[path]} both read {path!r}; a file belongs to one "
-                        "source, for training or for validation: give each its own, or raise the weight of "
-                        "one"
+                        f"data.groups: {name} and {others[0]} both read {path!r}; a file belongs to one source, for training or "
+                        "for validation: give each its own, raise the weight of one, or give one of them another "
+                        "min_document_tokens"
                     )
-                if path is not None:
-                    seen[path] = name
+                known[reads] = name
 
     def _check_phase(self, key: str, phase: PhaseConfig, *, last: bool) -> None:
         samples, fraction = phase.until_samples, phase.until_fraction
@@ -173,6 +179,10 @@ def _check_group(key: str, name: str, group: GroupConfig) -> None:
     for source, config in group.sources.items():
         if config.weight is not None:
             _check_weight(f"{key}.sources.{source}.weight", config.weight)
+        if config.min_document_tokens < 0:
+            raise ValueError(
+                f"{key}.sources.{source}.min_document_tokens={config.min_document_tokens} must be 0 (all documents) or more"
+            )
     weights = [source.weight for source in group.sources.values()]
     if group.alpha is not None and not (math.isfinite(group.alpha) and group.alpha >= 0):
         raise ValueError(f"{key}.alpha={group.alpha} must be a finite number >= 0; 1 is by size, 0 is equal")

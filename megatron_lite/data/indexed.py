@@ -120,6 +120,16 @@ class IndexedDataset:
             return self.num_tokens
         return int(self._pointers[sequence]) // self.dtype.itemsize
 
+    def document_lengths(self) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
+        """(first token, number of tokens) of all documents, in pieces of up to POINTER_CHUNK: this reads the whole index."""
+        for begin in range(0, self.num_documents, POINTER_CHUNK):
+            sequences = self._documents[begin : min(begin + POINTER_CHUNK, self.num_documents) + 1]
+            # behind the last sequence is the end of the stream
+            inner = sequences[sequences < self.num_sequences]
+            starts = np.full(len(sequences), self.num_tokens, np.int64)
+            starts[: len(inner)] = self._pointers[inner] // self.dtype.itemsize
+            yield starts[:-1], np.diff(starts)
+
     def documents_in(self, start: int, stop: int) -> list[int]:
         """Positions in (start, stop) at which documents begin, ascending: two binary searches in the pointers."""
         documents = range(self.num_documents)

@@ -1,4 +1,4 @@
-"""Micro-batches for one data-parallel rank, read ahead in the background and moved to its device.
+"""Micro-batches for one data-parallel rank, read ahead in the background and brought to where it computes.
 
 A step takes the samples [consumed, consumed + global batch size). Its micro-batch m takes the next
 micro_batch_size * data_parallel_size of them, of which rank r gets the r-th run of micro_batch_size. So what
@@ -14,6 +14,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -27,7 +28,6 @@ from megatron_lite.data.token_bytes import bytes_per_token
 Step = tuple[int, list[Batch]]  # global batch size, this rank's micro-batches
 _POLL_SECONDS = 0.1  # how often a waiting thread looks whether the other side is still there
 _PREFETCH = 2  # steps that are read ahead
-_CPU = torch.device("cpu")
 
 
 def rank_samples(consumed: int, *, batch: int, micro_batch: int, rank: int, ranks: int) -> list[range]:
@@ -70,12 +70,36 @@ class HeldOut:
         }
 
 
+class Destination(Protocol):
+    """Where batches go (a `Mesh`). device: the one that they are computed on."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def place(self, batch: Batch) -> Batch:
+        """The batch on the device, or what this process computes of it."""
+
+
+class OnCpu:
+    """A process that computes whole batches on the CPU."""
+
+    device = torch.device("cpu")
+
+    def place(self, batch: Batch) -> Batch:
+        """See `Destination`."""
+        return batch
+
+
+ON_CPU = OnCpu()
+
+
 class DataLoader:
-    """The batches of one data-parallel rank, on its device.
+    """The batches of one data-parallel rank, where it computes.
 
     Args:
         micro_batch_size: samples of a micro-batch on one rank.
         rank, ranks: this data-parallel rank, and how many there are.
+        to: what places them.
 
     Raises:
         ValueError: a number is out of range.
@@ -89,21 +113,21 @@ class DataLoader:
         micro_batch_size: int,
         rank: int = 0,
         ranks: int = 1,
-        device: torch.device = _CPU,
+        to: Destination = ON_CPU,
     ) -> None:
         if micro_batch_size < 1:
             raise ValueError(f"train.micro_batch_size={micro_batch_size} must be at least 1")
         if not 0 <= rank < ranks:
             raise ValueError(f"data-parallel rank {rank} must be in [0, {ranks})")
         self.blend, self.held_out = blend, held_out or HeldOut({}, 0)
-        self.micro_batch_size, self.rank, self.ranks, self.device = micro_batch_size, rank, ranks, device
+        self.micro_batch_size, self.rank, self.ranks, self.to = micro_batch_size, rank, ranks, to
 
     def step(self, consumed: int, batch: int) -> list[Batch]:
         """This rank's micro-batches, still on the CPU, of the step that takes samples [consumed, consumed + batch)."""
         split = rank_samples(consumed, batch=batch, micro_batch=self.micro_batch_size, rank=self.rank, ranks=self.ranks)
         batches = [collate([self.blend[i] for i in numbers]) for numbers in split]
         # page-locked memory is what a GPU copies from while it computes
-        return [_pinned(batch) for batch in batches] if self.device.type == "cuda" else batches
+        return [_pinned(batch) for batch in batches] if self.to.device.type == "cuda" else batches
 
     def steps(
         self, consumed: int, batch_size_at: Callable[[int], int], stop: int | None = None
@@ -126,11 +150,11 @@ class DataLoader:
 
         with closing(_ahead(produce(), depth=_PREFETCH)) as ahead:
             for batch, micro_batches in ahead:
-                yield batch, [self._move(one) for one in micro_batches]
+                yield batch, [self.to.place(one) for one in micro_batches]
 
     def again(self, consumed: int, batch: int) -> list[Batch]:
-        """The micro-batches of `step` on the device, beside those that are read ahead."""
-        return [self._move(one) for one in self.step(consumed, batch)]
+        """The placed micro-batches of `step`, beside those that are read ahead."""
+        return [self.to.place(one) for one in self.step(consumed, batch)]
 
     def validation(self) -> Iterable[tuple[str, Iterable[Batch]]]:
         """(source, this rank's held-out batches), always the same ones."""
@@ -142,7 +166,7 @@ class DataLoader:
                 rank=self.rank,
                 ranks=self.ranks,
             )
-            yield name, (self._move(batch) for batch in batches)
+            yield name, map(self.to.place, batches)
 
     def seen(self, consumed: int) -> dict[str, dict[str, float]]:
         """source -> samples, share, target share and epochs of the first `consumed` samples."""
@@ -156,9 +180,6 @@ class DataLoader:
             }
             for name, count in counts.items()
         }
-
-    def _move(self, batch: Batch) -> Batch:
-        return {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
 
 
 def validation_batches(

@@ -103,8 +103,8 @@ def _check_sources(blend: Blend, saved: Mapping[str, Any], counts: Counter[str])
             raise ValueError(
                 f"{name} has changed since the checkpoint: {then['tokens']} tokens in {then['windows']} "
                 f"windows then, {now['tokens']} in {now['windows']} now, fingerprint {then['fingerprint']} "
-                f"then, {now['fingerprint']} now; restore the old files, add the new ones as another source "
-                "in a later phase, or name data.groups in resume_allow"
+                f"then, {now['fingerprint']} now; restore the old files and min_document_tokens, add the new "
+                "ones as another source in a later phase, or name data.groups in resume_allow"
             )
 
 

@@ -3,7 +3,7 @@
 Documents are in the file in shuffled order, each with the end-of-document token at its end. Window k is
 the tokens [k * T, k * T + T + 1) of that stream: neighbors share one token, which the first predicts and
 the second reads, so each token but the very first is predicted exactly once per epoch. The number of windows
-is floor((tokens - 1) / T).
+is floor((tokens - 1) / T). With `min_document_tokens` the stream is that of the long documents alone (`long_documents`).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from megatron_lite.data.config import DataConfig
 from megatron_lite.data.indexed import IndexedDataset
+from megatron_lite.data.long_documents import LongDocuments
 from megatron_lite.data.packing import Example, PackingOptions, pack
 from megatron_lite.data.sidecar import Sidecar, TokenizerIdentity, read_sidecar, sidecar_path
 
@@ -27,20 +28,29 @@ _SAMPLED_BYTES = 1 << 16  # of each end of a file; a fingerprint must not take l
 class Source:
     """A named, opened and checked source.
 
-    Attributes: name, num_tokens, num_documents, num_windows (`data.seq_len` tokens each), fingerprint (a
-    hash that changes with the content), manifest (None for a file without sidecar).
+    Args:
+        min_document_tokens: shorter documents are left out; 0 = none are.
+
+    Attributes: name, documents (what is read), num_tokens and num_documents (of those), num_windows (`data.seq_len` tokens
+    each), fingerprint (a hash that changes with what is read), manifest (None for a file without sidecar).
 
     Raises:
         ValueError: the files are damaged, too short for one window, written with another tokenizer, or lack
             end-of-document tokens.
     """
 
-    def __init__(self, name: str, prefix: str | Path, *, config: DataConfig, tokenizer: TokenizerIdentity) -> None:
+    def __init__(
+        self,
+        name: str,
+        prefix: str | Path,
+        *,
+        config: DataConfig,
+        tokenizer: TokenizerIdentity,
+        min_document_tokens: int = 0,
+    ) -> None:
         self.name = name
         self.dataset = IndexedDataset(prefix)
         self.manifest = read_sidecar(prefix)
-        self.num_tokens = self.dataset.num_tokens
-        self.num_documents = self.dataset.num_documents
         self._seq_len = config.seq_len
         self._vocab_size = tokenizer.vocab_size
         eod = tokenizer.eod if config.eod_id is None else config.eod_id
@@ -48,6 +58,12 @@ class Source:
         if self.manifest is not None:
             self._check_manifest(self.manifest, tokenizer)
         self._check_eod(eod)
+        self.fingerprint = self._fingerprint()
+        self.documents: IndexedDataset | LongDocuments = self.dataset
+        if min_document_tokens:
+            self.documents = LongDocuments(self.dataset, min_document_tokens, identity=self.fingerprint)
+            self.fingerprint += f"-{min_document_tokens}"
+        self.num_tokens, self.num_documents = self.documents.num_tokens, self.documents.num_documents
         self.num_windows = (self.num_tokens - 1) // config.seq_len
         if self.num_windows < 1:
             raise ValueError(
@@ -57,7 +73,6 @@ class Source:
             )
         for k in (0, self.num_windows - 1):  # an id that the vocabulary lacks is best found before step 1
             self.window(k)
-        self.fingerprint = self._fingerprint()
 
     def window(self, k: int) -> npt.NDArray[np.int64]:
         """The T + 1 tokens of window k, a copy.
@@ -66,7 +81,7 @@ class Source:
             ValueError: a token id that the vocabulary does not have.
         """
         start = k * self._seq_len
-        window = self.dataset.tokens(start, start + self._seq_len + 1).astype(np.int64)
+        window = self.documents.tokens(start, start + self._seq_len + 1).astype(np.int64)
         if window.max() >= self._vocab_size or window.min() < 0:
             raise ValueError(
                 f"{self.name} ({self.dataset.prefix}): token ids {window.min()} to {window.max()} near "
@@ -80,7 +95,7 @@ class Source:
         start = k * self._seq_len
         starts: list[int] = []
         if self._options.reset_attention:
-            starts = [at - start for at in self.dataset.documents_in(start, start + self._seq_len + 1)]
+            starts = [at - start for at in self.documents.documents_in(start, start + self._seq_len + 1)]
         return pack(self.window(k), starts, self._options)
 
     def state(self) -> dict[str, str | int]:
@@ -96,7 +111,7 @@ class Source:
                 f"({tokenizer.fingerprint}); set data.tokenizer to the first, or tokenize the source with "
                 "the second"
             )
-        found = (self.num_documents, self.num_tokens)
+        found = (self.dataset.num_documents, self.dataset.num_tokens)
         if found != (manifest.documents, manifest.tokens):
             raise ValueError(
                 f"{self.name}: {path} names {manifest.documents} documents and {manifest.tokens} tokens, "
@@ -106,9 +121,9 @@ class Source:
 
     def _check_eod(self, eod: int) -> None:
         """The first and the last document with tokens end with `eod`; the others are not looked at, to open in O(1)."""
-        documents = range(self.num_documents + 1)
+        documents = range(self.dataset.num_documents + 1)
         first_end = bisect_right(documents, 0, key=self.dataset.document_start)  # behind the first document with tokens
-        last_end = bisect_left(documents, self.num_tokens, key=self.dataset.document_start)
+        last_end = bisect_left(documents, self.dataset.num_tokens, key=self.dataset.document_start)
         for following in (first_end, last_end):
             document, end = following - 1, self.dataset.document_start(following)
             last = int(self.dataset.tokens(end - 1, end)[0])
@@ -122,7 +137,7 @@ class Source:
     def _fingerprint(self) -> str:
         """Hash of the counts, the tokenizer and both ends of both files: O(1)."""
         tokenizer = self.manifest.tokenizer if self.manifest else ""
-        counts = [self.num_tokens, self.num_documents, str(self.dataset.dtype), tokenizer]
+        counts = [self.dataset.num_tokens, self.dataset.num_documents, str(self.dataset.dtype), tokenizer]
         digest = hashlib.blake2b(json.dumps(counts).encode(), digest_size=16)
         for end in self.dataset.ends(_SAMPLED_BYTES):
             digest.update(end)
@@ -131,15 +146,18 @@ class Source:
 
 def open_sources(config: DataConfig, tokenizer: TokenizerIdentity) -> dict[str, Source]:
     """All training sources of `config` by full name."""
-    return {
-        name: Source(name, source.path, config=config, tokenizer=tokenizer) for name, source in config.sources().items()
-    }
+    return {name: _open(name, source.path, config, tokenizer) for name, source in config.sources().items()}
 
 
 def open_validation(config: DataConfig, tokenizer: TokenizerIdentity) -> dict[str, Source]:
     """The held-out files of `config` by the full name of their source; sources without one are left out."""
     return {
-        name: Source(name, source.validation, config=config, tokenizer=tokenizer)
+        name: _open(name, source.validation, config, tokenizer)
         for name, source in config.sources().items()
         if source.validation is not None
     }
+
+
+def _open(name: str, prefix: str, config: DataConfig, tokenizer: TokenizerIdentity) -> Source:
+    least = config.sources()[name].min_document_tokens
+    return Source(name, prefix, config=config, tokenizer=tokenizer, min_document_tokens=least)

@@ -91,14 +91,22 @@ class Decoder(nn.Module):
         """`function(x, head_weight)`."""
         return function(x, self.embedding.weight) if self.head is None else self.head.with_weight(function, x)
 
-    def hidden(self, tokens_BT: Tensor, documents_BT: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+    def hidden(
+        self,
+        tokens_BT: Tensor,
+        documents_BT: Tensor | None = None,
+        cache: Cache | None = None,
+        *,
+        positions_BT: Tensor | None = None,
+    ) -> Tensor:
         """States (B, T, D) after the final norm.
 
         documents_BT: number of the document that each token belongs to, rising along a row; attention and positions restart
         where it changes.
         cache: what the layers remember of the tokens before these (`new_cache`); these are added to it in place.
+        positions_BT: see `context`.
         """
-        context = self.context(tokens_BT, documents_BT, cache)
+        context = self.context(tokens_BT, documents_BT, cache, positions_BT=positions_BT)
         x_BTD = self.embedding(tokens_BT, begins=cache is None or cache.length == 0)
         shared: dict[int, KeyValue] = {}
         for index, (spec, layer) in enumerate(zip(self.specs, self.layers)):
@@ -122,13 +130,24 @@ class Decoder(nn.Module):
         return Cache(capacity, layers, prefix=prefix)
 
     def context(
-        self, tokens_BT: Tensor, documents_BT: Tensor | None = None, cache: Cache | None = None
+        self,
+        tokens_BT: Tensor,
+        documents_BT: Tensor | None = None,
+        cache: Cache | None = None,
+        *,
+        positions_BT: Tensor | None = None,
     ) -> LayerContext:
         """What the layers of one forward share.
 
-        Raises ValueError when documents and cache are both given, or the cache has no room for the tokens.
+        positions_BT: (B, T), or (1, T) for all rows, the place of each token in its document, without meta tokens. To be given where
+        the tokens are parts of longer sequences; documents then are numbered from 0 over these.
+        Raises ValueError when documents or positions are given together with a cache, or the cache has no room for the tokens.
         """
         prefix, length = self.config.meta_tokens, tokens_BT.shape[1]
+        if positions_BT is not None:
+            if cache is not None:
+                raise ValueError("a cache counts positions itself; call without positions, or without a cache")
+            return self._context_at(positions_BT, documents_BT)
         if documents_BT is not None:
             if cache is not None:
                 raise ValueError("a cache holds one document; call without documents, or without a cache")
@@ -146,3 +165,12 @@ class Decoder(nn.Module):
         if cache is not None and cache.starts_B is not None:
             positions_BT = positions_BT - cache.starts_B[:, None]
         return LayerContext(positions_BT, prefix=prefix, once=None if cache is not None else Once())
+
+    def _context_at(self, positions_BT: Tensor, documents_BT: Tensor | None) -> LayerContext:
+        prefix = self.config.meta_tokens
+        if prefix:
+            before_BP = torch.arange(prefix, device=positions_BT.device).expand(len(positions_BT), -1)
+            positions_BT = torch.cat([before_BP, prefix + positions_BT], dim=1)
+            if documents_BT is not None:
+                documents_BT = F.pad(documents_BT, (prefix, 0))  # with the number of the first document
+        return LayerContext(positions_BT, documents_BT, prefix, once=Once())

@@ -42,6 +42,7 @@ def selective_scan(
     state_BCN: Tensor | None = None,
     documents_BT: Tensor | None = None,
     prefix: int = 0,
+    restart_BCN: Tensor | None = None,
     chunk: int = CHUNK,
 ) -> tuple[Tensor, Tensor]:
     """(y (B, T, C), the state after the last token (B, C, N)), computed in the dtype of dt.
@@ -49,6 +50,7 @@ def selective_scan(
     dt: time steps, 0 or more. A: below 0.
     state: the state before the first token, of the same document; None: zero. documents: rise along a row.
     prefix: the first tokens, which have the number of the first document; the others begin with the state that they leave.
+    restart: without a prefix, the state with which every document but the first begins; None: zero.
     """
     if state_BCN is None:
         state_BCN = dt_BTC.new_zeros(len(x_BTC), *A_CN.shape)
@@ -57,7 +59,7 @@ def selective_scan(
     begins_BT = torch.zeros_like(documents_BT, dtype=torch.bool)
     begins_BT[:, 1:] = documents_BT[:, 1:] != documents_BT[:, :-1]
     if not prefix:
-        return _Scan.apply(x_BTC, dt_BTC, A_CN, B_BTN, C_BTN, state_BCN, begins_BT, None, chunk)
+        return _Scan.apply(x_BTC, dt_BTC, A_CN, B_BTN, C_BTN, state_BCN, begins_BT, restart_BCN, chunk)
     # split, not slices: its backward is one concatenation, that of every slice a whole tensor of zeros
     sizes = [prefix, x_BTC.shape[1] - prefix]
     (x, x_text), (dt, dt_text), (B, B_text), (C, C_text) = (

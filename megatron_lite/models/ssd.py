@@ -48,6 +48,7 @@ def ssd(
     state_BHPN: Tensor | None = None,
     documents_BT: Tensor | None = None,
     prefix: int = 0,
+    restart_BHPN: Tensor | None = None,
     chunk: int = CHUNK,
 ) -> tuple[Tensor, Tensor]:
     """(y (B, T, H, P), the state after the last token (B, H, P, N)), computed in float32 at least, in the dtype of dt.
@@ -55,6 +56,7 @@ def ssd(
     dt: time steps, 0 or more. A: below 0. B, C: shared by the H / G heads of a group.
     state: the state before the first token, of the same document; None: zero. documents: rise along a row.
     prefix: the first tokens, which have the number of the first document; the others begin with the state that they leave.
+    restart: without a prefix, the state with which every document but the first begins; None: zero.
     """
     sizes = segment_sizes(x_BTHP.shape[1], SEGMENT, first=0 if documents_BT is None else prefix)
     # split, not slices: its backward is one concatenation, that of every slice a whole tensor of zeros
@@ -64,7 +66,6 @@ def ssd(
         documents = documents_BT.split(sizes, dim=1)
     outputs: list[Tensor] = []
     last_B: Tensor | None = None
-    restart_BHPN: Tensor | None = None
     for x, dt, B, C, of_segment_BT in zip(*inputs, documents):
         if of_segment_BT is not None:
             if last_B is not None and state_BHPN is not None:

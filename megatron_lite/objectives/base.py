@@ -44,7 +44,7 @@ class Objective(nn.Module):
         self.vocab_start, self.group = vocabulary_shard(decoder)
 
     def forward(self, batch: dict[str, Tensor]) -> Loss:
-        """A batch (tokens, targets, loss_mask, maybe documents, each (B, T)) to its sums in fp32."""
+        """A batch (tokens, targets, loss_mask, maybe documents and positions, each (B, T)) to its sums in fp32."""
         return self.loss(batch) if self.training else self.evaluate(batch)
 
     def loss(self, batch: dict[str, Tensor]) -> Loss:
@@ -57,7 +57,7 @@ class Objective(nn.Module):
 
     def hidden(self, batch: dict[str, Tensor]) -> Tensor:
         """The decoder's states (B, T, D) after the final norm."""
-        return self.decoder.hidden(batch["tokens"], batch.get("documents"))
+        return self.decoder.hidden(batch["tokens"], batch.get("documents"), positions_BT=batch.get("positions"))
 
     def cross_entropy(self, x_BTD: Tensor, batch: dict[str, Tensor]) -> Tensor:
         """- sum over counted tokens of log p(target | x), 0-dim in fp32."""

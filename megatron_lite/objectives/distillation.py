@@ -82,7 +82,7 @@ class Distillation(Objective):
 
     def loss(self, batch: dict[str, Tensor]) -> Loss:
         """See `Objective`."""
-        teacher_x_BTE = self.teacher(batch["tokens"], batch.get("documents"))
+        teacher_x_BTE = self.teacher(batch["tokens"], batch.get("documents"), batch.get("positions"))
         x_BTD = self.hidden(batch)
         shard = VocabularyShard(self.decoder.config.vocab_size, self.vocab_start, self.group)
 

@@ -32,10 +32,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_lite.models.attention import AttentionCore
-from megatron_lite.models.attention_mask import Visibility, training_mask
+from megatron_lite.models.attention_mask import Visibility
 from megatron_lite.models.cache import KeyValue
 from megatron_lite.models.context import LayerContext
-from megatron_lite.parallel.context_collectives import Exchange, Route, gather, group_named, name_of
+from megatron_lite.parallel.context_collectives import Exchange, Route, group_named
 from megatron_lite.parallel.context_kernels import Part, attend
 from megatron_lite.parallel.context_tiles import META, Rule, Tile, View, narrowed, routes, tiles, view
 from megatron_lite.parallel.sequence_slices import ContextParallel
@@ -52,30 +52,21 @@ class ContextParallelAttention(AttentionCore):
         kv_BGTX = torch.cat([kv.key_BGSK, kv.value_BGSV], dim=-1)
         window = -1 if self.visibility.window is None else self.visibility.window
         rule = [window, self.visibility.always_visible, context.prefix]
-        y_BHTV, _ = context_attention(query_BHTK, kv_BGTX, self._facts(context), rule, name_of(self.cp.group))
+        group = "" if self.cp.group is None else self.cp.group.group_name  # operators take no groups
+        y_BHTV, _ = context_attention(query_BHTK, kv_BGTX, context.documents_BT, rule, group)
         return y_BHTV
-
-    def _facts(self, context: LayerContext) -> Tensor | None:
-        """Positions and documents of the sequence, (2, B, S) int32; None where positions are places."""
-        if context.documents_BT is None:
-            return None
-        local = torch.stack([context.positions_BT.expand_as(context.documents_BT), context.documents_BT]).int()
-        meta, slices = local.split([context.prefix, local.shape[2] - context.prefix], dim=2)
-        first, second = gather(slices, self.cp.group, size=self.cp.size).chunk(2, dim=3)  # of all ranks
-        whole = torch.cat([first, second.flip(0)])  # rank r has the slices r and 2 cp - 1 - r
-        return torch.cat([meta, whole.movedim(0, 2).flatten(2)], dim=2)
 
 
 @torch.library.custom_op("mlite::context_attention", mutates_args=())
 def context_attention(
-    query_BHTK: Tensor, kv_BGTX: Tensor, facts_2BS: Tensor | None, rule: Sequence[int], group: str
+    query_BHTK: Tensor, kv_BGTX: Tensor, documents_BT: Tensor | None, rule: Sequence[int], group: str
 ) -> tuple[Tensor, Tensor]:
     """Attention over a divided sequence, and its lse: (B, H, T, V) and (B, H, T).
 
-    kv_BGTX: keys and values side by side. facts_2BS: positions and documents of the whole sequence; None: one document a row.
-    rule: window (-1: none), always visible, prefix.
+    kv_BGTX: keys and values side by side. documents_BT: the index of the first token of each token's document, as
+    `shard_sequence` numbers them; None: one document a row. rule: window (-1: none), always visible, prefix.
     """
-    sequence = _Sequence.of(kv_BGTX, facts_2BS, rule, group_named(group))
+    sequence = _Sequence.of(kv_BGTX, documents_BT, rule, group_named(group))
     heads = query_BHTK.shape[-1]
     merged = _Merged(sequence, query_BHTK, width=kv_BGTX.shape[-1] - heads)
     queries = sequence.slices(query_BHTK)
@@ -90,14 +81,14 @@ def context_attention_backward(
     grad_BHTV: Tensor,
     query_BHTK: Tensor,
     kv_BGTX: Tensor,
-    facts_2BS: Tensor | None,
+    documents_BT: Tensor | None,
     out_BHTV: Tensor,
     lse_BHT: Tensor,
     rule: Sequence[int],
     group: str,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the queries and of this rank's keys and values; what other ranks' queries add comes from them."""
-    sequence = _Sequence.of(kv_BGTX, facts_2BS, rule, group_named(group))
+    sequence = _Sequence.of(kv_BGTX, documents_BT, rule, group_named(group))
     wide = torch.promote_types(query_BHTK.dtype, torch.float32)
     d_query, d_kv = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (query_BHTK, kv_BGTX))
     queries, grads, outs, lses, d_queries, own = (
@@ -127,7 +118,7 @@ def _add(own: dict[int, Tensor], returning: Exchange | None) -> None:
 
 
 @context_attention.register_fake
-def _(query_BHTK: Tensor, kv_BGTX: Tensor, facts_2BS: Tensor | None, rule: Sequence[int], group: str) -> Any:
+def _(query_BHTK: Tensor, kv_BGTX: Tensor, documents_BT: Tensor | None, rule: Sequence[int], group: str) -> Any:
     wide = torch.promote_types(query_BHTK.dtype, torch.float32)
     batch, heads, length, width = query_BHTK.shape
     out_BTHV = query_BHTK.new_empty(batch, length, heads, kv_BGTX.shape[-1] - width)
@@ -140,8 +131,8 @@ def _(grad_BHTV: Tensor, query_BHTK: Tensor, kv_BGTX: Tensor, *others: Any) -> A
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query_BHTK, kv_BGTX, facts_2BS, ctx.rule, ctx.group = inputs
-    ctx.save_for_backward(query_BHTK, kv_BGTX, facts_2BS, *output)
+    query_BHTK, kv_BGTX, documents_BT, ctx.rule, ctx.group = inputs
+    ctx.save_for_backward(query_BHTK, kv_BGTX, documents_BT, *output)
 
 
 def _backward(ctx: Any, grad_BHTV: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
@@ -154,25 +145,24 @@ CONTEXT_ATTENTION = torch.ops.mlite.context_attention.default
 
 @dataclass(frozen=True)
 class _Sequence:
-    """A divided sequence, of which this rank has the meta tokens and the two slices of `cp`."""
+    """A divided sequence, of which this rank has the meta tokens and the two slices of `cp`. begins_BT: where in the sequence each
+    of its tokens' documents begins, meta tokens counted; None: one document a row."""
 
     cp: ContextParallel
     slice_length: int
     rule: Rule
-    positions_BS: Tensor
-    documents_BS: Tensor | None
+    begins_BT: Tensor | None
 
     @classmethod
-    def of(cls, kv_BGTX: Tensor, facts_2BS: Tensor | None, rule: Sequence[int], group: dist.ProcessGroup) -> _Sequence:
+    def of(
+        cls, kv_BGTX: Tensor, documents_BT: Tensor | None, rule: Sequence[int], group: dist.ProcessGroup
+    ) -> _Sequence:
         """What the arguments of an operator say."""
         window, always, prefix = rule
+        described = Rule(Visibility(None if window < 0 else window, always), prefix, documents_BT is not None)
         cp = ContextParallel(group.rank(), group.size(), group)
-        length = (kv_BGTX.shape[2] - prefix) // 2
-        described = Rule(Visibility(None if window < 0 else window, always), prefix, facts_2BS is not None)
-        if facts_2BS is None:
-            places = torch.arange(prefix + 2 * cp.size * length, device=kv_BGTX.device, dtype=torch.int32)
-            return cls(cp, length, described, places[None], None)
-        return cls(cp, length, described, facts_2BS[0], facts_2BS[1])
+        begins_BT = None if documents_BT is None else documents_BT.int() + prefix  # half as many bytes to compare
+        return cls(cp, (kv_BGTX.shape[2] - prefix) // 2, described, begins_BT)
 
     @property
     def group(self) -> dist.ProcessGroup:
@@ -215,8 +205,8 @@ class _Sequence:
         for query in self.queries:
             for key in sorted(of_keys, key=lambda tile: tile != query):
                 seen = view(query, key, self.rule)
-                if self.documents_BS is not None and not self.documents_BS.is_cuda:
-                    seen = narrowed(seen, query, key, rule=self.rule, documents_BS=self.documents_BS)
+                if self.begins_BT is not None and self.begins_BT.device.type == "cpu":
+                    seen = narrowed(seen, query, key, rule=self.rule, begins_BT=self._begins(query))
                 if seen is not View.NOTHING:
                     yield query, key, seen
 
@@ -225,19 +215,34 @@ class _Sequence:
         query, key, seen = pair
         heads = query_BHTK.shape[-1]
         key_BGSK, value_BGSV = kv_BGSX.split([heads, kv_BGSX.shape[-1] - heads], dim=-1)
-        mask = self._mask(query, key) if seen is View.SOME else None
+        mask = self.mask(query, key, query_BHTK.device) if seen is View.SOME else None
         return Part(query_BHTK, key_BGSK, value_BGSV, mask=mask, causal=seen is View.CAUSAL)
 
-    def _mask(self, query: Tile, key: Tile) -> Tensor:
-        keys = torch.arange(key.first, key.last + 1, device=self.positions_BS.device)
-        return training_mask(
-            self.documents_BS,
-            self.positions_BS,
-            self.rule.visibility,
-            prefix=self.rule.prefix,
-            queries=slice(query.first, query.last + 1),
-            keys=keys,
+    def mask(self, query: Tile, key: Tile, device: torch.device) -> Tensor:
+        """(B or 1, 1, tokens of `query`, tokens of `key`) bool, True = attend.
+
+        A key between where a query's document begins and the query is of this document. So no document of another rank's tokens is
+        asked for, and the position of such a key, counted from the meta tokens, follows from the query's document.
+        """
+        query_T1, key_S = (
+            torch.arange(tile.first, tile.last + 1, device=device, dtype=torch.int32) for tile in (query, key)
         )
+        query_T1, visibility, prefix = query_T1[:, None], self.rule.visibility, self.rule.prefix
+        if self.begins_BT is None or query.number == META:
+            return visibility.shows(query_T1, key_S)[None, None]
+        begins_BT1 = self._begins(query)[:, :, None]
+        to_positions = begins_BT1 - prefix
+        if key.number == META:
+            return visibility.shows(query_T1 - to_positions, key_S)[:, None]
+        seen_BTS = visibility.shows(query_T1 - to_positions, key_S - to_positions)
+        return (seen_BTS & (key_S >= begins_BT1))[:, None]
+
+    def _begins(self, query: Tile) -> Tensor:
+        assert self.begins_BT is not None, "one document a row"
+        start = query.start
+        if query.number != META:
+            start += self.rule.prefix + self.cp.slices.index(query.number) * self.slice_length
+        return self.begins_BT[:, start : start + query.length]
 
 
 class _Merged:

@@ -93,10 +93,11 @@ def view(query: Tile, key: Tile, rule: Rule) -> View:
     known = not rule.documents or key.number == META  # whether keys' positions are their places
     window, always = rule.visibility.window, rule.visibility.always_visible
     some = not known
-    if window is not None and not (known and key.last < always):
+    in_window = max(key.first, always) if known else key.first  # the first key that a window may hide
+    if window is not None and in_window <= key.last:
         if _out_of_reach(query, key, rule):
             return View.NOTHING
-        some = some or query.last - key.first > window
+        some = some or query.last - in_window > window
     if some:
         return View.SOME
     return View.CAUSAL if key.first == query.first else View.ALL
@@ -110,16 +111,17 @@ def _out_of_reach(query: Tile, key: Tile, rule: Rule) -> bool:
     return query.first - key.last > window and key.first >= always
 
 
-def narrowed(found: View, query: Tile, key: Tile, *, rule: Rule, documents_BS: Tensor) -> View:
-    """`found`, or less where the documents (B, S) of the sequence's tokens, which rise, show that a mask is not needed.
+def narrowed(found: View, query: Tile, key: Tile, *, rule: Rule, begins_BT: Tensor) -> View:
+    """`found`, or less where the documents show that a mask is not needed.
 
-    Reads the numbers of documents, which on a GPU would make the host wait for it; so it is asked for those on a CPU.
+    begins_BT: for the tokens of `query`, where in the sequence their documents begin. They are read, which on a GPU would make
+    the host wait for it; so it is asked for those on a CPU.
     """
     if found is not View.SOME or key.number == META:
         return found
-    if bool((documents_BS[:, key.last] < documents_BS[:, query.first]).all()):
+    if bool((begins_BT[:, 0] > key.last).all()):
         return View.NOTHING
-    one_document = bool((documents_BS[:, key.first] == documents_BS[:, query.last]).all())
+    one_document = bool((begins_BT[:, -1] <= key.first).all())
     if one_document and rule.visibility.always_visible <= rule.prefix:
         return view(query, key, replace(rule, documents=False))
     return found

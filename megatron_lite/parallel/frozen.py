@@ -31,9 +31,11 @@ class FrozenDecoder(nn.Module):
         self.eval()
 
     @torch.no_grad()
-    def forward(self, tokens_BT: Tensor, documents_BT: Tensor | None = None) -> Tensor:
+    def forward(
+        self, tokens_BT: Tensor, documents_BT: Tensor | None = None, positions_BT: Tensor | None = None
+    ) -> Tensor:
         """States (B, T, D) after the final norm."""
-        return self.decoder.hidden(tokens_BT, documents_BT)
+        return self.decoder.hidden(tokens_BT, documents_BT, positions_BT=positions_BT)
 
     @contextmanager
     def head_weight(self) -> Iterator[Tensor]:

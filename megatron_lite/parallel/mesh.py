@@ -2,7 +2,9 @@
 
 Notable features:
 - Tensor parallelism is the innermost dimension: its ranks are neighbors, so it stays inside a node as long as tp is at
-  most the number of GPUs there. dp_shard comes next, dp_replicate (HSDP, arXiv 2304.11277 section 3.2.2) is outside it.
+  most the number of GPUs there. cp and dp_shard come next, dp_replicate (HSDP, arXiv 2304.11277 section 3.2.2) is outside them.
+- The cp ranks of a data-parallel rank read the same samples, and each computes its slices of their sequences. For everything else
+  they are data-parallel ranks: dp_shard x cp processes shard the model, and losses and gradients are summed over them.
 - The data-parallel degree is derived from the number of processes. Degrees that do not fit are refused, with a suggestion
   that does.
 - One process is the mesh whose degrees are all 1: it has no groups and needs no process group.
@@ -12,17 +14,18 @@ rank = (((pp rank x dp_replicate + replica) x dp_shard + shard rank) x cp + cp r
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import timedelta
+from math import prod
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from megatron_lite.parallel.global_view import Layout
+from megatron_lite.parallel.sequence_slices import ContextParallel, shard_sequence
 
 RECOMPUTE_MODES = ("none", "selective", "full")
-NOT_BUILT = {"pp": "pipeline parallelism", "cp": "context parallelism"}
 CPU = torch.device("cpu")
 
 
@@ -46,6 +49,10 @@ class Degrees:
         """Number of slices of a global batch."""
         return self.dp_replicate * self.dp_shard
 
+    def __str__(self) -> str:
+        """The degrees above 1, as in `dp_shard 2 x cp 4`."""
+        return " x ".join(f"{key} {value}" for key, value in asdict(self).items() if value > 1) or "one process"
+
 
 @dataclass
 class ParallelConfig:
@@ -57,7 +64,8 @@ class ParallelConfig:
     sequence_parallel: norms and residual stream cut along the sequence over the tensor-parallel processes.
     recompute: activations recomputed in backward: none | selective (all but matrix products) | full (whole layers).
     compile: `torch.compile` for each layer.
-    pp, cp: pipeline-parallel and context-parallel degree; must be 1.
+    cp: context-parallel degree, the processes that divide each sequence.
+    pp: pipeline-parallel degree; must be 1.
     """
 
     tp: int = 1
@@ -79,35 +87,39 @@ class ParallelConfig:
 
     def degrees(self, world_size: int) -> Degrees:
         """The degrees, with dp_shard derived where it is not given. Raises ValueError as `validate`."""
-        for key, name in NOT_BUILT.items():
-            if getattr(self, key) != 1:
-                raise ValueError(f"parallel.{key}={getattr(self, key)}: {name} is not built yet; set parallel.{key}=1")
-        for key, value in (("tp", self.tp), ("dp_shard", self.dp_shard), ("dp_replicate", self.dp_replicate)):
+        if self.pp != 1:
+            raise ValueError(f"parallel.pp={self.pp}: pipeline parallelism is not built yet; set parallel.pp=1")
+        for key in ("tp", "cp", "dp_shard", "dp_replicate"):
+            value = getattr(self, key)
             if value is not None and value < 1:
                 raise ValueError(f"parallel.{key}={value} must be at least 1")
-        fixed = self.tp * self.dp_replicate
+        fixed = self.tp * self.cp * self.dp_replicate
         if world_size % fixed:
             raise ValueError(
-                f"dp_replicate({self.dp_replicate}) x tp({self.tp}) = {fixed} does not divide the world size "
-                f"{world_size} (number of processes); {_way_out(self.tp, self.dp_replicate, world_size)}"
+                f"{self._product('dp_replicate', 'cp', 'tp')} = {fixed} does not divide the world size {world_size} (number of "
+                f"processes); {self._way_out(world_size)} would work"
             )
         derived = world_size // fixed
         if self.dp_shard not in (None, derived):
             raise ValueError(
-                f"dp_replicate({self.dp_replicate}) x dp_shard({self.dp_shard}) x tp({self.tp}) = "
+                f"{self._product('dp_replicate', 'dp_shard', 'cp', 'tp')} = "
                 f"{fixed * self.dp_shard} != world size {world_size} (number of processes); set "
                 f"parallel.dp_shard={derived} (or null to derive it), or start {fixed * self.dp_shard} processes"
             )
-        return Degrees(dp_replicate=self.dp_replicate, dp_shard=derived, tp=self.tp)
+        return Degrees(dp_replicate=self.dp_replicate, dp_shard=derived, cp=self.cp, tp=self.tp)
 
+    def _product(self, *keys: str) -> str:
+        return " x ".join(f"{key}({getattr(self, key)})" for key in keys if key != "cp" or self.cp > 1)
 
-def _way_out(tp: int, dp_replicate: int, world_size: int) -> str:
-    """What to change when dp_replicate x tp does not divide the world size."""
-    if world_size % dp_replicate == 0:
-        return f"parallel.tp={_degree_that_divides(tp, world_size // dp_replicate)} would work"
-    if world_size % tp == 0:
-        return f"parallel.dp_replicate={_degree_that_divides(dp_replicate, world_size // tp)} would work"
-    return f"parallel.tp={_degree_that_divides(tp, world_size)} with parallel.dp_replicate=1 would work"
+    def _way_out(self, world_size: int) -> str:
+        """What to set when dp_replicate x cp x tp does not divide the world size: one of them, or tp and the others to 1."""
+        degrees = {key: getattr(self, key) for key in ("tp", "cp", "dp_replicate")}
+        for key, value in degrees.items():
+            others = prod(degrees.values()) // value
+            if value > 1 and world_size % others == 0:
+                return f"parallel.{key}={_degree_that_divides(value, world_size // others)}"
+        ones = [f"parallel.{key}=1" for key in ("cp", "dp_replicate") if degrees[key] > 1]
+        return f"parallel.tp={_degree_that_divides(self.tp, world_size)} with {' and '.join(ones)}"
 
 
 def _degree_that_divides(wanted: int, number: int) -> int:
@@ -124,11 +136,13 @@ class Mesh:
     """This process's position in the mesh and its process groups.
 
     device: where this process's tensors are. device_mesh: the groups, over `_AXES`; None for one process.
+    context_group: the processes that divide one sequence; None where cp is 1.
     """
 
     degrees: Degrees = Degrees()
     device: torch.device = CPU
     device_mesh: DeviceMesh | None = None
+    context_group: dist.ProcessGroup | None = None
 
     @property
     def tp_rank(self) -> int:
@@ -141,13 +155,28 @@ class Mesh:
         return self.degrees.tp
 
     @property
+    def cp_rank(self) -> int:
+        """Place among the processes that divide one sequence."""
+        return self._rank("dp_shard") % self.degrees.cp
+
+    @property
+    def cp_size(self) -> int:
+        """Number of processes that divide one sequence."""
+        return self.degrees.cp
+
+    @property
+    def context_parallel(self) -> ContextParallel | None:
+        """What layers that look along the sequence need to know; None where every process has whole sequences."""
+        return None if self.cp_size == 1 else ContextParallel(self.cp_rank, self.cp_size, self.context_group)
+
+    @property
     def stage(self) -> int:
         """Which stage of the pipeline this process computes."""
         return self._rank("pp")
 
     @property
     def data_parallel_rank(self) -> int:
-        """Which slice of a global batch this process reads (all tensor-parallel ranks read the same one)."""
+        """Which slice of a global batch this process reads (all tensor-parallel and context-parallel ranks read the same one)."""
         return self._rank("dp_replicate") * self.degrees.dp_shard + self._rank("dp_shard") // self.degrees.cp
 
     @property
@@ -157,7 +186,7 @@ class Mesh:
 
     @property
     def sharding(self) -> DeviceMesh:
-        """What `fully_shard` takes: (dp_shard), or (dp_replicate, dp_shard) when there are replicas."""
+        """What `fully_shard` takes: (dp_shard), or (dp_replicate, dp_shard) when there are replicas. cp is in dp_shard."""
         assert self.device_mesh is not None, "one process shards nothing"
         if self.degrees.dp_replicate == 1:
             return self.device_mesh["dp_shard"]
@@ -178,9 +207,20 @@ class Mesh:
         """Where this process's shards of the global tensors lie."""
         return Layout.from_mesh(self.device_mesh)
 
+    def place(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """A batch of this data-parallel rank, entries (B, T), on the device; under context parallelism this process's slices of it.
+
+        Raises ValueError if the sequences do not divide.
+        """
+        on_device = {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
+        return on_device if self.context_parallel is None else shard_sequence(on_device, self.context_parallel)
+
     def group(self, axis: str) -> dist.ProcessGroup:
-        """The processes along one of the dimensions pp, dp_replicate, dp_shard, tp."""
+        """The processes along one of the dimensions pp, dp_replicate, dp_shard (which has cp in it), cp, tp."""
         assert self.device_mesh is not None, "one process has no groups"
+        if axis == "cp":
+            assert self.context_group is not None, "parallel.cp is 1"
+            return self.context_group
         return self.device_mesh.get_group(axis)
 
     def _rank(self, axis: str) -> int:
@@ -198,12 +238,24 @@ def build_mesh(degrees: Degrees, *, device: torch.device) -> Mesh:
     if degrees.world_size == 1:
         return Mesh(degrees, device)
     sizes = (degrees.pp, degrees.dp_replicate, degrees.dp_shard * degrees.cp, degrees.tp)
-    mesh = Mesh(degrees, device, init_device_mesh(device.type, sizes, mesh_dim_names=_AXES))
+    device_mesh = init_device_mesh(device.type, sizes, mesh_dim_names=_AXES)
+    mesh = Mesh(degrees, device, device_mesh, _context_group(degrees))
     timeout = group_timeout(mesh.world[0], device)
-    for group in map(mesh.group, _AXES):  # torch gives them its own 30 minutes
+    contexts = [mesh.context_group] if mesh.context_group is not None else []
+    for group in [*map(mesh.group, _AXES), *contexts]:  # torch gives them its own 30 minutes
         for kind in group._device_types:
             group._get_backend(kind)._set_default_timeout(timeout)
     return mesh
+
+
+def _context_group(degrees: Degrees) -> dist.ProcessGroup | None:
+    """The cp ranks among which this process divides sequences. It is not a dimension of the device mesh, whose groups then would
+    have to be flattened again for sharding."""
+    if degrees.cp == 1:
+        return None
+    ranks = torch.arange(degrees.world_size).view(-1, degrees.cp, degrees.tp).transpose(1, 2).flatten(0, 1)
+    group, _ = dist.new_subgroups_by_enumeration(ranks.tolist())
+    return group
 
 
 def group_timeout(group: dist.ProcessGroup, device: torch.device) -> timedelta:

@@ -1,5 +1,5 @@
-"""From a plain decoder to this process's part of it, in this order: FP8 linear layers, the tensor-parallel plan, then recompute and
-compilation, layer by layer.
+"""From a plain decoder to this process's part of it, in this order: FP8 linear layers, the tensor-parallel plan, mixers that divide
+sequences, then recompute and compilation, layer by layer.
 
 Works on the meta device, where it costs neither memory nor communication.
 """
@@ -13,7 +13,7 @@ import torch.distributed as dist
 from megatron_lite.models.decoder import Decoder
 from megatron_lite.parallel.layers import TensorParallel
 from megatron_lite.parallel.mesh import Mesh, ParallelConfig
-from megatron_lite.parallel.plans import apply_plan, check_divisible, decoder_plan
+from megatron_lite.parallel.plans import apply_plan, check_divisible, decoder_plan, divide_sequences
 from megatron_lite.parallel.quantization import quantize
 from megatron_lite.parallel.recompute import recompute_layer
 from megatron_lite.precision.dtypes import PrecisionConfig
@@ -29,20 +29,24 @@ class Recipe:
 
 
 def parallelize(decoder: Decoder, mesh: Mesh, recipe: Recipe) -> None:
-    """Make the decoder's linear layers FP8, cut it over the tensor-parallel ranks, in place, and set its layers' recompute and
-    compilation.
+    """Make the decoder's linear layers FP8, cut it over the tensor-parallel ranks, let its mixers divide sequences over the
+    context-parallel ranks, in place, and set its layers' recompute and compilation.
 
-    Raises ValueError when the model does not divide by `parallel.tp`, or the precision cannot be had.
+    Raises ValueError when the model does not divide by `parallel.tp` or `parallel.cp`, or the precision cannot be had.
     """
     config = recipe.parallel
     if isinstance(recipe.precision, Fp8Config):
         quantize(decoder, recipe.precision, mesh)
     if mesh.tp_size > 1:
-        check_divisible(decoder.config, tp=mesh.tp_size, sequence_parallel=config.sequence_parallel)
+        check_divisible(
+            decoder.config, tp=mesh.tp_size, sequence_parallel=config.sequence_parallel and mesh.cp_size == 1
+        )
         tp = TensorParallel(mesh.tp_rank, mesh.tp_size, mesh.group("tp"), config.sequence_parallel)
         apply_plan(decoder, decoder_plan(decoder), tp)
+    if mesh.context_parallel is not None:
+        divide_sequences(decoder, mesh.context_parallel)
     for layer in decoder.layers:
-        recompute_layer(layer, config.recompute)
+        recompute_layer(layer, config.recompute, divided=mesh.context_parallel is not None)
         if config.compile:
             layer.compile()
 

@@ -20,12 +20,13 @@ A plan maps a name below the module to an entry, or to several that are applied 
 What column, row and copy_in do is Megatron-LM's (arXiv 1909.08053, section 3): one all-reduce a layer forward and one
 backward. Under sequence parallelism (arXiv 2205.05198) the same plan holds: `copy_in` gathers, `row` and `vocab` scatter. What is
 gathered is ordered rank by rank, not sequence by sequence: see `layers`.
-A new layer type is a row of its mixer in MIXERS.
+What becomes of the mixers' submodules that look along the sequence, where context-parallel ranks divide it, is data too
+(`MixerPlan.along_sequence`). A new layer type is a row of its mixer in MIXERS.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from math import gcd
 from operator import attrgetter
@@ -43,6 +44,7 @@ from megatron_lite.models.mamba import Mamba2
 from megatron_lite.models.meta_tokens import PrefixedEmbedding
 from megatron_lite.models.mlp import MLP, GatedMLP
 from megatron_lite.models.pattern import LayerSpec
+from megatron_lite.parallel.context_attention import ContextParallelAttention
 from megatron_lite.parallel.layers import (
     ColumnParallelLinear,
     CopyIn,
@@ -62,6 +64,8 @@ from megatron_lite.parallel.layers import (
     shard_parameter,
 )
 from megatron_lite.parallel.norms import HeadNorm, ReplicatedNorm, ShardedNorm
+from megatron_lite.parallel.reclass import reclass
+from megatron_lite.parallel.sequence_slices import ContextParallel
 
 
 @dataclass(frozen=True)
@@ -113,10 +117,15 @@ class MixerPlan:
     """How a mixer is sharded. plan: an entry of a submodule that is None in this mixer is passed over.
 
     must_divide: config key -> value, for the values that the degree has to divide.
+    along_sequence: its submodules that look along the sequence -> what they become where ranks divide sequences; None: parallel.cp > 1
+      is refused.
+    taps: config key -> value, for the tokens that a convolution sees.
     """
 
     plan: Plan
     must_divide: Callable[[ModelConfig], dict[str, int]]
+    along_sequence: Mapping[str, type[nn.Module]] | None = None
+    taps: Callable[[ModelConfig], dict[str, int]] = lambda config: {}
 
 
 def _kv_heads(config: ModelConfig) -> dict[str, int]:
@@ -131,17 +140,23 @@ def _ssm_groups(config: ModelConfig) -> dict[str, int]:
     return {"model.mamba.groups": config.mamba.groups}  # heads is a multiple of it
 
 
+def _conv_taps(config: ModelConfig) -> dict[str, int]:
+    return {"model.mamba.conv": config.mamba.conv}
+
+
 MIXERS: dict[type[nn.Module], MixerPlan] = {
     Attention: MixerPlan(
         {"qkv": (column_in_order,), "core.q_norm": (head_norm,), "core.k_norm": (head_norm,), "out": (row_in_order,)},
         _kv_heads,
+        {"core": ContextParallelAttention},
     ),
-    MLP: MixerPlan({"up": (column,), "down": (row,)}, _ffn_size),
-    GatedMLP: MixerPlan({"up": (column,), "gate": (column,), "down": (row,)}, _ffn_size),
+    MLP: MixerPlan({"up": (column,), "down": (row,)}, _ffn_size, {}),
+    GatedMLP: MixerPlan({"up": (column,), "gate": (column,), "down": (row,)}, _ffn_size, {}),
     Mamba2: MixerPlan(
         {"in_proj": (column_in_order,), "out_proj": (row_in_order,)}
         | dict.fromkeys(("conv.weight", "conv.bias", "ssm.A_log", "ssm.dt_bias", "ssm.D", "norm.weight"), (shard(0),)),
         _ssm_groups,
+        taps=_conv_taps,
     ),
     Hymba: MixerPlan(
         {
@@ -157,6 +172,7 @@ MIXERS: dict[type[nn.Module], MixerPlan] = {
         }
         | dict.fromkeys(("conv.weight", "conv.bias", "ssm.A_log", "ssm.dt_bias", "ssm.D"), (shard(0),)),
         _kv_heads,  # a group of channels goes with each
+        taps=_conv_taps,
     ),
 }
 EMBEDDINGS: dict[type[nn.Module], Entry] = {
@@ -190,6 +206,23 @@ def decoder_plan(decoder: Decoder) -> dict[str, tuple[Entry | Replace, ...]]:
     return plan
 
 
+def divide_sequences(decoder: Decoder, cp: ContextParallel) -> None:
+    """Let the mixers of `decoder` compute this rank's slices of sequences, in place. Raises ValueError for a mixer that cannot."""
+    for index, layer in enumerate(decoder.layers):
+        mixer = layer.get_submodule("mixer")
+        for name, mixin in _along_sequence(mixer, index).items():
+            reclass(mixer.get_submodule(name), mixin, cp=cp)
+
+
+def _along_sequence(mixer: nn.Module, index: int) -> Mapping[str, type[nn.Module]]:
+    row = MIXERS.get(type(mixer))
+    if row is None or row.along_sequence is None:
+        raise ValueError(
+            f"layer {index} is a {type(mixer).__name__}, which cannot divide a sequence over ranks; set parallel.cp=1"
+        )
+    return row.along_sequence
+
+
 def apply_plan(model: nn.Module, plan: Plan, tp: TensorParallel | None) -> None:
     """Turn the modules and parameters that the plan names into what it says, in place. tp None: the plan only replaces."""
     for name, entries in plan.items():
@@ -209,13 +242,32 @@ def apply_plan(model: nn.Module, plan: Plan, tp: TensorParallel | None) -> None:
                     shard_parameter(module, parameter, dim, tp)
 
 
+def taps(config: ModelConfig) -> dict[str, int]:
+    """Config key -> value, for the tokens that the model's convolutions see; those of mixers without a plan are unknown."""
+    found: dict[str, int] = {}
+    for _, mixer in _mixers(config):
+        found |= MIXERS[type(mixer)].taps(config) if type(mixer) in MIXERS else {}
+    return found
+
+
+def _mixers(config: ModelConfig) -> Iterator[tuple[int, nn.Module]]:
+    """(index of the first such layer, mixer) of each layer type, on the meta device."""
+    for symbol in dict.fromkeys(config.symbols):
+        with torch.device("meta"):
+            yield config.symbols.index(symbol), LAYER_TYPES[symbol].build(config, LayerSpec(symbol))
+
+
+def check_sequences_divide(config: ModelConfig) -> None:
+    """Raise ValueError when this model has a mixer for which sequences cannot be divided over ranks."""
+    for index, mixer in _mixers(config):
+        _along_sequence(mixer, index)
+
+
 def check_divisible(config: ModelConfig, *, tp: int, sequence_parallel: bool = False) -> None:
     """Raise ValueError when `tp` ranks cannot share this model, naming the key and degrees that would work."""
     counts = {"the padded vocabulary (model.vocab_size up to model.vocab_multiple)": config.padded_vocab}
-    for symbol in dict.fromkeys(config.symbols) if tp > 1 else ():
-        with torch.device("meta"):
-            mixer = LAYER_TYPES[symbol].build(config, LayerSpec(symbol))
-        counts |= mixer_plan(mixer, config.symbols.index(symbol)).must_divide(config)
+    for index, mixer in _mixers(config) if tp > 1 else ():
+        counts |= mixer_plan(mixer, index).must_divide(config)
     if sequence_parallel:
         key = "model.max_seq_len" if config.meta_tokens == 0 else "model.meta_tokens + model.max_seq_len"
         counts[key] = config.meta_tokens + config.max_seq_len

@@ -21,11 +21,10 @@ from torch import nn
 from torch.utils.checkpoint import SAC_IGNORED_OPS, CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from megatron_lite.parallel.context_attention import CONTEXT_ATTENTION
-from megatron_lite.parallel.context_collectives import CONTEXT_GATHER
 from megatron_lite.parallel.reclass import reclass
 
 # What ranks that divide a sequence have told each other.
-_COMMUNICATION = frozenset({CONTEXT_ATTENTION, CONTEXT_GATHER})
+_COMMUNICATION = frozenset({CONTEXT_ATTENTION})
 
 
 # Not bmm: where attention has no fused kernel its T x T scores are bmm outputs, the largest thing there is to keep.

@@ -55,12 +55,14 @@ def cut(x: Tensor, cp: ContextParallel, dim: int = 1) -> Tensor:
 def shard_sequence(batch: dict[str, Tensor], cp: ContextParallel) -> dict[str, Tensor]:
     """This rank's slices of every entry (B, T) of a batch, and of the tokens' `positions`, (B, T / cp) or (1, T / cp) int64.
 
-    positions: each token's place in its document, from 0. documents: numbered from 0 in each row.
+    positions: each token's place in its document, from 0. documents: numbered by the index of their first token in the row, so that a
+    slice can tell whether its first document began before it.
     Raises ValueError if the sequence does not divide.
     """
     tokens_BT, documents_BT = batch["tokens"], batch.get("documents")
+    index_1T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)[None]
     if documents_BT is None:
-        positions_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)[None]
-        return {key: cut(value, cp) for key, value in (batch | {"positions": positions_BT}).items()}
-    numbered = {"documents": documents_BT - documents_BT[:, :1], "positions": restarting_positions(documents_BT)}
+        return {key: cut(value, cp) for key, value in (batch | {"positions": index_1T}).items()}
+    positions_BT = restarting_positions(documents_BT)
+    numbered = {"documents": index_1T - positions_BT, "positions": positions_BT}
     return {key: cut(value, cp) for key, value in (batch | numbered).items()}

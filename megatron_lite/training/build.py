@@ -275,14 +275,14 @@ def held_out(config: DataConfig, tokenizer: TokenizerIdentity) -> HeldOut:
 
 
 def build_loader(run: RunConfig, blend: Blend, held_out: HeldOut, mesh: Mesh) -> DataLoader:
-    """This data-parallel rank's batches, on its device."""
+    """This data-parallel rank's batches, on its device, as `mesh` places them."""
     return DataLoader(
         blend,
         held_out,
         micro_batch_size=run.train.micro_batch_size,
         rank=mesh.data_parallel_rank,
         ranks=mesh.data_parallel_size,
-        device=mesh.device,
+        to=mesh,
     )
 
 
@@ -313,6 +313,7 @@ def run_info(run: RunConfig, trainer: Trainer) -> RunInfo:
         if "|" in (model.pattern or "")
         else ""
     )
+    processes = f"{trainer.runtime.world_size} process(es) ({run.parallel.degrees(trainer.runtime.world_size)})"
     size = f"{len(model.symbols)} layers{ignored}, hidden {model.hidden_size}, vocabulary {model.vocab_size}"
     return RunInfo(
         run_dir=Path(run.run.dir),
@@ -324,6 +325,6 @@ def run_info(run: RunConfig, trainer: Trainer) -> RunInfo:
         model=f"{model.family}, {size}",
         parameters=parameter_count(model),
         total_tokens=trainer.schedule.end.consumed_tokens,
-        layout=f"{run.engine.name}, {run.precision.name}, {trainer.runtime.world_size} process(es), attention: {kernel.name}",
+        layout=f"{run.engine.name}, {run.precision.name}, {processes}, attention: {kernel.name}",
         peak=str(trainer.metrics.work.peak) if trainer.metrics.work.peak.flops else "",
     )

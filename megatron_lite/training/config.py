@@ -28,8 +28,8 @@ from megatron_lite.optim.optimizer import OptimConfig
 from megatron_lite.optim.schedule import ScheduleConfig
 from megatron_lite.optim.spikes import SpikeConfig
 from megatron_lite.parallel.mesh import ParallelConfig
-from megatron_lite.parallel.plans import check_divisible
 from megatron_lite.parallel.quantization import check_sizes
+from megatron_lite.parallel.sequence_length import check_layout
 from megatron_lite.precision.dtypes import PrecisionConfig
 from megatron_lite.precision.recipes import RECIPES, Fp8Config, Nvfp4Config
 from megatron_lite.tracking.base import TrackingConfig
@@ -153,20 +153,9 @@ def validate_model(run: RunConfig) -> None:
     """The part of `validate` that needs the model; raises ValueError."""
     run.model.validate()
     family_named(run.model.family)
-    check_divisible(run.model, tp=run.parallel.tp, sequence_parallel=run.parallel.sequence_parallel)
-    length, tp = run.data.seq_len + run.model.meta_tokens, run.parallel.tp
-    if run.parallel.sequence_parallel and length % tp:
-        meta = (
-            f" and model.meta_tokens={run.model.meta_tokens} make {length} tokens, which do"
-            if run.model.meta_tokens
-            else " does"
-        )
-        raise ValueError(
-            f"data.seq_len={run.data.seq_len}{meta} not divide by parallel.tp={tp}, as parallel.sequence_parallel needs; "
-            f"data.seq_len={length // tp * tp - run.model.meta_tokens} would, or switch sequence_parallel off"
-        )
+    check_layout(run.model, run.parallel, seq_len=run.data.seq_len)
     if isinstance(run.precision, Fp8Config):
-        tokens = run.train.micro_batch_size * run.data.seq_len
+        tokens = run.train.micro_batch_size * run.data.seq_len // run.parallel.cp
         check_sizes(run.model, run.precision, tp=run.parallel.tp, tokens=tokens)
     if run.data.seq_len > run.model.max_seq_len:
         raise ValueError(

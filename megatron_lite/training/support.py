@@ -64,7 +64,8 @@ FEATURES: dict[str, Feature] = {
     "sequence_parallel": Feature(
         "Sequence parallelism", {"off": "parallel.sequence_parallel=false", "on": "parallel.sequence_parallel=true"}
     ),
-    "dp": Feature("Data parallelism", {"1": "", "several": "the processes left after tensor parallelism"}),
+    "cp": Feature("Context parallelism", {"1": "parallel.cp=1", "several": "parallel.cp=2"}),
+    "dp": Feature("Data parallelism", {"1": "", "several": "the processes left after tensor and context parallelism"}),
     "replicas": Feature("Replicas (HSDP)", {"1": "parallel.dp_replicate=1", "several": "parallel.dp_replicate=2"}),
     "precision": Feature(
         "Precision",
@@ -100,6 +101,11 @@ UNSUPPORTED: tuple[Unsupported, ...] = (
         "set parallel.dp_replicate=1, or engine=fsdp",
     ),
     Unsupported(
+        {"engine": _ZERO, "cp": ("several",)},
+        "context-parallel ranks shard the model together, which FSDP2 does",
+        "set parallel.cp=1, or engine=fsdp",
+    ),
+    Unsupported(
         {"engine": _FSDP, "offload": ("on",), "processes": ("1",)},
         "one process shards nothing, so FSDP2 has no shards to offload",
         "drop it, or use engine=deepspeed engine.offload_optimizer=true",
@@ -108,6 +114,16 @@ UNSUPPORTED: tuple[Unsupported, ...] = (
         {"command": ("evaluate", "generate", "prune"), "engine": _ZERO},
         "engine=deepspeed only trains",
         "set engine=fsdp, which reads the checkpoints of every engine",
+    ),
+    Unsupported(
+        {"command": ("generate",), "cp": ("several",)},
+        "tokens are generated one by one, which leaves no sequence to divide",
+        "set parallel.cp=1",
+    ),
+    Unsupported(
+        {"command": ("prune",), "cp": ("several",)},
+        "importance is measured over whole sequences",
+        "set parallel.cp=1; the processes then share the samples",
     ),
     Unsupported(
         {"command": ("generate",), "dp": ("several",)},
@@ -153,6 +169,7 @@ def choices_of(
         "processes": (_count(world_size), f"{world_size} process{'es'[: 2 * (world_size > 1)]}"),
         "tp": (_count(degrees.tp), f"parallel.tp={degrees.tp}"),
         "sequence_parallel": _switch("parallel.sequence_parallel", parallel.sequence_parallel),
+        "cp": (_count(degrees.cp), f"parallel.cp={degrees.cp}"),
         "dp": (_count(degrees.data_parallel), f"{degrees.data_parallel} data-parallel processes"),
         "replicas": (_count(degrees.dp_replicate), f"parallel.dp_replicate={degrees.dp_replicate}"),
         "precision": (_FP8 if precision.name in _FP8.split(", ") else precision.name, f"precision={precision.name}"),

@@ -23,7 +23,7 @@ from megatron_lite.parallel.assemble import assemble, from_tensors
 from megatron_lite.parallel.frozen import FrozenDecoder
 from megatron_lite.parallel.mesh import Mesh
 from megatron_lite.parallel.parallelize import Recipe
-from megatron_lite.parallel.plans import check_divisible
+from megatron_lite.parallel.sequence_length import check_layout
 from megatron_lite.ranks import Ranks
 from megatron_lite.training.config import RunConfig
 from megatron_lite.weights import Weights, open_weights
@@ -107,7 +107,7 @@ def _check(run: RunConfig, weights: Weights, tokenizer: TokenizerIdentity) -> No
             f"{named} takes sequences of {model.max_seq_len} at most, but data.seq_len={run.data.seq_len}; shorten that"
         )
     try:
-        check_divisible(model, tp=run.parallel.tp, sequence_parallel=run.parallel.sequence_parallel)
+        check_layout(model, run.parallel, seq_len=run.data.seq_len)
     except ValueError as error:
         raise ValueError(f"{named} cannot be divided like the student: {error}") from error
 

@@ -55,6 +55,7 @@ def evaluated(tiny_data, straight):
         (2, ["engine.shard=none"]),
         (4, ["parallel.tp=2", "parallel.sequence_parallel=true"]),
         (4, ["parallel.dp_replicate=2"]),
+        (4, ["parallel.cp=2"]),
     ],
 )
 def test_evaluate_gives_the_losses_of_one_process(ranks, layout, evaluated):
@@ -79,7 +80,7 @@ def test_generate_gives_the_text_of_one_process(straight):
     assert run_ranks(2, text, *words, "parallel.tp=2", timeout=SECONDS) == [expected] * 2
 
 
-@pytest.mark.parametrize("key", ["parallel.tp=3", "parallel.cp=2"])
+@pytest.mark.parametrize("key", ["parallel.tp=3", "parallel.cp=3"])
 def test_a_layout_that_does_not_fit_is_refused_on_every_rank(key, evaluated):
     name, value = key.removeprefix("parallel.").split("=")
     for message in run_ranks(2, refused, *evaluated[0], key, timeout=SECONDS):

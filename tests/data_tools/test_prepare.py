@@ -277,6 +277,8 @@ def test_inspect_a_corpus(finished, tmp_path) -> None:
     assert "english/prose" in shown
     assert "code/code" in shown
     assert "document 0, tokens 0 to" in shown
+    assert "median" in shown
+    assert "128k" in shown
     assert (tmp_path / "blend.png").stat().st_size > 5_000
     assert inspect(config, Console(file=io.StringIO())) == []  # its own picture is replaced, another file is not
     (tmp_path / "blend.png").write_bytes(b"a photograph")

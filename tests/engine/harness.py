@@ -119,6 +119,11 @@ def micro_batches(step: int, *, rank: int = 0, ranks: int = 1, size: int = 1) ->
     ]
 
 
+def placed(engine: Any, batches: list[dict[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:
+    """What this process computes of the micro-batches of its data-parallel rank."""
+    return [engine.mesh.place(batch) for batch in batches]
+
+
 def open_engine(case: Case, world_size: int) -> tuple[Any, int, int]:
     """(engine, this process's data-parallel rank, number of them)."""
     run = run_config(case)
@@ -140,7 +145,7 @@ def train(rank: int, world_size: int, case: Case, *, steps: int = STEPS, bug: st
         move_off_zero(engine)
         for step in range(1, steps + 1):
             batches = micro_batches(step, rank=place, ranks=places, size=case.micro_batch)
-            result = engine.train_step(batches, lr=PEAK * (1 - step / 50))
+            result = engine.train_step(placed(engine, batches), lr=PEAK * (1 - step / 50))
             assert result.skipped == 0
             trace.losses.append(result.loss.item())
             trace.norms.append(result.grad_norm.item())
@@ -230,7 +235,7 @@ def save_after(rank: int, world_size: int, case: Case, directory: str, *, step: 
     trace = Trace([], [], {})
     for number in range(1, stop + 1):
         batches = micro_batches(number, rank=place, ranks=places, size=case.micro_batch)
-        result = engine.train_step(batches, lr=PEAK)
+        result = engine.train_step(placed(engine, batches), lr=PEAK)
         trace.losses.append(result.loss.item())
         trace.norms.append(result.grad_norm.item())
         if number == step:
@@ -253,7 +258,7 @@ def resume_from(rank: int, world_size: int, case: Case, directory: str, *, step:
     trace = Trace([], [], {"loaded": boxes(engine, "")})
     for number in range(step + 1, stop + 1):
         batches = micro_batches(number, rank=place, ranks=places, size=case.micro_batch)
-        result = engine.train_step(batches, lr=PEAK)
+        result = engine.train_step(placed(engine, batches), lr=PEAK)
         trace.losses.append(result.loss.item())
         trace.norms.append(result.grad_norm.item())
     return trace

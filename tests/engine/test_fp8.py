@@ -32,6 +32,8 @@ LAYOUTS: dict[str, tuple[int, Case]] = {
     "zero 3": (2, Case(engine=zero(3))),
     "dp x tp": (4, Case(SEQUENCE)),
     "zero 3 x tp": (4, Case({"tp": 2}, zero(3))),
+    "cp": (2, Case({"cp": 2}, micro_batch=4)),
+    "cp x tp": (4, Case({"cp": 2, **SEQUENCE}, micro_batch=4)),
 }
 FAST = ["tp, sequence parallel"]
 RECIPES = ["fp8_delayed", "fp8_current", "fp8_block", "mxfp8"]

@@ -29,11 +29,14 @@ LAYOUTS: dict[str, tuple[int, Case]] = {
     "hsdp": (4, Case({"dp_replicate": 2})),
     "dp 4": (4, Case()),
     "tp 4": (4, Case({"tp": 4}, micro_batch=4)),
+    "cp": (2, Case({"cp": 2}, micro_batch=4)),
+    "cp x dp": (4, Case({"cp": 2})),
+    "cp x tp": (4, Case({"cp": 2, "tp": 2, "sequence_parallel": True}, micro_batch=4)),
     "zero 1 x tp": (4, Case({"tp": 2}, {"kind": "deepspeed", "zero_stage": 1})),
     "zero 3 x tp": (4, Case({"tp": 2}, {"kind": "deepspeed", "zero_stage": 3})),
     "zero 3 over 4": (4, Case(engine={"kind": "deepspeed", "zero_stage": 3})),
 }
-FAST = [("dp", "zero 2"), ("zero 2", "zero 3"), ("zero 3", "tp"), ("tp", "zero 1")]
+FAST = [("dp", "zero 2"), ("zero 2", "zero 3"), ("zero 3", "tp"), ("tp", "zero 1"), ("cp x dp", "dp x tp")]
 
 
 def save(rank: int, world_size: int, case: Case, directory: str) -> Trace:
@@ -85,7 +88,7 @@ def test_bf16_keeps_fp32_master_weights(saved) -> None:
     check(saved, "dp", "zero 3", "bf16")
 
 
-@pytest.mark.parametrize("name", ["dp", "zero 3"])
+@pytest.mark.parametrize("name", ["dp", "zero 3", "cp x dp"])
 def test_the_same_layout_goes_on_with_the_same_bits(saved, name: str) -> None:
     directory, wrote = saved(name)
     world_size, case = LAYOUTS[name]
