@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
+import signal
 import warnings
 
 import numpy as np
@@ -28,6 +30,7 @@ from megatron_lite.training.ladder import Ladder, Operand, Reading, first_out_of
 from megatron_lite.training.trainer import Trainer
 from tests import runs
 from tests.distributed import run_ranks
+from tests.forked import PROCESSES
 
 MARK = 383  # a token that is never followed by itself elsewhere
 BAD_STEPS = (10, 11, 14, 15, 18)  # the first sample of each is bad
@@ -232,6 +235,32 @@ def test_killed_between_two_events_it_is_the_same_run(train, whole, monkeypatch,
         patch.setattr(Trainer, "write_checkpoint", killed)
         with pytest.raises(KeyboardInterrupt):
             train("fp8_current")
+    assert outcome(train("fp8_current")) == outcome(whole)
+
+
+def run_that_dies(words: list[str]) -> None:
+    """Kills itself when the checkpoint of step 12, after the first descent, has been written."""
+    method, calls = Trainer.write_checkpoint, []
+
+    def killed(self):
+        method(self)
+        calls.append(self)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    Trainer.write_checkpoint = killed
+    with planted():
+        command.train(compose_run(words))
+
+
+@pytest.mark.slow
+def test_a_killed_process_is_the_same_run(train, whole, tiny_data, tmp_path):
+    words = [*SETTINGS, "precision=fp8_current"]
+    process = PROCESSES.Process(target=run_that_dies, args=(runs.arguments(tiny_data, tmp_path / "r", *words),))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert find_checkpoint(tmp_path / "r").name == "step_00000012"
     assert outcome(train("fp8_current")) == outcome(whole)
 
 
