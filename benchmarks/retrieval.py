@@ -69,7 +69,10 @@ class Stage:
 
 @dataclass(frozen=True)
 class Size:
-    """words: of each of the three kinds. lines: at most in a training document. others: lines beside the asked one."""
+    """words: of each of the three kinds. lines: at most in a training document. others: lines beside the asked one.
+
+    corpus: the share of the sample corpus that is read.
+    """
 
     short: Stage
     long: Stage
@@ -78,13 +81,21 @@ class Size:
     words: int = 16
     lines: int = 63
     others: int = 15
+    corpus: float = 0.2
 
 
 SIZES = {
     "full": Size(Stage(256, 2500, 8, 4e-3), Stage(2048, 250, 2, 2e-3, ranks=4)),
     "small": Size(Stage(256, 1200, 8, 4e-3), Stage(1024, 100, 4, 2e-3, ranks=4), seeds=(0,), questions=50),
     "tiny": Size(
-        Stage(32, 2, 2, 4e-3), Stage(64, 2, 2, 2e-3, ranks=2), seeds=(0,), questions=4, words=4, lines=5, others=2
+        Stage(32, 2, 2, 4e-3),
+        Stage(64, 2, 2, 2e-3, ranks=2),
+        seeds=(0,),
+        questions=4,
+        words=4,
+        lines=5,
+        others=2,
+        corpus=0.03,
     ),
 }
 
@@ -103,7 +114,7 @@ class Data:
 
 def data_of(options: Options, size: Size) -> Data:
     """The files below `options.folder`, made if they are not there yet."""
-    corpus = corpus_of(options.folder)
+    corpus = prepare(options.folder / "corpus", vocab_size=VOCABULARY, scale=size.corpus, report=print)
     tokenizer = load_tokenizer(corpus / "tokenizer")
     prefixes = [str(source.train) for source in sources(corpus) if source.group == "english"]
     made = Data(options.folder / "data", material(prefixes, tokenizer, words=size.words))
@@ -126,11 +137,6 @@ def data_of(options: Options, size: Size) -> Data:
                 }
                 (temporary / "data" / f"{name}.yaml").write_text(yaml.safe_dump(config))
     return made
-
-
-def corpus_of(folder: Path) -> Path:
-    """A sample corpus with a small vocabulary."""
-    return prepare(folder / "corpus", vocab_size=VOCABULARY, scale=0.2, report=print)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
