@@ -34,7 +34,7 @@ class _SquaredReLU(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        r = x.clamp_min(0.0)
+        r = x.relu()
         ctx.save_for_backward(r)
         return r * r
 
