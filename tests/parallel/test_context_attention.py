@@ -217,7 +217,7 @@ def test_as_dense_attention(ranks: int, short_tiles: bool) -> None:
 
 
 def test_in_bf16() -> None:
-    """Inputs, the result of each pair of tiles and the gradients are rounded to 8 bits; sums are fp32. Found at most 0.011."""
+    """Inputs, the result of each pair of tiles and the gradients are rounded to 8 bits; sums are fp32."""
     for errors in run_ranks(2, largest_errors, torch.bfloat16, False):
         assert {name: error for name, error in errors.items() if max(error) > 2**-6} == {}
 
