@@ -34,6 +34,7 @@ import torch.distributed as dist
 import torch.multiprocessing as processes
 from rich.console import Console
 from rich.table import Table
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.profiler import ProfilerActivity, profile
 
 from megatron_lite.data.config import DataConfig
@@ -183,7 +184,7 @@ def run_config(mode: Mode, ranks: int, options: argparse.Namespace) -> RunConfig
 def storages() -> dict[int, int]:
     """Address -> bytes of the storage of every live tensor."""
     gc.collect()
-    found = [item for item in gc.get_objects() if issubclass(type(item), torch.Tensor)]
+    found = [item for item in gc.get_objects() if issubclass(type(item), torch.Tensor) and type(item) is not FakeTensor]
     # a gradient that nobody has asked for has no object in Python yet
     gradients = [item.grad for item in found if item.is_leaf and item.grad is not None]
     return of([*found, *gradients])

@@ -41,7 +41,7 @@ _UPDATE_BYTES = 40
 class Assumptions:
     """Parts of the data sheet's speeds, and seconds. `why` says what each is and where it comes from."""
 
-    matmul: float = 0.644
+    matmul: float = 0.626
     attention: float = 0.34
     memory: float = 0.8
     link: float = 0.8
