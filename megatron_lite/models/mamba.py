@@ -29,6 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megatron_lite.models import ssd_kernel
 from megatron_lite.models.cache import LayerCache
 from megatron_lite.models.config import ModelConfig
 from megatron_lite.models.context import LayerContext
@@ -37,7 +38,6 @@ from megatron_lite.models.initialization import Constant, Distribution
 from megatron_lite.models.linear import Linear
 from megatron_lite.models.norm import at_least_float32
 from megatron_lite.models.pattern import LayerSpec
-from megatron_lite.models.ssd import ssd
 
 
 class Mamba2(nn.Module):
@@ -136,7 +136,7 @@ class StateSpace(nn.Module):
         )
         return (y_BTHP + at_least_float32(self.D)[:, None] * x_BTHP).to(x_BTHP.dtype), state_BHPN
 
-    scan = staticmethod(ssd)  # what a kernel, or a sequence that is cut over ranks, replaces
+    scan = staticmethod(ssd_kernel.scan)  # what a sequence that is cut over ranks replaces
 
     def initial(self) -> dict[str, Distribution]:
         """As Megatron-LM: A uniform in [1, 16], first time steps log-uniform in [0.001, 0.1], D one."""
