@@ -6,7 +6,7 @@
 
 For each peer, ours and the peer are a process each, which build their model once. Then they run `--steps` steps in turn, one waiting
 while the other computes: ours, peer, ours, peer. A pair is two neighboring turns, and a ratio is the peer's seconds over ours: above 1,
-ours is faster. Ours is the whole command (data from disk, checks, watchdog, metrics.jsonl), a peer is a loop over one batch in memory.
+ours is faster. Ours is the whole command (data from disk, checks, metrics.jsonl), a peer is a loop over one batch in memory.
 The loss is read, and ours logged, once a turn. Read the result with benchmarks/README.md.
 """
 
@@ -130,6 +130,7 @@ COLUMNS = (
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print one table, and a line for each peer that could not run."""
     options = parse(arguments)
+    where = machine() | {"threads": options.threads, "model": options.model, "pairs": options.pairs}
     rows, missing = [], []
     for name in options.peers:
         try:
@@ -139,7 +140,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
             continue
         rows.append(result.row(name, options.steps * options.batch * SIZES[options.model]["length"]))
         print(*rows[-1], sep="  ", file=sys.stderr, flush=True)
-    where = machine() | {"threads": options.threads, "model": options.model, "pairs": options.pairs}
     print("; ".join(f"{key} {value}" for key, value in where.items()), markdown(COLUMNS, rows), *missing, sep="\n\n")
     if not rows:
         sys.exit(1)

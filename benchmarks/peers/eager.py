@@ -15,6 +15,9 @@ from benchmarks.peers.serving import Work, train
 class Attention(nn.Module):
     """Causal attention; rotary embeddings turn the first half of each head."""
 
+    cos: torch.Tensor
+    sin: torch.Tensor
+
     def __init__(self, work: Work) -> None:
         super().__init__()
         self.heads = work.heads

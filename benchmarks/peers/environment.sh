@@ -4,7 +4,7 @@
 set -euo pipefail
 folder=${1:-"$(dirname "$0")/.venv"}
 "${PYTHON:-python3}" -m venv "$folder"
-# torch is pinned to ours: the comparison is about what is built on it
-"$folder/bin/python" -m pip install --quiet \
-  torch==2.13.0 megatron-core==0.16.1 ai2-olmo-core==3.0.0 transformers einops google-cloud-storage boto3
+install=("$folder/bin/python" -m pip install --quiet --no-compile)
+"${install[@]}" torch==2.13.0 # first and alone, and the version of ours: the comparison is about what is built on it
+"${install[@]}" megatron-core==0.16.1 ai2-olmo-core==3.0.0 transformers einops google-cloud-storage boto3
 "$folder/bin/python" -c 'import megatron.core, olmo_core.train' && echo "made $folder"

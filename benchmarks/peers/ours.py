@@ -1,4 +1,4 @@
-"""`mlite train` itself: data read from disk, checks, watchdog, metrics.jsonl; only the batches are handed out at a pace."""
+"""`mlite train` itself: data read from disk, checks, metrics.jsonl; only the batches are handed out at a pace."""
 
 from __future__ import annotations
 
