@@ -42,7 +42,7 @@ def test_a_round_trip(store):
     assert {key: manifest[key] for key in STATE} == STATE
     assert manifest["step"] == 3
     assert manifest["threads"] == torch.get_num_threads()
-    assert manifest["versions"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(manifest["versions"]["torch"])  # the wheel may lack the local part, "+cu130"
     assert manifest["tensors"]["model.norm.weight"]["dtype"] == "bfloat16"
 
 
