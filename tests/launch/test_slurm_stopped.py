@@ -41,7 +41,7 @@ def test_the_controller_is_away_when_the_job_asks_for_a_requeue(slurm, tiny_data
     job.wait_for_step(4)
     slurm.command("scancel", "--signal=USR1", job.number)
     # a controller that ends at once may not have passed the signal on; the job asks for its requeue after a step and a save
-    wait_for(lambda: "signal: the ranks save" in job.output(), seconds=60, what=lambda: job.output())
+    wait_for(lambda: "closing signal SIGUSR1" in job.output(), seconds=60, what=lambda: job.output())
     slurm.stop_controller()
     try:
         wait_for(lambda: ": requeue (" in job.output(), seconds=600, what=lambda: job.output())
