@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.torch_version import TorchVersion
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_lite.engine.fsdp import FsdpConfig
@@ -387,6 +389,19 @@ def test_layers_compile_without_a_break(config: ModelConfig) -> None:
     results = [Result(*r) for r in run_ranks(2, compiled, config, parallel)]
     found = errors(results, single(config))
     assert max(found.values()) < TOLERANCE, found
+
+
+@pytest.mark.parametrize(
+    ("version", "config", "refused"), [("2.12.1", HYBRID, True), ("2.13.0", HYBRID, False), ("2.11.0", NEMOTRON, False)]
+)
+def test_a_compiler_with_wrong_gradients_is_refused(
+    monkeypatch: pytest.MonkeyPatch, version: str, config: ModelConfig, refused: bool
+) -> None:
+    monkeypatch.setattr(torch, "__version__", TorchVersion(version))
+    with torch.device("meta"):
+        decoder = Decoder(config)
+    with pytest.raises(ValueError, match=r"parallel\.compile=true") if refused else nullcontext():
+        parallelize(decoder, Mesh(), Recipe(ParallelConfig(compile=True)))
 
 
 def test_compile_is_handed_to_each_layer(monkeypatch: pytest.MonkeyPatch) -> None:
