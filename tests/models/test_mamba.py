@@ -212,9 +212,9 @@ def test_time_steps_keep_their_limits(hybrid, loud):
     seen: list[Tensor] = []
     for model in (free, limited):
         scan = model.layers[0].mixer.ssm.scan
-        model.layers[0].mixer.ssm.scan = lambda x, dt, *rest, scan=scan, **k: (
-            seen.append(dt),
-            scan(x, dt, *rest, **k),
+        model.layers[0].mixer.ssm.scan = lambda operands, past, scan=scan: (
+            seen.append(operands.dt),
+            scan(operands, past),
         )[1]
     outputs = [model(tokens_of()) for model in (free, limited)]
     assert seen[0].min() < 0.5
