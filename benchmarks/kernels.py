@@ -36,6 +36,7 @@ from megatron_lite.models.attention_mask import Visibility
 from megatron_lite.models.cache import KeyValue
 from megatron_lite.models.context import LayerContext
 from megatron_lite.models.norm import LayerNorm1p
+from megatron_lite.models.scan import Operands
 from megatron_lite.models.selective_scan import selective_scan
 from megatron_lite.models.ssd import CHUNK, ssd
 from megatron_lite.optim.optimizer import AdamW, OptimConfig
@@ -132,7 +133,7 @@ def mamba2(size: Size) -> Operation:
     A_H = -torch.rand(H) - 0.5
 
     def ours(x: Tensor, dt: Tensor, b: Tensor, c: Tensor) -> Tensor:
-        return ssd(x, dt, A_H, b, c)[0]
+        return ssd(Operands(x, dt, A_H, b, c))[0]
 
     def plain(x: Tensor, dt: Tensor, b: Tensor, c: Tensor) -> Tensor:
         state, outputs = x.new_zeros(B, H, P, N), []
@@ -162,7 +163,7 @@ def mamba1(size: Size) -> Operation:
     A_CN = -torch.rand(C, N) - 0.5
 
     def ours(x: Tensor, dt: Tensor, b: Tensor, c: Tensor) -> Tensor:
-        return selective_scan(x, dt, A_CN, b, c)[0]
+        return selective_scan(Operands(x, dt, A_CN, b, c))[0]
 
     def plain(x: Tensor, dt: Tensor, b: Tensor, c: Tensor) -> Tensor:
         state, outputs = x.new_zeros(B, C, N), []
