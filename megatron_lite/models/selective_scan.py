@@ -30,6 +30,9 @@ import torch
 from torch import Tensor
 
 CHUNK = 64
+# On a CPU: memory for the states of a chunk's tokens, which some forty operators read and write. They are to stay in a core's cache.
+_CHUNK_BYTES_CPU = 2**20
+_CHUNK_TOKENS_LEAST = 4  # a state is kept for each chunk: N / 4 times the inputs at most
 
 
 def selective_scan(
@@ -43,7 +46,7 @@ def selective_scan(
     documents_BT: Tensor | None = None,
     prefix: int = 0,
     restart_BCN: Tensor | None = None,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(y (B, T, C), the state after the last token (B, C, N)), computed in the dtype of dt.
 
@@ -51,7 +54,10 @@ def selective_scan(
     state: the state before the first token, of the same document; None: zero. documents: rise along a row.
     prefix: the first tokens, which have the number of the first document; the others begin with the state that they leave.
     restart: without a prefix, the state with which every document but the first begins; None: zero.
+    chunk: tokens; None: `chunk_tokens`.
     """
+    if chunk is None:
+        chunk = chunk_tokens(len(x_BTC) * A_CN.numel() * dt_BTC.element_size(), device=x_BTC.device)
     if state_BCN is None:
         state_BCN = dt_BTC.new_zeros(len(x_BTC), *A_CN.shape)
     if documents_BT is None:
@@ -70,6 +76,13 @@ def selective_scan(
     of_text = (x_text, dt_text, A_CN, B_text, C_text, state_BCN, begins_BT[:, prefix:], restart_BCN, chunk)
     y_BTC, last_BCN = _Scan.apply(*of_text)
     return torch.cat([y_BPC, y_BTC], dim=1), last_BCN
+
+
+def chunk_tokens(state_bytes: int, *, device: torch.device) -> int:
+    """Tokens in a chunk, of whose states one has `state_bytes`: on a CPU the states of a chunk take about 1 MiB."""
+    if device.type != "cpu":
+        return CHUNK
+    return min(CHUNK, max(_CHUNK_TOKENS_LEAST, _CHUNK_BYTES_CPU // max(1, state_bytes)))
 
 
 class _Scan(torch.autograd.Function):

@@ -35,6 +35,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 CHUNK = 64
+CHUNK_CPU = 32  # as fast as 64 with states of 64 x 128 numbers, up to a third faster with smaller ones
 SEGMENT = 512  # tokens that are computed at a time
 
 
@@ -49,7 +50,7 @@ def ssd(
     documents_BT: Tensor | None = None,
     prefix: int = 0,
     restart_BHPN: Tensor | None = None,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(y (B, T, H, P), the state after the last token (B, H, P, N)), computed in float32 at least, in the dtype of dt.
 
@@ -57,7 +58,10 @@ def ssd(
     state: the state before the first token, of the same document; None: zero. documents: rise along a row.
     prefix: the first tokens, which have the number of the first document; the others begin with the state that they leave.
     restart: without a prefix, the state with which every document but the first begins; None: zero.
+    chunk: tokens; None: CHUNK, or CHUNK_CPU.
     """
+    if chunk is None:
+        chunk = CHUNK_CPU if x_BTHP.device.type == "cpu" else CHUNK
     sizes = segment_sizes(x_BTHP.shape[1], SEGMENT, first=0 if documents_BT is None else prefix)
     # split, not slices: its backward is one concatenation, that of every slice a whole tensor of zeros
     inputs = [tensor.split(sizes, dim=1) for tensor in (x_BTHP, dt_BTH, B_BTGN, C_BTGN)]
