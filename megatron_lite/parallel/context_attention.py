@@ -22,7 +22,7 @@ included), K head dim of queries and keys, V that of values, X = K + V.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -35,9 +35,9 @@ from megatron_lite.models.attention import AttentionCore
 from megatron_lite.models.attention_mask import Visibility
 from megatron_lite.models.cache import KeyValue
 from megatron_lite.models.context import LayerContext
-from megatron_lite.parallel.context_collectives import Exchange, Route, group_named
+from megatron_lite.parallel.context_collectives import Exchange, group_named
 from megatron_lite.parallel.context_kernels import Part, attend
-from megatron_lite.parallel.context_tiles import META, Rule, Tile, View, narrowed, routes, tiles, view
+from megatron_lite.parallel.context_tiles import META, Route, Rule, Tile, View, narrowed, routes, tiles, view
 from megatron_lite.parallel.sequence_slices import ContextParallel
 
 
@@ -72,7 +72,7 @@ def context_attention(
     queries = sequence.slices(query_BHTK)
     for _, keys in sequence.rounds(kv_BGTX):
         for query, key, seen in sequence.pairs(keys):
-            merged.add(query, *attend(sequence.part(query.of(queries), key.of(keys), (query, key, seen))))
+            merged.add(query, *attend(sequence.part(query.of(queries), keys[key], (query, key, seen))))
     return merged.out_BHTV.to(query_BHTK.dtype), merged.lse_BHT
 
 
@@ -96,25 +96,24 @@ def context_attention_backward(
     )
     returning: Exchange | None = None
     for route, keys in sequence.rounds(kv_BGTX):
-        d_keys = own if route is None else {number: torch.zeros_like(x, dtype=wide) for number, x in keys.items()}
+        d_keys = {key: key.of(own) if route is None else torch.zeros_like(x, dtype=wide) for key, x in keys.items()}
         for query, key, seen in sequence.pairs(keys):
-            part = sequence.part(query.of(queries), key.of(keys), (query, key, seen))
+            part = sequence.part(query.of(queries), keys[key], (query, key, seen))
             dq, dk, dv = part.kernel().backward(part, query.of(grads), query.of(outs), query.of(lses))
             query.of(d_queries).add_(dq)
-            key.of(d_keys).add_(torch.cat([dk, dv], dim=-1))
+            d_keys[key].add_(torch.cat([dk, dv], dim=-1))
         _add(own, returning)
         if route is not None:
-            like = own[sequence.cp.slices[0]]
-            returning = Exchange(d_keys, route.back, like=like, group=sequence.group)
+            returning = Exchange(list(d_keys.values()), route.back, like=d_kv, group=sequence.group)
     _add(own, returning)
     return d_query.to(query_BHTK.dtype), d_kv.to(kv_BGTX.dtype)
 
 
 def _add(own: dict[int, Tensor], returning: Exchange | None) -> None:
-    """Adds the gradients that another rank sends back for slices of this one."""
+    """Adds the gradients that another rank sends back for tiles of this one."""
     if returning is not None:
-        for number, grad in returning.wait().items():
-            own[number].add_(grad)
+        for tile, grad in returning.wait().items():
+            tile.of(own).add_(grad)
 
 
 @context_attention.register_fake
@@ -180,15 +179,16 @@ class _Sequence:
         lengths = [self.rule.prefix if number == META else self.slice_length for number in self.numbers]
         return dict(zip(self.numbers, x.split(lengths, dim=2)))
 
-    def rounds(self, kv_BGTX: Tensor) -> Iterator[tuple[Route | None, dict[int, Tensor]]]:
-        """Keys and values by number: this rank's (no route), then those of each other rank of which it sees any."""
+    def rounds(self, kv_BGTX: Tensor) -> Iterator[tuple[Route | None, dict[Tile, Tensor]]]:
+        """Keys and values by tile: this rank's (no route), then those of each other rank of which it sees any."""
         own = self.slices(kv_BGTX)
         ways = routes(self.cp.rank, self.cp.size, self.slice_length, self.rule)
-        waiting = [None, *ways]
-        like = own[self.cp.slices[0]]
-        keys = own
-        for route, following in zip(waiting, [*ways, None]):
-            coming = None if following is None else Exchange(own, following, like=like, group=self.group)
+        keys = {tile: tile.of(own) for tile in self.queries}
+        for route, following in zip([None, *ways], [*ways, None]):
+            coming = None
+            if following is not None:
+                sent = [tile.of(own) for tile in following.sent]
+                coming = Exchange(sent, following, like=kv_BGTX, group=self.group)
             yield route, keys
             if coming is not None:
                 keys = coming.wait()
@@ -198,12 +198,11 @@ class _Sequence:
         """The tiles of this rank."""
         return list(tiles(self.numbers, self.slice_length, self.rule))
 
-    def pairs(self, keys: dict[int, Tensor]) -> Iterator[tuple[Tile, Tile, View]]:
+    def pairs(self, keys: Iterable[Tile]) -> Iterator[tuple[Tile, Tile, View]]:
         """Tiles of queries, tiles of these keys, and what the former see of the latter, unless it is nothing. A tile's own keys come
         before others, so that every query has seen a key from then on."""
-        of_keys = list(tiles(list(keys), self.slice_length, self.rule))
         for query in self.queries:
-            for key in sorted(of_keys, key=lambda tile: tile != query):
+            for key in sorted(keys, key=lambda tile: tile != query):
                 seen = view(query, key, self.rule)
                 if self.begins_BT is not None and self.begins_BT.device.type == "cpu":
                     seen = narrowed(seen, query, key, rule=self.rule, begins_BT=self._begins(query))

@@ -374,7 +374,7 @@ def test_what_is_sent_computed_and_kept() -> None:
         assert none.sent == selective.sent == full.sent
         for again in (selective, full):
             assert all(torch.equal(a, b) for a, b in zip(none.result, again.result))
-    # A window reaches the slice before: two exchanges in which every rank sends at most one slice, whatever the length.
+    # A window reaches the end of the slice before: two exchanges in which every rank sends at most one window, whatever the length.
     for rank, counts in enumerate(near):
-        assert counts.sent[0] == [4096 // 8 * 32 * n for n in ((0 if rank == 3 else 1), (0 if rank == 0 else 1))]
+        assert counts.sent[0] == [window * 32 * n for n in ((0 if rank == 3 else 1), (0 if rank == 0 else 1))]
         assert counts.scores <= 2 * 2 * 512 * 2 * window  # of each query of 2 heads in 2 slices
