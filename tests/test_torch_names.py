@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "megatron_lite"
 
 PRIVATE = {
     "torch._C._distributed_c10d": "the flight recorders' dumps, which not every build has",
+    "torch._assert_async": "a check that does not wait for the device",
     "torch._foreach_copy_": "many small tensors in one kernel",
     "torch._foreach_mul_": "many small tensors in one kernel",
     "torch._subclasses.fake_tensor.FakeTensorMode": "a plan runs what training runs, without memory",

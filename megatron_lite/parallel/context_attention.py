@@ -12,7 +12,8 @@ fp32, three times as much in backward. And a rank gets only what it sees, 1.5 (c
 what a gather sends, or a ring in which all slices pass by all ranks. Every rank computes two pairs of slices in a round, so
 that none waits for another.
 
-A layer that uses another one's keys and values has them sent again: to keep what came would be to keep the whole sequence.
+With a window it gets no more than a window of keys before each of its slices. A layer that uses another one's keys and values
+has them sent again: to keep what came would be to keep the whole sequence.
 
 Forward and backward are one operator each, so that recompute can keep the result (`recompute.py`) and no rank asks twice.
 
@@ -38,7 +39,7 @@ from megatron_lite.models.context import LayerContext
 from megatron_lite.parallel.context_collectives import Exchange, group_named
 from megatron_lite.parallel.context_kernels import Part, attend
 from megatron_lite.parallel.context_tiles import META, Route, Rule, Tile, View, narrowed, routes, tiles, view
-from megatron_lite.parallel.sequence_slices import ContextParallel
+from megatron_lite.parallel.sequence_slices import ContextParallel, check_numbering
 
 
 class ContextParallelAttention(AttentionCore):
@@ -49,6 +50,8 @@ class ContextParallelAttention(AttentionCore):
     def attend(self, query_BHTK: Tensor, kv: KeyValue, context: LayerContext) -> Tensor:
         """(B, H, T, V): see `AttentionCore.attend`; the keys are those of the whole sequence."""
         assert context.cache is None, "generate refuses parallel.cp > 1"
+        if context.documents_BT is not None:
+            check_numbering(context.documents_BT, self.cp, prefix=context.prefix)
         kv_BGTX = torch.cat([kv.key_BGSK, kv.value_BGSV], dim=-1)
         window = -1 if self.visibility.window is None else self.visibility.window
         rule = [window, self.visibility.always_visible, context.prefix]

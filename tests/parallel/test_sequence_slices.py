@@ -14,7 +14,7 @@ from megatron_lite.models.decoder import Decoder
 from megatron_lite.models.rope import restarting_positions
 from megatron_lite.parallel.mesh import CPU, Degrees, Mesh, ParallelConfig
 from megatron_lite.parallel.sequence_length import check_layout
-from megatron_lite.parallel.sequence_slices import ContextParallel, cut, shard_sequence
+from megatron_lite.parallel.sequence_slices import ContextParallel, check_numbering, cut, shard_sequence
 from tests.engine import harness
 from tests.engine.harness import Case
 from tests.engine.test_hybrid import HYBRID
@@ -66,6 +66,18 @@ def test_positions_and_documents_are_those_of_the_whole_sequence(data: st.DataOb
         assert decoder.context(alone["tokens"], positions_BT=alone["positions"]).positions_BT.equal(
             torch.cat([torch.arange(3), 3 + cut(torch.arange(length), place, dim=0)])[None]
         )
+
+
+def test_documents_numbered_in_another_way_are_refused() -> None:
+    documents_BT = torch.tensor([0] * 2 + [1] * 4 + [2] * 4 + [3] * 4 + [4] * 2).expand(
+        2, -1
+    )  # one begins in every slice
+    for place in places(2):
+        numbered = shard_sequence({"tokens": documents_BT, "documents": documents_BT}, place)["documents"]
+        check_numbering(F.pad(numbered, (3, 0)), place, prefix=3)
+        for wrong in (cut(documents_BT, place), cut(documents_BT, place) * 16, numbered + 1, numbered - 1):
+            with pytest.raises(RuntimeError, match=r"shard_sequence"):
+                check_numbering(wrong, place, prefix=0)
 
 
 def test_one_place_moves_and_cuts() -> None:
