@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from megatron_lite.models.conv import CausalConv
 from megatron_lite.models.hymba import SelectiveStateSpace
 from megatron_lite.models.mamba import StateSpace
+from megatron_lite.models.scan import Operands, Past
 from megatron_lite.parallel import context_scan, slice_collectives
 from megatron_lite.parallel.context_scan import (
     ContextParallelConv,
@@ -118,7 +119,7 @@ def outputs(
     if case.kind == "conv":
         x = here.pop("x")
         return torch.func.functional_call(module, here, (x, None, documents), {"prefix": case.prefix})[0]
-    return module.scan(*here.values(), documents_BT=documents, prefix=case.prefix)[0]  # type: ignore[operator]
+    return module.scan(Operands(**here), Past(None, documents, case.prefix))[0]  # type: ignore[operator]
 
 
 def part_of(whole: Tensor, prefix: int, cp: ContextParallel) -> Tensor:
