@@ -45,9 +45,15 @@ class Sharding:
         """Bytes of all of a unit's weights as it computes with them."""
         return (unit.numbers - unit.in_fp32) * self.width + unit.in_fp32 * FP32
 
+    def weights(self, unit: Unit) -> int:
+        """Bytes of them as they are gathered: a byte a number in FP8."""
+        return self.gathered(unit) - unit.gathered_codes * (self.width - 1)
+
     def buffer(self, unit: Unit) -> int:
         """Bytes of the flat buffer that it is gathered into; one rank needs none."""
-        return unit.shard(self.ranks) * self.ranks * self.width if self.ranks > 1 else 0
+        if self.ranks == 1:
+            return 0
+        return unit.shard(self.ranks) * self.ranks * self.width - unit.gathered_codes * (self.width - 1)
 
     def reshards(self, unit: Unit) -> bool:
         """Whether its weights are given up between forward and backward."""
@@ -77,7 +83,7 @@ def fsdp_step(timeline: Timeline, units: list[Unit], sharding: Sharding, teacher
     if sharding.accumulates:
         timeline.hold("gradients", FP32 * sum(unit.numbers for unit in units))
         if sharding.shard == "optimizer":  # since the first micro-batch
-            timeline.hold("gathered", sum(map(sharding.gathered, units)))
+            timeline.hold("gathered", sum(map(sharding.weights, units)))
     forward_pass(timeline, units, sharding, teacher)
     _backward(timeline, units, sharding)
     timeline.at = "the update"
@@ -91,10 +97,10 @@ def forward_pass(timeline: Timeline, units: list[Unit], sharding: Sharding, teac
             timeline.hold("communication", sharding.buffer(unit))
             timeline.release("communication", filled)
             filled = sharding.buffer(unit)
-            timeline.hold("gathered", sharding.gathered(unit))
+            timeline.hold("gathered", sharding.weights(unit))
         forward(timeline, unit)
         if sharding.reshards(unit):
-            timeline.release("gathered", sharding.gathered(unit))
+            timeline.release("gathered", sharding.weights(unit))
     timeline.release("communication", filled)
 
 
@@ -103,7 +109,7 @@ def _backward(timeline: Timeline, units: list[Unit], sharding: Sharding) -> None
     before = None
     for unit, after in zip(in_backward(timeline, units), [*units[-2::-1], None]):
         if sharding.reshards(unit):  # its buffer was filled while the unit before computed, or is now
-            timeline.hold("gathered", sharding.gathered(unit))
+            timeline.hold("gathered", sharding.weights(unit))
             if before and sharding.reshards(before):
                 timeline.release("communication", sharding.buffer(unit))
         prefetched = sharding.buffer(after) if after and sharding.reshards(unit) and sharding.reshards(after) else 0
@@ -113,7 +119,7 @@ def _backward(timeline: Timeline, units: list[Unit], sharding: Sharding) -> None
             timeline.hold("gradients", sharding.gathered(unit))
             if sharding.tied and unit.name == "head":  # the gradient of its weight waits for the embedding's
                 timeline.hold("gradients", sharding.gathered(units[0]))
-        timeline.release("gathered", sharding.gathered(unit))
+        timeline.release("gathered", sharding.weights(unit))
         timeline.release("communication", reducing)
         reducing, before = _reduce(timeline, unit, sharding), unit
     timeline.release("communication", reducing)

@@ -79,6 +79,12 @@ class Job:
         return self.gpus == 1 or self.shard not in ("full", "zero 3")
 
     @property
+    def gathers_codes(self) -> bool:
+        """Whether weights of FP8 layers are gathered in FP8."""
+        sharded = self.engine.name == "fsdp" and self.shard != "none" and self.degrees.dp_shard * self.degrees.cp > 1
+        return sharded and getattr(self.precision, "all_gather", "bf16") == "fp8"
+
+    @property
     def frozen(self) -> Job | None:
         """The job of the teacher, whose forward pass is the same layout's: FSDP2 shards it in the mode full under every engine."""
         if self.teacher is None:

@@ -41,7 +41,7 @@ _UPDATE_BYTES = 40
 class Assumptions:
     """Parts of the data sheet's speeds, and seconds; bytes/s of the CPU. `why` says what each is and where it comes from."""
 
-    matmul: float = 0.626
+    matmul: float = 0.616
     attention: float = 0.34
     memory: float = 0.8
     link: float = 0.8
@@ -218,7 +218,7 @@ class Clock:
             backward=self._parts(job, unit.passes.backward),
             gather=travels + sum(map(self.collective, sharding.gather)),
             reduce=travels + sum(map(self.collective, sharding.reduce)),
-            copy_out=self.moved(2 * unit.gathered),
+            copy_out=self.moved(2 * unit.sent),
             copy_in=self.moved(unit.gathered + GRADIENT_BYTES * unit.numbers),
             stays=stays_gathered(unit),
         )

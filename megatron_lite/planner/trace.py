@@ -66,7 +66,8 @@ class Unit:
     """What is gathered, computed and reduced together.
 
     shapes: of each parameter on a tensor-parallel rank; in_fp32: how many numbers compute in fp32 whatever the precision. codes: bytes of
-    FP8 weights from their first forward in a step on, lasting_codes: of those that outlive the step.
+    FP8 weights from their first forward in a step on, lasting_codes: of those that outlive the step. gathered_codes: numbers of weights
+    that are gathered in FP8.
     """
 
     name: str
@@ -75,6 +76,7 @@ class Unit:
     passes: Passes
     codes: int = 0
     lasting_codes: int = 0
+    gathered_codes: int = 0
 
     @property
     def numbers(self) -> int:
@@ -151,10 +153,19 @@ def _layers(job: Job, decoder: Decoder, stream: _Stream) -> list[Unit]:
         passes, kv = seen[key]
         if kv is not None:
             shared[index] = kv
-        lasting = CODES * fp8_numbers(layer) if job.keeps_weights else 0
-        units.append(replace(_unit(f"layers.{index}", [layer], passes), codes=codes[index], lasting_codes=lasting))
+        unit, fp8 = _unit(f"layers.{index}", [layer], passes), fp8_numbers(layer)
+        if job.gathers_codes:  # TE transposes those that stay
+            unit = replace(unit, gathered_codes=_fp8_numbers(layer), codes=fp8 if job.keeps_weights else 0)
+        elif job.keeps_weights:
+            unit = replace(unit, codes=codes[index], lasting_codes=CODES * fp8)
+        units.append(unit)
     units[0] = _with(units[0], stream.masks)
     return units
+
+
+def _fp8_numbers(layer: nn.Module) -> int:
+    """Numbers of a layer's FP8 weights, whichever backend they are for."""
+    return fp8_numbers(layer) + sum(m.weight.numel() for m in layer.modules() if isinstance(m, QuantizedLinear))
 
 
 def _kept_codes(decoder: Decoder) -> list[int]:

@@ -121,7 +121,7 @@ def sharding_of(job: Job, unit: Unit, node: int) -> Sharding:
     """The collectives of one gather and one reduction of `unit`; none where there is one rank."""
     shard, replicate = (group_of(job.degrees, axis, node) for axis in ("dp_shard", "dp_replicate"))
     gradients = float(GRADIENT_BYTES * unit.numbers)
-    gather = [Collective(float(unit.gathered), shard)] if shard.ranks > 1 else []
+    gather = [Collective(float(unit.sent), shard)] if shard.ranks > 1 else []
     reduce = [Collective(gradients, shard)] if shard.ranks > 1 else []
     if replicate.ranks > 1:
         reduce.append(Collective(gradients / shard.ranks, replicate, twice=True))

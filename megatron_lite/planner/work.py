@@ -32,7 +32,8 @@ class Unit:
     """What is gathered, computed and reduced together.
 
     numbers: parameters of the tensor-parallel shard. gathered: their bytes in the dtype of the passes. passes: of a micro-batch.
-    kept_fp8: numbers of weights that are cast to FP8 once a step. frozen: of a teacher, which only runs forward.
+    kept_fp8: numbers of weights that are cast to FP8 once a step. codes: numbers of those that are gathered in FP8. frozen: of a teacher,
+    which only runs forward.
     """
 
     name: str
@@ -40,7 +41,13 @@ class Unit:
     gathered: int
     passes: Passes
     kept_fp8: int = 0
+    codes: int = 0
     frozen: bool = False
+
+    @property
+    def sent(self) -> int:
+        """Bytes of a gather."""
+        return self.gathered - self.codes * (torch.bfloat16.itemsize - 1)
 
     @property
     def steps(self) -> list[Step]:
@@ -74,7 +81,8 @@ def _units(job: Job, *, frozen: bool) -> list[Unit]:
         passes, kv = traced[key]
         if kv is not None:
             shared[index] = kv
-        units.append(replace(_unit(f"layers.{index}", [layer], passes), kept_fp8=fp8 if job.keeps_weights else 0))
+        kept, codes = (fp8 if there else 0 for there in (job.keeps_weights, job.gathers_codes))
+        units.append(replace(_unit(f"layers.{index}", [layer], passes), kept_fp8=kept, codes=codes))
     tail: list[nn.Module] = [decoder.final_norm] if decoder.head is None else [decoder.final_norm, decoder.head]
     # a teacher's logits are computed with the student's
     units.append(_unit("head", tail, stream.norm() if frozen else stream.head()))
