@@ -91,6 +91,8 @@ def start(*, timeout_seconds: float = 1800.0) -> Runtime:
         if not dist.is_initialized():
             if world_size > int(os.environ.get("LOCAL_WORLD_SIZE", world_size)):
                 _choose_gloo_interface(os.environ["MASTER_ADDR"])
+            # how long each collective takes on the GPU, which tells slow ranks (training/slow.py)
+            os.environ.setdefault("TORCH_NCCL_ENABLE_TIMING", "1")
             backend = "cuda:nccl,cpu:gloo" if cuda else "gloo"
             dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_seconds))
     job = os.environ.get("MLITE_JOB", "")
