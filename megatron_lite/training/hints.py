@@ -41,7 +41,7 @@ def newest_at_peak(trainer: Trainer) -> Path | None:
     for step in reversed(store.steps()):
         try:
             there = progress_of(store.read_manifest(step))
-        except CheckpointError:  # a damaged one is no place to go on from
+        except CheckpointError:  # a damaged one cannot be continued
             continue
         if schedule.rate(there) >= schedule.lr.peak:
             return store.path(step)

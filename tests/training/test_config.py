@@ -53,7 +53,7 @@ def test_help_names_groups_and_keys():
     assert "max_steps:" in text
 
 
-def test_help_lists_the_groups_that_the_door_takes_and_no_others():
+def test_help_lists_the_groups_that_the_command_takes_and_no_others():
     groups = {
         command: re.findall(r"^  (\w+)=", help_text(command, schema, "purpose"), re.MULTILINE)
         for command, schema in (("train", RunConfig), ("evaluate", EvaluateConfig), ("generate", GenerateConfig))
