@@ -52,7 +52,7 @@ def test_opening_and_loading_are_measured(capsys):
     opening, reading = table(printed, "documents"), table(printed, "part")
     assert list(opening) == ["100", "10,000"]
     for cells in opening.values():
-        assert 0 < float(cells[2]) <= float(cells[3])  # opened before the first sample is there
+        assert 0 < float(cells[3]) <= float(cells[4])  # opened before the first sample is there
     for cells in (cells for name, cells in reading.items() if name.startswith("loader")):
         assert all(float(cell.replace(",", "")) > 0 for cell in cells)
 
