@@ -38,14 +38,6 @@ def keep_help(command: str, text: str) -> None:
         unfinished.replace(file)
 
 
-def show_help(text: str) -> None:
-    """Print it, also to a reader that stops early."""
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:  # `--help | head` has read what it wanted; Python would flush once more at its end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
 def _file(command: str) -> Path:
     return Path(cache_from_source(__file__)).with_name(f"help-{command}.{sys.implementation.cache_tag}.txt")
 
