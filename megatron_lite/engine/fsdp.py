@@ -39,7 +39,10 @@ SHARD_MODES = ("none", "optimizer", "full")
 
 @dataclass
 class FsdpConfig:
-    """shard: what is sharded over the data-parallel ranks: none | optimizer | full. cpu_offload: shards live on the CPU."""
+    """shard: what is sharded over the data-parallel ranks: none | optimizer | full. Context-parallel ranks shard in each of them.
+
+    cpu_offload: shards live on the CPU.
+    """
 
     name: ClassVar[str] = "fsdp"
 

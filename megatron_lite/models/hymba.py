@@ -39,6 +39,7 @@ from megatron_lite.models.linear import Linear
 from megatron_lite.models.mamba import StateCache, TimeStepBias
 from megatron_lite.models.norm import RMSNorm, at_least_float32
 from megatron_lite.models.pattern import LayerSpec
+from megatron_lite.models.scan import Operands, Past
 from megatron_lite.models.selective_scan import selective_scan
 
 
@@ -100,15 +101,6 @@ class Selection(nn.Module):
         return torch.cat([self.dt_norm(dt), self.B_norm(B), self.C_norm(C)], dim=-1)
 
 
-@dataclass(frozen=True)
-class Past:
-    """What came before the tokens of a scan, and where documents begin; see `selective_scan`."""
-
-    state_BCN: Tensor | None = None
-    documents_BT: Tensor | None = None
-    prefix: int = 0
-
-
 class SelectiveStateSpace(nn.Module):
     """The scan with its own parameters `A_log` (C, N), `dt_bias` and `D` (C,): an error in them would grow with the length of the
     sequence."""
@@ -131,16 +123,7 @@ class SelectiveStateSpace(nn.Module):
         """
         dt_BTC = F.softplus(at_least_float32(dt_BTC) + at_least_float32(self.dt_bias))
         A_CN = -at_least_float32(self.A_log).exp()
-        y_BTC, state_BCN = self.scan(
-            x_BTC,
-            dt_BTC,
-            A_CN,
-            B_BTN,
-            C_BTN,
-            state_BCN=past.state_BCN,
-            documents_BT=past.documents_BT,
-            prefix=past.prefix,
-        )
+        y_BTC, state_BCN = self.scan(Operands(x_BTC, dt_BTC, A_CN, B_BTN, C_BTN), past)
         y_BTC = (y_BTC + at_least_float32(self.D) * x_BTC) * F.silu(at_least_float32(gate_BTC))
         return y_BTC.to(x_BTC.dtype), state_BCN
 

@@ -38,6 +38,7 @@ from megatron_lite.models.initialization import Constant, Distribution
 from megatron_lite.models.linear import Linear
 from megatron_lite.models.norm import at_least_float32
 from megatron_lite.models.pattern import LayerSpec
+from megatron_lite.models.scan import Operands, Past
 
 
 class Mamba2(nn.Module):
@@ -74,9 +75,7 @@ class Mamba2(nn.Module):
             dt.flatten(2),
             B_BTGN,
             C_BTGN,
-            state_BHPN=cache.ssm,
-            documents_BT=context.documents_BT,
-            prefix=context.prefix,
+            Past(cache.ssm, context.documents_BT, context.prefix),
         )
         return self.out_proj(self.norm(y_BTHP.flatten(2).view_as(gate), gate)), None
 
@@ -113,27 +112,17 @@ class StateSpace(nn.Module):
         self.dt_limits = None if dt_limits is None else tuple(dt_limits)
 
     def forward(
-        self,
-        x_BTHP: Tensor,
-        dt_BTH: Tensor,
-        B_BTGN: Tensor,
-        C_BTGN: Tensor,
-        *,
-        state_BHPN: Tensor | None = None,
-        documents_BT: Tensor | None = None,
-        prefix: int = 0,
+        self, x_BTHP: Tensor, dt_BTH: Tensor, B_BTGN: Tensor, C_BTGN: Tensor, past: Past
     ) -> tuple[Tensor, Tensor]:
         """(y (B, T, H, P) in x's dtype, state after it (B, H, P, N) in float32 at least).
 
-        dt: as projected, without bias and softplus. state, documents and prefix: as in `ssd`.
+        dt: as projected, without bias and softplus.
         """
         dt_BTH = F.softplus(at_least_float32(dt_BTH) + at_least_float32(self.dt_bias))
         if self.dt_limits is not None:
             dt_BTH = dt_BTH.clamp(*self.dt_limits)
         A_H = -at_least_float32(self.A_log).exp()
-        y_BTHP, state_BHPN = self.scan(
-            x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, state_BHPN=state_BHPN, documents_BT=documents_BT, prefix=prefix
-        )
+        y_BTHP, state_BHPN = self.scan(Operands(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN), past)
         return (y_BTHP + at_least_float32(self.D)[:, None] * x_BTHP).to(x_BTHP.dtype), state_BHPN
 
     scan = staticmethod(ssd_kernel.scan)  # what a sequence that is cut over ranks replaces

@@ -14,8 +14,7 @@ Notable features:
   backward computes them again and runs the same scan from the end (the adjoint is the same recurrence).
 - A state belongs to the document of the token that produced it: at a document boundary it is reset to zero, or to what a prefix of
   all documents has left.
-- On a GPU the work on one chunk is compiled (`torch.compile`). There is no other kernel: mamba-ssm's takes neither an initial state
-  nor documents.
+- On a GPU the work on one chunk is compiled (`torch.compile`).
 
 Shapes: B batch, T sequence, Q tokens of a chunk, C channels, N state.
 """
@@ -29,65 +28,43 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from megatron_lite.models.scan import NOTHING, Operands, Past
+
 CHUNK = 64
 
 
-def selective_scan(
-    x_BTC: Tensor,
-    dt_BTC: Tensor,
-    A_CN: Tensor,
-    B_BTN: Tensor,
-    C_BTN: Tensor,
-    *,
-    state_BCN: Tensor | None = None,
-    documents_BT: Tensor | None = None,
-    prefix: int = 0,
-    restart_BCN: Tensor | None = None,
-    chunk: int = CHUNK,
-) -> tuple[Tensor, Tensor]:
-    """(y (B, T, C), the state after the last token (B, C, N)), computed in the dtype of dt.
-
-    dt: time steps, 0 or more. A: below 0.
-    state: the state before the first token, of the same document; None: zero. documents: rise along a row.
-    prefix: the first tokens, which have the number of the first document; the others begin with the state that they leave.
-    restart: without a prefix, the state with which every document but the first begins; None: zero.
-    """
+def selective_scan(operands: Operands, past: Past = NOTHING, *, chunk: int = CHUNK) -> tuple[Tensor, Tensor]:
+    """(y (B, T, C), the state after the last token (B, C, N)), both in the dtype of dt."""
+    state_BCN, documents_BT, prefix = past.state, past.documents_BT, past.prefix
     if state_BCN is None:
-        state_BCN = dt_BTC.new_zeros(len(x_BTC), *A_CN.shape)
+        state_BCN = operands.dt.new_zeros(len(operands.x), *operands.A.shape)
     if documents_BT is None:
-        return _Scan.apply(x_BTC, dt_BTC, A_CN, B_BTN, C_BTN, state_BCN, None, None, chunk)
+        return _scan(operands, chunk, None, state_BCN, None)
     begins_BT = torch.zeros_like(documents_BT, dtype=torch.bool)
     begins_BT[:, 1:] = documents_BT[:, 1:] != documents_BT[:, :-1]
     if not prefix:
-        return _Scan.apply(x_BTC, dt_BTC, A_CN, B_BTN, C_BTN, state_BCN, begins_BT, restart_BCN, chunk)
-    # split, not slices: its backward is one concatenation, that of every slice a whole tensor of zeros
-    sizes = [prefix, x_BTC.shape[1] - prefix]
-    (x, x_text), (dt, dt_text), (B, B_text), (C, C_text) = (
-        tensor.split(sizes, dim=1) for tensor in (x_BTC, dt_BTC, B_BTN, C_BTN)
-    )
-    y_BPC, state_BCN = _Scan.apply(x, dt, A_CN, B, C, state_BCN, None, None, chunk)
+        return _scan(operands, chunk, begins_BT, state_BCN, past.restart)
+    of_prefix, of_text = operands.split([prefix, operands.x.shape[1] - prefix])
+    y_BPC, state_BCN = _scan(of_prefix, chunk, None, state_BCN, None)
     restart_BCN = state_BCN.clone()  # torch.compile does not trace a function that is given one tensor twice
-    of_text = (x_text, dt_text, A_CN, B_text, C_text, state_BCN, begins_BT[:, prefix:], restart_BCN, chunk)
-    y_BTC, last_BCN = _Scan.apply(*of_text)
+    y_BTC, last_BCN = _scan(of_text, chunk, begins_BT[:, prefix:], state_BCN, restart_BCN)
     return torch.cat([y_BPC, y_BTC], dim=1), last_BCN
 
 
-class _Scan(torch.autograd.Function):
+def _scan(
+    operands: Operands, chunk: int, begins_BT: Tensor | None, state_BCN: Tensor, restart_BCN: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """`selective_scan` of tokens that may begin a document (`begins_BT`), then with the state `restart_BCN` or zero."""
+    tensors = (operands.x, operands.dt, operands.A, operands.B, operands.C, state_BCN, restart_BCN)
+    return _Scan.apply(chunk, begins_BT, *tensors)
+
+
+class _Scan(torch.autograd.Function):
+    """See `_scan`. Tensors that have gradients are arguments of their own."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x_BTC: Tensor,
-        dt_BTC: Tensor,
-        A_CN: Tensor,
-        B_BTN: Tensor,
-        C_BTN: Tensor,
-        state_BCN: Tensor,
-        begins_BT: Tensor | None,
-        restart_BCN: Tensor | None,
-        chunk: int,
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, chunk: int, begins_BT: Tensor | None, *tensors: Any) -> tuple[Tensor, Tensor]:
+        x_BTC, dt_BTC, A_CN, B_BTN, C_BTN, state_BCN, restart_BCN = tensors
         A_NC, restart_BNC = A_CN.T.contiguous(), None if restart_BCN is None else restart_BCN.mT.contiguous()
         state_BNC = state_BCN.mT.to(dt_BTC.dtype)
         step = _compiled(_states) if x_BTC.is_cuda else _states
@@ -122,7 +99,7 @@ class _Scan(torch.autograd.Function):
         dx, ddt, dB, dC = (torch.cat(parts[::-1], dim=1) for parts in zip(*found))
         d_restart_BCN = None if d_restart_BNC is None else d_restart_BNC.mT
         narrow = dx.to(x_BTC.dtype), ddt, dA_NC.T, dB.to(B_BTN.dtype), dC.to(C_BTN.dtype)
-        return *narrow, later_BNC.mT, None, d_restart_BCN, None
+        return None, None, *narrow, later_BNC.mT, d_restart_BCN
 
 
 class Chunk(NamedTuple):

@@ -18,8 +18,7 @@ Notable features:
 - A state belongs to the document of the token that produced it, and is reset at a document boundary: to zero, or to what a prefix
   of all documents has left.
 - Any length: the last chunk is filled up with steps of dt = 0, which change no state.
-- Backward recomputes the chunks from the inputs (`checkpoint`): the Q x Q decays of each head are never kept, and those of
-  one
+- Backward recomputes the chunks from the inputs (`checkpoint`): the Q x Q decays of each head are never kept, and those of one
   segment of chunks only are in memory at a time.
 
 Shapes: B batch, T sequence, C chunks, Q tokens of a chunk, H heads in G groups of R, P head dim, N state.
@@ -34,49 +33,33 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from megatron_lite.models.scan import NOTHING, Operands, Past
+
 CHUNK = 64
 SEGMENT = 512  # tokens that are computed at a time
 
 
-def ssd(
-    x_BTHP: Tensor,
-    dt_BTH: Tensor,
-    A_H: Tensor,
-    B_BTGN: Tensor,
-    C_BTGN: Tensor,
-    *,
-    state_BHPN: Tensor | None = None,
-    documents_BT: Tensor | None = None,
-    prefix: int = 0,
-    restart_BHPN: Tensor | None = None,
-    chunk: int = CHUNK,
-) -> tuple[Tensor, Tensor]:
-    """(y (B, T, H, P), the state after the last token (B, H, P, N)), computed in float32 at least, in the dtype of dt.
-
-    dt: time steps, 0 or more. A: below 0. B, C: shared by the H / G heads of a group.
-    state: the state before the first token, of the same document; None: zero. documents: rise along a row.
-    prefix: the first tokens, which have the number of the first document; the others begin with the state that they leave.
-    restart: without a prefix, the state with which every document but the first begins; None: zero.
-    """
-    sizes = segment_sizes(x_BTHP.shape[1], SEGMENT, first=0 if documents_BT is None else prefix)
-    # split, not slices: its backward is one concatenation, that of every slice a whole tensor of zeros
-    inputs = [tensor.split(sizes, dim=1) for tensor in (x_BTHP, dt_BTH, B_BTGN, C_BTGN)]
+def ssd(operands: Operands, past: Past = NOTHING, *, chunk: int = CHUNK) -> tuple[Tensor, Tensor]:
+    """(y (B, T, H, P), the state after the last token (B, H, P, N)), both in the dtype of dt."""
+    documents_BT, state_BHPN, restart_BHPN = past.documents_BT, past.state, past.restart
+    prefix = 0 if documents_BT is None else past.prefix
+    sizes = segment_sizes(operands.x.shape[1], SEGMENT, first=prefix)
     documents: Sequence[Tensor | None] = [None] * len(sizes)
     if documents_BT is not None:
         documents = documents_BT.split(sizes, dim=1)
     outputs: list[Tensor] = []
     last_B: Tensor | None = None
-    for x, dt, B, C, of_segment_BT in zip(*inputs, documents):
+    for segment, of_segment_BT in zip(operands.split(sizes), documents):
         if of_segment_BT is not None:
             if last_B is not None and state_BHPN is not None:
                 goes_on_B111 = (of_segment_BT[:, 0] == last_B)[:, None, None, None]
                 restart = torch.zeros_like(state_BHPN) if restart_BHPN is None else restart_BHPN
                 state_BHPN = torch.where(goes_on_B111, state_BHPN, restart)
             last_B = of_segment_BT[:, -1]
-        arguments = (x, dt, A_H, B, C, state_BHPN, of_segment_BT, restart_BHPN, chunk)
-        y_BTHP, state_BHPN = checkpoint(_ssd, *arguments, use_reentrant=False, preserve_rng_state=False)
+        before = Past(state_BHPN, of_segment_BT, restart=restart_BHPN)
+        y_BTHP, state_BHPN = checkpoint(_ssd, segment, before, chunk, use_reentrant=False, preserve_rng_state=False)
         outputs.append(y_BTHP)
-        if prefix and documents_BT is not None and len(outputs) == 1:
+        if prefix and len(outputs) == 1:
             restart_BHPN = state_BHPN
     assert state_BHPN is not None, "a sequence has a token"
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1), state_BHPN
@@ -89,21 +72,12 @@ def segment_sizes(length: int, segment: int, *, first: int = 0) -> list[int]:
     return sizes + [segment] * (left // segment) + [left % segment] * (left % segment > 0)
 
 
-def _ssd(
-    x_BTHP: Tensor,
-    dt_BTH: Tensor,
-    A_H: Tensor,
-    B_BTGN: Tensor,
-    C_BTGN: Tensor,
-    state_BHPN: Tensor | None,
-    documents_BT: Tensor | None,
-    restart_BHPN: Tensor | None,
-    chunk: int,
-) -> tuple[Tensor, Tensor]:
-    """`ssd` of one segment. restart: the state with which a document begins; None: zero."""
-    dtype = dt_BTH.dtype
-    batch, length, heads, width = x_BTHP.shape
-    groups, states = B_BTGN.shape[2:]
+def _ssd(operands: Operands, past: Past, chunk: int) -> tuple[Tensor, Tensor]:
+    """`ssd` of one segment without a prefix."""
+    state_BHPN, documents_BT, restart_BHPN = past.state, past.documents_BT, past.restart
+    dtype = operands.dt.dtype
+    batch, length, heads, width = operands.x.shape
+    groups, states = operands.B.shape[2:]
     chunk = min(chunk, length)
     pad = -length % chunk
 
@@ -111,10 +85,10 @@ def _ssd(
         """(B, T, ...) -> (B, C, Q, ...); the filling is zero."""
         return F.pad(tensor, (0, 0) * (tensor.dim() - 2) + (0, pad)).unflatten(1, (-1, chunk))
 
-    dt_BCQH = chunks(dt_BTH)
-    u_BCQGRP = (chunks(x_BTHP.to(dtype)) * dt_BCQH[..., None]).unflatten(3, (groups, -1))
-    a_BGRCQ = (dt_BCQH * A_H).unflatten(3, (groups, -1)).permute(0, 3, 4, 1, 2)
-    B_BCQGN, C_BCQGN = chunks(B_BTGN.to(dtype)), chunks(C_BTGN.to(dtype))
+    dt_BCQH = chunks(operands.dt)
+    u_BCQGRP = (chunks(operands.x.to(dtype)) * dt_BCQH[..., None]).unflatten(3, (groups, -1))
+    a_BGRCQ = (dt_BCQH * operands.A).unflatten(3, (groups, -1)).permute(0, 3, 4, 1, 2)
+    B_BCQGN, C_BCQGN = chunks(operands.B.to(dtype)), chunks(operands.C.to(dtype))
     documents_BCQ = None
     if documents_BT is not None:
         filling_BT = documents_BT[:, -1:].expand(-1, pad)
@@ -134,7 +108,7 @@ def _ssd(
         reached_BCQGR = reached_BCQGR * (documents_BCQ == entering_BC1)[..., None, None]
 
     if state_BHPN is None:
-        state_BHPN = x_BTHP.new_zeros(batch, heads, width, states, dtype=dtype)
+        state_BHPN = operands.x.new_zeros(batch, heads, width, states, dtype=dtype)
     state_BGRPN = state_BHPN.to(dtype).unflatten(1, (groups, -1))
     if restart_BHPN is not None and documents_BCQ is not None:
         # how much of the state with which a document begins reaches each token, if the document begins in its chunk

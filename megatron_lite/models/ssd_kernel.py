@@ -23,38 +23,18 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from megatron_lite.models.scan import NOTHING, Operands, Past
 from megatron_lite.models.ssd import ssd
 
 Kernel = Callable[..., tuple[Tensor, Tensor]]
 
 
-def scan(
-    x_BTHP: Tensor,
-    dt_BTH: Tensor,
-    A_H: Tensor,
-    B_BTGN: Tensor,
-    C_BTGN: Tensor,
-    *,
-    state_BHPN: Tensor | None = None,
-    documents_BT: Tensor | None = None,
-    prefix: int = 0,
-    restart_BHPN: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+def scan(operands: Operands, past: Past = NOTHING) -> tuple[Tensor, Tensor]:
     """See `ssd`."""
-    kernel = installed_kernel() if x_BTHP.is_cuda and x_BTHP.dtype.itemsize == 2 and documents_BT is None else None
-    if kernel is not None:
-        return by_kernel(kernel, x_BTHP, dt_BTH, A_H, (B_BTGN, C_BTGN), state_BHPN)
-    return ssd(
-        x_BTHP,
-        dt_BTH,
-        A_H,
-        B_BTGN,
-        C_BTGN,
-        state_BHPN=state_BHPN,
-        documents_BT=documents_BT,
-        prefix=prefix,
-        restart_BHPN=restart_BHPN,
-    )
+    x_BTHP = operands.x
+    fits = x_BTHP.is_cuda and x_BTHP.dtype.itemsize == 2 and past.documents_BT is None
+    kernel = installed_kernel() if fits else None
+    return ssd(operands, past) if kernel is None else by_kernel(kernel, operands, past.state)
 
 
 @functools.cache
@@ -67,21 +47,16 @@ def installed_kernel() -> Kernel | None:
     return chunk_simple_gla
 
 
-def by_kernel(
-    kernel: Kernel,
-    x_BTHP: Tensor,
-    dt_BTH: Tensor,
-    A_H: Tensor,
-    BC_BTGN: tuple[Tensor, Tensor],
-    state_BHPN: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def by_kernel(kernel: Kernel, operands: Operands, state_BHPN: Tensor | None) -> tuple[Tensor, Tensor]:
     """What `ssd` returns for rows of one document, computed by `chunk_simple_gla` or something that takes its arguments."""
-    of_head = [t.repeat_interleave(x_BTHP.shape[2] // t.shape[2], dim=2).to(x_BTHP.dtype) for t in BC_BTGN]
+    x_BTHP, dt_BTH = operands.x, operands.dt
+    heads, groups = x_BTHP.shape[2], operands.B.shape[2]
+    B_BTHN, C_BTHN = (t.repeat_interleave(heads // groups, dim=2).to(x_BTHP.dtype) for t in (operands.B, operands.C))
     y_BTHP, state_BHNP = kernel(
-        q=of_head[1],
-        k=of_head[0],
+        q=C_BTHN,
+        k=B_BTHN,
         v=(x_BTHP * dt_BTH[..., None]).to(x_BTHP.dtype),
-        g=dt_BTH * A_H,
+        g=dt_BTH * operands.A,
         scale=1.0,
         initial_state=None if state_BHPN is None else state_BHPN.mT.contiguous(),
         output_final_state=True,

@@ -26,17 +26,17 @@ P head dim, N state; C channels of Mamba-1, Q tokens of a chunk.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from megatron_lite.models.scan import NOTHING, Operands, Past
 from megatron_lite.models.selective_scan import CHUNK
-from megatron_lite.parallel.sequence_slices import ContextParallel
+from megatron_lite.parallel.sequence_slices import ContextParallel, check_numbering
 from megatron_lite.parallel.slice_collectives import entering_states, preceding
 
 NO_STATE = "sequences are divided in training only, where nothing comes before them"
@@ -68,18 +68,23 @@ class Division:
     documents_BT: Tensor | None
     prefix: int
 
+    def sizes(self, x_BT: Tensor) -> list[int]:
+        """Tokens of the prefix and the two slices of a sequence like x, (B, T, ...)."""
+        length = (x_BT.shape[1] - self.prefix) // 2
+        return [self.prefix, length, length]
+
     def split(self, x_BT: Tensor) -> tuple[Tensor, ...]:
         """(B, T, ...) -> the prefix and the two slices. One split, whose backward is one concatenation."""
-        length = (x_BT.shape[1] - self.prefix) // 2
-        return x_BT.split([self.prefix, length, length], dim=1)
+        return x_BT.split(self.sizes(x_BT), dim=1)
 
     def slices(self, x_BT: Tensor) -> list[Slice]:
         """The two slices of a sequence like x, (B, T, ...)."""
-        length = (x_BT.shape[1] - self.prefix) // 2
+        length = self.sizes(x_BT)[-1]
         begins = [number * length for number in self.cp.slices]
         if self.documents_BT is None:
             befores = [torch.full((len(x_BT),), begin, device=x_BT.device) for begin in begins]
             return [Slice(None, before_B, before_B > 0) for before_B in befores]
+        check_numbering(self.documents_BT, self.cp, prefix=self.prefix)
         _, *documents = self.split(self.documents_BT)
         return [Slice(of_BT, begin - of_BT[:, 0], begin > of_BT[:, -1]) for begin, of_BT in zip(begins, documents)]
 
@@ -135,10 +140,8 @@ def _inputs_before(of: Slice, halo_BKW: Tensor, restart_BKW: Tensor) -> Tensor:
 
 # ------------------------------------------------------------------ the scans
 
-Part = Sequence[Tensor]  # x, dt, B and C of some tokens
-Known = Tensor | None
-Scan = Callable[[Part, Known, Known, Known], tuple[Tensor, Tensor]]
-Effect = Callable[[Tensor, Tensor, Tensor, Known], tuple[Tensor, Tensor]]
+Scan = Callable[[Operands, Past], tuple[Tensor, Tensor]]
+Effect = Callable[[Operands, Tensor | None], tuple[Tensor, Tensor]]
 
 
 class ContextParallelScan(nn.Module):
@@ -146,75 +149,56 @@ class ContextParallelScan(nn.Module):
 
     cp: ContextParallel
 
-    def scan(
-        self,
-        x_BTHP: Tensor,
-        dt_BTH: Tensor,
-        A_H: Tensor,
-        B_BTGN: Tensor,
-        C_BTGN: Tensor,
-        *,
-        state_BHPN: Tensor | None = None,
-        documents_BT: Tensor | None = None,
-        prefix: int = 0,
-    ) -> tuple[Tensor, Tensor]:
+    def scan(self, operands: Operands, past: Past) -> tuple[Tensor, Tensor]:
         """See `ssd`; the tokens are this rank's part of the sequence, and there is no state before them."""
-        assert state_BHPN is None, NO_STATE
-        whole = super().scan  # type: ignore[misc]
+        assert past.state is None, NO_STATE
+        division = Division(self.cp, past.documents_BT, past.prefix)
+        return scan_slices(super().scan, self.effect, operands, division)  # type: ignore[misc]
 
-        def scan(part: Part, state: Known, documents: Known, restart: Known) -> tuple[Tensor, Tensor]:
-            x, dt, B, C = part
-            return whole(x, dt, A_H, B, C, state_BHPN=state, documents_BT=documents, restart_BHPN=restart)
-
-        division = Division(self.cp, documents_BT, prefix)
-        return scan_slices(scan, partial(effect, A_H=A_H), (x_BTHP, dt_BTH, B_BTGN, C_BTGN), division)
-
-
-class ContextParallelSelectiveScan(nn.Module):
-    """Mamba-1's scan, of which each slice begins with the state that the slices before it leave."""
-
-    cp: ContextParallel
-
-    def scan(
-        self,
-        x_BTC: Tensor,
-        dt_BTC: Tensor,
-        A_CN: Tensor,
-        B_BTN: Tensor,
-        C_BTN: Tensor,
-        *,
-        state_BCN: Tensor | None = None,
-        documents_BT: Tensor | None = None,
-        prefix: int = 0,
-    ) -> tuple[Tensor, Tensor]:
-        """See `selective_scan`; the tokens are this rank's part of the sequence, and there is no state before them."""
-        assert state_BCN is None, NO_STATE
-        whole = super().scan  # type: ignore[misc]
-
-        def scan(part: Part, state: Known, documents: Known, restart: Known) -> tuple[Tensor, Tensor]:
-            x, dt, B, C = part
-            return whole(x, dt, A_CN, B, C, state_BCN=state, documents_BT=documents, restart_BCN=restart)
-
-        division = Division(self.cp, documents_BT, prefix)
-        return scan_slices(scan, partial(selective_effect, A_CN=A_CN), (x_BTC, dt_BTC, B_BTN, C_BTN), division)
+    @staticmethod
+    def effect(operands: Operands, in_last_BT: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(kept (B, H, 1, 1), own (B, H, P, N)), see `scan_slices`, in the dtype of dt."""
+        a_BTH = operands.dt * operands.A
+        weight_BTH = operands.dt * _sums_after(a_BTH).exp()
+        if in_last_BT is not None:
+            a_BTH, weight_BTH = a_BTH * in_last_BT[..., None], weight_BTH * in_last_BT[..., None]
+        arguments = (operands.x, weight_BTH, operands.B)
+        own_BHPN = checkpoint(_weighted, *arguments, use_reentrant=False, preserve_rng_state=False)
+        return a_BTH.sum(1).exp()[..., None, None], own_BHPN
 
 
-def scan_slices(scan: Scan, effect: Effect, tensors: tuple[Tensor, ...], division: Division) -> tuple[Tensor, Tensor]:
+class ContextParallelSelectiveScan(ContextParallelScan):
+    """The same of Mamba-1's scan."""
+
+    @staticmethod
+    def effect(operands: Operands, in_last_BT: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(kept, own), both (B, C, N), see `scan_slices`, in the dtype of dt."""
+        dt_BTC, A_CN = operands.dt, operands.A
+        u_BTC, after_BTC = dt_BTC * operands.x, _sums_after(dt_BTC)
+        if in_last_BT is not None:
+            u_BTC, dt_BTC = u_BTC * in_last_BT[..., None], dt_BTC * in_last_BT[..., None]
+        own_BCN = torch.zeros((), dtype=dt_BTC.dtype, device=dt_BTC.device)
+        for u, after, B in zip(*(tensor.split(CHUNK, dim=1) for tensor in (u_BTC, after_BTC, operands.B))):
+            arguments = (u, after, B, A_CN)
+            own_BCN = own_BCN + checkpoint(_decayed, *arguments, use_reentrant=False, preserve_rng_state=False)
+        return torch.exp(dt_BTC.sum(1)[..., None] * A_CN), own_BCN
+
+
+def scan_slices(scan: Scan, effect: Effect, operands: Operands, division: Division) -> tuple[Tensor, Tensor]:
     """(y of the prefix and the two slices (B, T, ...), the state after the second slice).
 
-    scan: of ((x, dt, B, C), state before them, documents, state with which a document begins): (y, state after them).
-    effect: of (x, dt, B, which tokens are of the last document): how much is left of the state with which the last document enters
-    or begins, and what its tokens add to this.
+    effect: of a slice's operands, and which of its tokens are of the last document: how much is left of the state with which the last
+    document enters or begins, and what its tokens add to this.
     """
-    before, *parts = zip(*(division.split(tensor) for tensor in tensors))
-    slices = division.slices(tensors[0])
+    before, *parts = operands.split(division.sizes(operands.x))
+    slices = division.slices(operands.x)
     outputs, restart = [], None
     if division.prefix:
-        y, restart = scan(before, None, None, None)
+        y, restart = scan(before, NOTHING)
         outputs.append(y)
     decays, states = [], []
-    for (x, dt, B, _), of in zip(parts, slices):
-        kept, own = effect(x, dt, B, of.in_last_BT)
+    for part, of in zip(parts, slices):
+        kept, own = effect(part, of.in_last_BT)
         passes = _over(kept, of.passes_B)
         decays.append(kept * passes)
         states.append(own if restart is None else own + kept * ~passes * restart)
@@ -222,7 +206,7 @@ def scan_slices(scan: Scan, effect: Effect, tensors: tuple[Tensor, ...], divisio
     for part, of, state in zip(parts, slices, entering):
         start = torch.zeros_like(state) if restart is None else restart
         start = torch.where(_over(state, of.before_B > 0), state, start)
-        y, state = scan(part, start, of.documents_BT, restart)
+        y, state = scan(part, Past(start, of.documents_BT, restart=restart))
         outputs.append(y)
     return torch.cat(outputs, dim=1), state
 
@@ -230,18 +214,6 @@ def scan_slices(scan: Scan, effect: Effect, tensors: tuple[Tensor, ...], divisio
 def _over(state: Tensor, flags_B: Tensor) -> Tensor:
     """The flags of rows, to be broadcast over a state (B, ...)."""
     return flags_B.view(-1, *[1] * (state.dim() - 1))
-
-
-def effect(
-    x_BTHP: Tensor, dt_BTH: Tensor, B_BTGN: Tensor, in_last_BT: Tensor | None, *, A_H: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Mamba-2's (kept (B, H, 1, 1), own (B, H, P, N)), see `scan_slices`, in the dtype of dt."""
-    a_BTH = dt_BTH * A_H
-    weight_BTH = dt_BTH * _sums_after(a_BTH).exp()
-    if in_last_BT is not None:
-        a_BTH, weight_BTH = a_BTH * in_last_BT[..., None], weight_BTH * in_last_BT[..., None]
-    own_BHPN = checkpoint(_weighted, x_BTHP, weight_BTH, B_BTGN, use_reentrant=False, preserve_rng_state=False)
-    return a_BTH.sum(1).exp()[..., None, None], own_BHPN
 
 
 def _sums_after(x_BT: Tensor) -> Tensor:
@@ -255,20 +227,6 @@ def _weighted(x_BTHP: Tensor, weight_BTH: Tensor, B_BTGN: Tensor) -> Tensor:
     return torch.einsum("btgrp,btgn->bgrpn", u_BTGRP, B_BTGN.to(u_BTGRP.dtype)).flatten(1, 2)
 
 
-def selective_effect(
-    x_BTC: Tensor, dt_BTC: Tensor, B_BTN: Tensor, in_last_BT: Tensor | None, *, A_CN: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Mamba-1's (kept, own), both (B, C, N), see `scan_slices`, in the dtype of dt."""
-    u_BTC, after_BTC = dt_BTC * x_BTC, _sums_after(dt_BTC)
-    if in_last_BT is not None:
-        u_BTC, dt_BTC = u_BTC * in_last_BT[..., None], dt_BTC * in_last_BT[..., None]
-    own_BCN = torch.zeros((), dtype=dt_BTC.dtype, device=dt_BTC.device)
-    for u, after, B in zip(*(tensor.split(CHUNK, dim=1) for tensor in (u_BTC, after_BTC, B_BTN))):
-        arguments = (u, after, B, A_CN)
-        own_BCN = own_BCN + checkpoint(_decayed, *arguments, use_reentrant=False, preserve_rng_state=False)
-    return torch.exp(dt_BTC.sum(1)[..., None] * A_CN), own_BCN
-
-
 def _decayed(u_BQC: Tensor, after_BQC: Tensor, B_BQN: Tensor, A_CN: Tensor) -> Tensor:
-    """What the tokens of a chunk add to the state after the slice, (B, C, N)."""
+    """What the tokens of a chunk of Mamba-1 add to the state after the slice, (B, C, N)."""
     return (torch.exp(after_BQC[..., None] * A_CN) * u_BQC[..., None] * B_BQN.to(u_BQC.dtype)[:, :, None]).sum(1)

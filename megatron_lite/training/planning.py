@@ -31,4 +31,4 @@ def check_layout(run: RunConfig, job: Job) -> None:
     run = replace(run, parallel=job.parallel, engine=job.engine, train=train)
     validate(run, job.gpus)
     if run.takes_model_of_source:
-        validate_model(run)
+        validate_model(run, job.gpus)

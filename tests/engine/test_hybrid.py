@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_lite.models.mamba import GatedGroupNorm, Mamba2, StateSpace
+from megatron_lite.models.scan import Past
 from tests.distributed import run_ranks
 from tests.engine import harness
 from tests.engine.harness import Case, Trace
@@ -94,7 +95,7 @@ def plain_rows(self: Mamba2, x_BTD: Tensor, context: Any) -> Tensor:
     mixed, _ = self.conv(mixed, None, context.documents_BT)
     x, B, C = F.silu(mixed).split([groups * size for size in self.values_and_rest], dim=2)
     B, C = B.unflatten(2, (groups, -1)), C.unflatten(2, (groups, -1))
-    y, _ = self.ssm(x.unflatten(2, (-1, self.head_dim)), dt, B, C, documents_BT=context.documents_BT)
+    y, _ = self.ssm(x.unflatten(2, (-1, self.head_dim)), dt, B, C, Past(documents_BT=context.documents_BT))
     return self.out_proj(self.norm(*(tensor.reshape(*y.shape[:2], groups, -1) for tensor in (y, gate)))), None
 
 

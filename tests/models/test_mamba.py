@@ -19,6 +19,7 @@ from megatron_lite.models.flops import flops_per_token, parameter_count
 from megatron_lite.models.initialization import initialize_model_
 from megatron_lite.models.mamba import GatedGroupNorm, Mamba2
 from megatron_lite.models.pattern import LayerSpec
+from megatron_lite.models.scan import Operands, Past
 from megatron_lite.models.ssd import ssd
 
 BATCH, HEADS, GROUPS, WIDTH, STATES = 2, 6, 2, 3, 5
@@ -93,8 +94,8 @@ def check_scan(length: int, chunk: int, strength: float, *, packed: bool, seed: 
     expected = values_and_gradients(token_loop, inputs, documents)
 
     def chunked(*leaves: Tensor) -> tuple[Tensor, Tensor]:
-        *four, B, C, state, documents = leaves
-        return ssd(*four, B, C, state_BHPN=state, documents_BT=documents if packed else None, chunk=chunk)
+        *others, state, documents = leaves
+        return ssd(Operands(*others), Past(state, documents if packed else None), chunk=chunk)
 
     # of the largest value: the rounding of a few hundred sums
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
@@ -128,7 +129,7 @@ def test_packed_documents_equal_documents_run_alone(hybrid, loud, pattern):
 def leak(kind: str, patch: pytest.MonkeyPatch) -> None:
     """A state, or a convolution, that goes on in the next document."""
     if kind == "state":
-        patch.setattr("megatron_lite.models.mamba.StateSpace.scan", lambda *a, documents_BT, **k: ssd(*a[1:], **k))
+        patch.setattr("megatron_lite.models.mamba.StateSpace.scan", lambda self, operands, past: ssd(operands))
     else:
         right = CausalConv.forward
         patch.setattr(CausalConv, "forward", lambda self, x, state, documents, **_: right(self, x, state, None))
@@ -211,9 +212,9 @@ def test_time_steps_keep_their_limits(hybrid, loud):
     seen: list[Tensor] = []
     for model in (free, limited):
         scan = model.layers[0].mixer.ssm.scan
-        model.layers[0].mixer.ssm.scan = lambda x, dt, *rest, scan=scan, **k: (
-            seen.append(dt),
-            scan(x, dt, *rest, **k),
+        model.layers[0].mixer.ssm.scan = lambda operands, past, scan=scan: (
+            seen.append(operands.dt),
+            scan(operands, past),
         )[1]
     outputs = [model(tokens_of()) for model in (free, limited)]
     assert seen[0].min() < 0.5
@@ -256,7 +257,7 @@ def kept_bytes(length: int, states: int, batch: int = 2) -> tuple[int, int]:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        y, _ = ssd(*leaves)
+        y, _ = ssd(Operands(*leaves))
     y.sum().backward()
     return sum(kept.values()), sum(tensor.nbytes for tensor in inputs)
 

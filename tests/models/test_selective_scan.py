@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_lite.models import selective_scan as scans
+from megatron_lite.models.scan import Operands, Past
 from megatron_lite.models.selective_scan import selective_scan
 
 BATCH, CHANNELS, STATES = 2, 4, 3
@@ -77,7 +78,7 @@ def test_chunks_equal_the_loop_over_tokens(length, chunk, strength, packed, pref
 
     def chunked(*leaves: Tensor) -> tuple[Tensor, Tensor]:
         *others, state = leaves
-        return selective_scan(*others, state_BCN=state, documents_BT=documents, prefix=prefix, chunk=chunk)
+        return selective_scan(Operands(*others), Past(state, documents, prefix), chunk=chunk)
 
     # of the largest value: the rounding of a few hundred sums
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
@@ -90,11 +91,11 @@ def test_chunks_equal_the_loop_over_tokens(length, chunk, strength, packed, pref
 
 def test_a_call_goes_on_where_the_last_one_ended():
     inputs = inputs_of(50, 2.0, 0)
-    whole, last = selective_scan(*inputs[:5], state_BCN=inputs[5], chunk=8)
+    whole, last = selective_scan(Operands(*inputs[:5]), Past(inputs[5]), chunk=8)
     state, parts = inputs[5], []
     for start, end in ((0, 1), (1, 30), (30, 50)):
         x, dt, B, C = (inputs[i][:, start:end] for i in (0, 1, 3, 4))
-        y, state = selective_scan(x, dt, inputs[2], B, C, state_BCN=state, chunk=8)
+        y, state = selective_scan(Operands(x, dt, inputs[2], B, C), Past(state), chunk=8)
         parts.append(y)
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=0, atol=1e-12)
     torch.testing.assert_close(state, last, rtol=0, atol=1e-12)
@@ -133,7 +134,7 @@ def test_steps_memory_and_exponents(monkeypatch):
         return tensor
 
     with Sizes() as sizes, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        y, _ = selective_scan(*leaves, chunk=chunk)
+        y, _ = selective_scan(Operands(*leaves), chunk=chunk)
         assert len(steps) == length / chunk
         forward_calls = sizes.calls
         y.sum().backward()

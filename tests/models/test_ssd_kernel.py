@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from megatron_lite.models import ssd_kernel
+from megatron_lite.models.scan import Operands, Past
 from megatron_lite.models.ssd import ssd
 
 
@@ -23,28 +24,27 @@ def simple_gla(*, q, k, v, g, scale, initial_state, output_final_state):
     return torch.stack(outputs, 1), state
 
 
-def inputs(length: int, groups: int, dtype: torch.dtype = torch.float64) -> dict[str, torch.Tensor]:
+def inputs(length: int, groups: int) -> list[torch.Tensor]:
+    """x, dt, A, B, C and a state in float64."""
     torch.manual_seed(length)
     heads = 2 * groups
-    made = {
-        "x_BTHP": torch.randn(2, length, heads, 3),
-        "dt_BTH": torch.rand(2, length, heads),
-        "A_H": -4 * torch.rand(heads),
-        "B_BTGN": torch.randn(2, length, groups, 5),
-        "C_BTGN": torch.randn(2, length, groups, 5),
-        "state_BHPN": torch.randn(2, heads, 3, 5),
-    }
-    return {name: value.to(dtype).requires_grad_() for name, value in made.items()}
+    made = [
+        torch.randn(2, length, heads, 3),
+        torch.rand(2, length, heads),
+        -4 * torch.rand(heads),
+        torch.randn(2, length, groups, 5),
+        torch.randn(2, length, groups, 5),
+        torch.randn(2, heads, 3, 5),
+    ]
+    return [value.double().requires_grad_() for value in made]
 
 
 @pytest.mark.parametrize(("length", "groups", "with_state"), [(1, 1, True), (70, 2, True), (67, 3, False)])
 def test_the_kernels_recurrence_is_that_of_ssd(length: int, groups: int, with_state: bool) -> None:
-    given = inputs(length, groups)
-    x, dt, A, B, C, state = given.values()
-    state = state if with_state else None
-    leaves = [x, dt, A, B, C, *([state] if with_state else [])]
-    found = ssd_kernel.by_kernel(simple_gla, x, dt, A, (B, C), state)
-    wanted = ssd(x, dt, A, B, C, state_BHPN=state)
+    leaves = inputs(length, groups)[: 6 if with_state else 5]
+    operands, state = Operands(*leaves[:5]), leaves[5] if with_state else None
+    found = ssd_kernel.by_kernel(simple_gla, operands, state)
+    wanted = ssd(operands, Past(state))
     weights = [torch.randn_like(t) for t in wanted]
     for pair in zip(found, wanted):
         assert torch.allclose(*pair, rtol=0, atol=1e-12 * float(pair[1].detach().abs().max()))  # sums in another order
@@ -54,8 +54,8 @@ def test_the_kernels_recurrence_is_that_of_ssd(length: int, groups: int, with_st
 
 
 def test_a_cpu_takes_ssd_and_imports_nothing() -> None:
-    given = inputs(9, 1)
-    found, _ = ssd_kernel.scan(**given)
-    wanted, _ = ssd(**given)
+    *operands, state = inputs(9, 1)
+    found, _ = ssd_kernel.scan(Operands(*operands), Past(state))
+    wanted, _ = ssd(Operands(*operands), Past(state))
     assert torch.equal(found, wanted)
     assert "fla" not in sys.modules

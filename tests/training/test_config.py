@@ -7,12 +7,13 @@ import subprocess
 import sys
 
 import pytest
+import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from megatron_lite.commands.evaluate import EvaluateConfig
 from megatron_lite.commands.generate import GenerateConfig
-from megatron_lite.config.compose import compose_config, from_dict, help_text, to_dict
+from megatron_lite.config.compose import compose_config, config_dir, from_dict, help_text, to_dict
 from megatron_lite.config.errors import ConfigError
 from megatron_lite.models.config import ModelConfig
 from megatron_lite.training.config import RunConfig, compose_run, validate
@@ -31,6 +32,14 @@ def test_groups_and_keys_can_be_overridden():
     assert (run.model.family, run.schedule.name, run.precision.name, run.parallel.tp, run.seed) == (
         "llama", "constant", "bf16", 2, 7,
     )  # fmt: skip
+
+
+def test_a_recipe_runs_on_either_engine():
+    """A recipe chooses how it is sharded by its group, whose keys differ from engine to engine."""
+    assert compose_run(["experiment=nemotron4_15b"]).engine.shard == "optimizer"
+    assert compose_run(["experiment=nemotron4_15b", "engine=deepspeed"]).engine.name == "deepspeed"
+    for file in (config_dir() / "experiment").glob("*.yaml"):
+        assert "engine" not in yaml.safe_load(file.read_text()), file.name
 
 
 def test_a_section_survives_the_manifest():
