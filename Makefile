@@ -5,7 +5,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check install -q --no-compi
 # Of a demo: `make fp8 SMALL=1` for a look, `TINY=1` to see that every part of it runs.
 SIZE   := $(if $(TINY),tiny,$(if $(SMALL),small,full))
 
-.PHONY: help smoke fp8 families retrieval minitron minitron-smollm2 test test-slow test-gpu soak lint format env env-dev clean
+.PHONY: help smoke fp8 families retrieval minitron minitron-smollm2 test test-slow test-launch test-long test-gpu soak lint format env env-dev clean
 
 help:            ## show this list
 	@grep -hE '^[a-z0-9-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 18
@@ -19,16 +19,22 @@ fp8: env         ## does FP8 train as well as bf16? about 40 minutes (estimated)
 families: env    ## four model families at equal size: about 50 minutes (estimated); SMALL=1: 7
 	$(BIN)/python -m benchmarks.families --size $(SIZE)
 
-retrieval: env   ## does a short extension on 4 ranks let a model find keys 8 times as far back? about 45 minutes (estimated); SMALL=1: 8
+retrieval: env   ## does a short extension on 4 ranks let a model find keys 8 times as far back? about 15 minutes (estimated); SMALL=1: 4
 	$(BIN)/python -m benchmarks.retrieval --size $(SIZE)
 
 # Whole files for a process: what the tests of a file share is made once. One process more than two cores: some of them wait.
 test: env-dev    ## set up .venv with [dev] and run the tests
 	$(BIN)/python -m pytest -n 3 --dist loadfile -m "not slow and not gpu"
 
-# Five at a time and launchers first: those mostly wait.
-test-slow: env-dev  ## the long tests: random layouts, kills, a real Slurm where it is installed
-	$(BIN)/python -m pytest -n 5 --dist loadfile --no-loadscope-reorder -m "slow and not gpu" tests/launch tests
+test-slow: test-launch test-long  ## the long tests: random layouts, kills, a real Slurm where it is installed
+
+# Whole files for a process here too; the launchers' mostly wait, so that CI runs them beside the others.
+test-launch: env-dev
+	$(BIN)/python -m pytest -n 6 --dist loadfile -m "slow and not gpu" tests/launch
+
+test-long: env-dev
+	$(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder -m "slow and not gpu" --ignore tests/launch \
+	  tests/training tests/test_wheel.py tests/data_tools tests  # the longest files first
 
 test-gpu: env-dev  ## what GPUs can show, as many as there are; skips what needs more
 	$(BIN)/python -m pytest -m gpu

@@ -21,6 +21,7 @@ import statistics
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import redirect_stderr, redirect_stdout
@@ -30,7 +31,7 @@ from typing import Any, TextIO
 
 from megatron_lite.atomic import whole_file
 from megatron_lite.commands.train import train
-from megatron_lite.errors import TrainingDivergedError
+from megatron_lite.errors import TrainingDivergedError, WorkFailedError, error_text
 from megatron_lite.tracking.curves import read_curves
 from megatron_lite.tracking.jsonl import METRICS_FILE, read_rows
 from megatron_lite.training.config import compose_run
@@ -39,6 +40,7 @@ Points = list[tuple[int, float]]  # (tokens trained on, loss)
 
 _ALWAYS = ("tracking=none", "train.threads=1")
 _RECORD = "arm.json"  # in a run directory: the settings that it was made with and how it ended
+_LOG = "log.txt"  # in a run directory: what the training printed
 
 
 @dataclass(frozen=True)
@@ -117,8 +119,8 @@ class Study:
     def run(self, arms: Iterable[Arm], seeds: Iterable[int]) -> dict[str, list[Result]]:
         """The results by the arm's name, in the order of `seeds`. What is finished is only read.
 
-        Raises ValueError for a run directory made with other settings, RuntimeError for a run that failed for another reason
-        than that it diverged, and SystemExit after a signal.
+        Raises ValueError for a run directory made with other settings, WorkFailedError naming its log for a run that failed
+        for another reason than that it diverged, and SystemExit after a signal.
         """
         seeds = list(seeds)
         tasks = {(arm.name, seed): self._words(arm, seed) for arm in arms for seed in seeds}
@@ -139,7 +141,7 @@ class Study:
     ) -> tuple[Arm, dict[float, float]]:  # fmt: skip
         """`arm` with the value of `key` that has the least score in runs with `overrides` (a short length), and all scores.
 
-        A diverged run has no score. Raises RuntimeError if all diverged. A best value at the end of `values` is printed: a
+        A diverged run has no score. Raises WorkFailedError if all diverged. A best value at the end of `values` is printed: a
         better one may lie beyond.
         """
         candidates = {
@@ -149,7 +151,7 @@ class Study:
         scores = {value: score(results[candidate.name][0]) for value, candidate in candidates.items()}
         finite = {value: found for value, found in scores.items() if math.isfinite(found)}
         if not finite:
-            raise RuntimeError(f"every run of {arm.name} diverged, with {key} in {list(values)}: try smaller values")
+            raise WorkFailedError(f"every run of {arm.name} diverged, with {key} in {list(values)}: try smaller values")
         best = min(finite, key=finite.__getitem__)
         if len(values) > 1 and best in (min(values), max(values)):
             print(f"{arm.name}: {key}={best} is best and the last of {list(values)}; a better one may lie beyond")
@@ -158,12 +160,17 @@ class Study:
     def command(self, words: Sequence[str], *, makes: Path) -> Path:
         """Run `mlite <words>` in a process of its own unless `makes` exists, which the command must make as a whole or not at all.
 
-        Raises RuntimeError with the end of its output if it fails.
+        What it prints is in `<makes>.log`. Raises WorkFailedError naming that file if it fails.
         """
         if not makes.exists():
-            ended = subprocess.run([sys.executable, "-m", "megatron_lite", *words], capture_output=True, text=True)
+            path = Path(f"{makes}.log")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("a") as log:
+                command = [sys.executable, "-m", "megatron_lite", *words]
+                ended = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT)
             if ended.returncode or not makes.exists():
-                raise RuntimeError(f"mlite {' '.join(words)}: exit code {ended.returncode}: {ended.stderr[-2000:]}")
+                reason = f"exit code {ended.returncode}: {_last_line(path.read_text())}"
+                raise WorkFailedError(f"mlite {words[0]} failed ({reason}); what it printed is in {path}")
         return makes
 
     def _directory(self, name: str, seed: int) -> Path:
@@ -185,7 +192,7 @@ class Study:
         if self.jobs == self.ranks == 1:
             for key, words in tasks.items():
                 began = time.monotonic()
-                train_arm(self._directory(*key), words)
+                _in_this_process(self._directory(*key), words)
                 yield key, time.monotonic() - began
             return
         pool = ThreadPoolExecutor(self.jobs)
@@ -201,12 +208,15 @@ class Study:
 
 
 def train_arm(directory: Path, words: list[str], ranks: int = 1) -> None:
-    """`mlite train <words>` into `directory`; what it prints is in log.txt there. Raises what the training raises, unless it diverged."""
+    """`mlite train <words>` into `directory`; what it prints is in log.txt there, also the traceback of an error.
+
+    Raises what the training raises, unless it diverged.
+    """
     record = directory / _RECORD
     with whole_file(record) as temporary:
         temporary.write_text(json.dumps({"overrides": words, "outcome": None}) + "\n")
     outcome = None
-    with (directory / "log.txt").open("a") as log, redirect_stdout(log), redirect_stderr(log):
+    with (directory / _LOG).open("a") as log, redirect_stdout(log), redirect_stderr(log):
         try:
             run = [*words, f"run.dir={directory}"]
             train(compose_run(run)) if ranks == 1 else _torchrun(ranks, ["train", *run], log)
@@ -214,26 +224,46 @@ def train_arm(directory: Path, words: list[str], ranks: int = 1) -> None:
                 outcome = "finished"
         except TrainingDivergedError as error:
             outcome = f"diverged: {error}"
+        except Exception:
+            traceback.print_exc(file=log)
+            raise
     with whole_file(record) as temporary:
         temporary.write_text(json.dumps({"overrides": words, "outcome": outcome}) + "\n")
 
 
 def _torchrun(ranks: int, words: list[str], log: TextIO) -> None:
-    """`mlite <words>` on `ranks` processes of this machine. Raises RuntimeError if it fails; a run that diverges fails, too."""
+    """`mlite <words>` on `ranks` processes of this machine. Raises WorkFailedError if it fails; a run that diverges fails, too."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     ended = subprocess.run([*launcher, "-m", "megatron_lite", *words], stdout=log, stderr=subprocess.STDOUT)
     if ended.returncode:
-        raise RuntimeError(f"torchrun: exit code {ended.returncode}, see {log.name}")
+        raise WorkFailedError(f"torchrun ended with exit code {ended.returncode}")
+
+
+def _in_this_process(directory: Path, words: list[str]) -> None:
+    """`train_arm`. Raises WorkFailedError if it fails."""
+    try:
+        train_arm(directory, words)
+    except Exception as error:
+        raise _failed(directory, error_text(error)) from error
 
 
 def _in_a_process(directory: Path, words: list[str], ranks: int) -> float:
-    """`train_arm` in a process of its own; returns its seconds. Raises RuntimeError with the end of its output if it fails."""
+    """`train_arm` in a process of its own; returns its seconds. Raises WorkFailedError if it fails."""
     began = time.monotonic()
     command = [sys.executable, "-m", "benchmarks.arms", str(directory), str(ranks), *words]
     ended = subprocess.run(command, capture_output=True, text=True)
     if ended.returncode:
-        raise RuntimeError(f"{directory}: {ended.stderr[-2000:]}")
+        raise _failed(directory, f"exit code {ended.returncode}: {_last_line(ended.stderr)}")
     return time.monotonic() - began
+
+
+def _failed(directory: Path, reason: str) -> WorkFailedError:
+    return WorkFailedError(f"the run in {directory} failed ({reason}); its log is {directory / _LOG}")
+
+
+def _last_line(text: str) -> str:
+    """The last line of what a process printed: of a traceback the error itself."""
+    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "it printed nothing")
 
 
 def _outcome(directory: Path, words: list[str]) -> str | None:

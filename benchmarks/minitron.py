@@ -11,7 +11,8 @@ A teacher is trained on the sample corpus and pruned by a third of its non-embed
     random      (c) as (a), but the channels and neurons that stay are drawn at random
     scratch     (d) the same architecture from fresh weights, for three times as many tokens
 
-each with the learning rate that a short sweep finds best for it. Two claims are checked, and either can fail:
+each with the learning rate that a short sweep finds best for it, which goes on beyond its list where the best is an end of it. Two
+claims are checked, and either can fail:
   - (a) reaches the final loss of (d) with at most a third of its tokens (also printed with the teacher's own tokens added);
   - (a) is below (b) and below (c) at every validation after the first fifth.
 Last, eight pruned models of equal size are ordered by their loss before and after 200 steps of distillation (Spearman's correlation).
@@ -29,7 +30,7 @@ from typing import Any
 
 from benchmarks.arms import Arm, Points, Result, Study
 from benchmarks.minitron_ranking import candidates, spearman
-from benchmarks.summary import Options, interval, markdown, options_of, plot, write_summary
+from benchmarks.summary import Options, interval, markdown, options_of, plot, run_demo, write_summary
 from megatron_lite.commands.evaluate import compose_over_run
 from megatron_lite.commands.prune import REPORT, PruneConfig, prune
 from megatron_lite.ranks import Ranks
@@ -37,6 +38,7 @@ from megatron_lite.weights import model_config
 
 STEP = 8  # samples of a global batch
 THIRD = 1 / 3
+WIDENINGS = 2  # how often a sweep goes on beyond its list when the best rate is at an end of it
 TARGETS = {  # of a model config, two thirds of its non-embedding parameters: key of `target` -> size
     "nemotron4_tiny": {"hidden_size": 208, "ffn_size": 768},
     "nano2_tiny": {"hidden_size": 192, "ffn_size": 448},
@@ -165,7 +167,7 @@ class Demo:
             if len(rates) == 1:  # nothing to choose from
                 arm, swept[name] = arm.extended(f"optim.lr={rates[0]}"), {rates[0]: math.nan}
             else:
-                arm, swept[name] = study.sweep(arm, "optim.lr", rates, overrides=length, score=Result.final)
+                arm, swept[name] = widened_sweep(study, arm, rates, overrides=length)
             arms.append(arm)
         return study.run(arms, seeds), swept
 
@@ -195,6 +197,20 @@ class Demo:
             f"train.max_steps={steps}", f"schedule.warmup_steps={max(1, steps // 20)}", f"train.eval_every={every}",
             f"checkpoint.every={every}", "checkpoint.keep=1",
         )  # fmt: skip
+
+
+def widened_sweep(
+    study: Study, arm: Arm, rates: tuple[float, ...], *, overrides: Sequence[str]
+) -> tuple[Arm, dict[float, float]]:
+    """`Study.sweep` of the learning rate, which tries half or twice a best rate that is the first or last one of `rates`: at most
+    `WIDENINGS` times, each with one more run."""
+    for widenings_left in range(WIDENINGS, -1, -1):
+        chosen, scores = study.sweep(arm, "optim.lr", rates, overrides=overrides, score=Result.final)
+        best = min(rates, key=lambda rate: _or_infinity(scores[rate]))
+        if best not in (rates[0], rates[-1]) or not widenings_left:
+            break
+        rates = (best / 2, *rates) if best == rates[0] else (*rates, best * 2)
+    return chosen, scores
 
 
 def tokens_until(points: Points, loss: float) -> float:
@@ -290,4 +306,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_demo(main)

@@ -21,7 +21,7 @@ from typing import Any
 import yaml
 
 from benchmarks.arms import Arm, Study
-from benchmarks.summary import Options, markdown, options_of, write_summary
+from benchmarks.summary import Options, markdown, options_of, run_demo, write_summary
 from megatron_lite.atomic import whole_folder
 from megatron_lite.data.indexed import IndexedWriter, best_dtype
 from megatron_lite.data.sample.corpus import prepare
@@ -160,4 +160,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_demo(main)

@@ -186,10 +186,12 @@ def write_summary(options: Options, name: str, *, text: str, data: Mapping[str, 
 
 
 def run_demo(main: Callable[[], None]) -> None:
-    """Call `main`; a user's error becomes one line and exit code 1."""
+    """Call `main`; a user's error, or a run that failed, becomes one line and exit code 1."""
     try:
         main()
-    except (ValueError, OSError, CheckpointError, WorkFailedError) as error:
+    except WorkFailedError as error:
+        sys.exit(f"failed: {error}")
+    except (ValueError, OSError, CheckpointError) as error:
         sys.exit(f"error: {error_text(error)}")
 
 

@@ -12,7 +12,11 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "megatron_lite"
 
 PRIVATE = {
+    "torch.Tensor._make_wrapper_subclass": "a weight of which only the codes are there",
+    "torch._C._disabled_torch_function_impl": "a weight of which only the codes are there",
+    "torch.utils._pytree.tree_map_only": "its values for operators that do not know codes",
     "torch._C._distributed_c10d": "the flight recorders' dumps, which not every build has",
+    "torch._assert_async": "a check that does not wait for the device",
     "torch._foreach_copy_": "many small tensors in one kernel",
     "torch._foreach_mul_": "many small tensors in one kernel",
     "torch._subclasses.fake_tensor.FakeTensorMode": "a plan runs what training runs, without memory",

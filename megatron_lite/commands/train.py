@@ -67,7 +67,7 @@ def train(run: RunConfig) -> int:
         point = choose_checkpoint(run, store)
         checkpoint = point.checkpoint if point else None
         run = choose_model(run, store, checkpoint)
-        validate_model(run)
+        validate_model(run, runtime.world_size)
         watchdog.enter("prepare data", 0)
         prepare_data(run.data, vocab_size=run.model.vocab_size, report=print if runtime.is_main else None)
         watchdog.enter("build", 0)

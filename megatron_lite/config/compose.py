@@ -18,6 +18,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from megatron_lite.config import errors
 from megatron_lite.config.errors import ConfigError
@@ -58,7 +59,7 @@ def compose_config(name: str, schema: Any, overrides: list[str]) -> Any:
     with initialize_config_dir(str(config_dir().resolve()), version_base="1.3"):
         try:
             config = OmegaConf.to_object(compose(name, overrides=overrides))
-        except (HydraException, OmegaConfBaseException, ValueError) as error:
+        except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
             keys = partial(_keys_of, name, schema, overrides)
             raise ConfigError(errors.explain(error, overrides, keys, own_folder=folder)) from None
     wrong = errors.check_values(config)

@@ -19,6 +19,7 @@ from typing import Any
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue
+from yaml import MarkedYAMLError
 
 from megatron_lite.config.renamed import renamed_key
 
@@ -36,7 +37,7 @@ def explain(
     *,
     own_folder: Path | None = None,
 ) -> str:
-    """One line about Hydra's or OmegaConf's `error`. known_keys: every dotted key that exists, asked for when needed.
+    """One line about Hydra's, OmegaConf's or YAML's `error`. known_keys: every dotted key that exists, asked for when needed.
 
     own_folder: that of `--config-dir`.
     """
@@ -44,6 +45,9 @@ def explain(
     for part in chain:
         if isinstance(part, MissingConfigException) and part.options:
             return _unknown_choice(part, own_folder)
+    if isinstance(error, MarkedYAMLError):
+        where = error.problem_mark or error.context_mark
+        return f"{where.name}, line {where.line + 1}: not YAML: {error.problem or error.context}"
     unreadable = _unreadable(overrides)
     if unreadable:
         return unreadable
@@ -51,6 +55,9 @@ def explain(
     renamed = _renamed(text, overrides)
     if renamed:
         return renamed
+    in_file = _in_file(text, overrides, known_keys)
+    if in_file:
+        return in_file
     if isinstance(chain[-1], MissingMandatoryValue):
         stated = re.search(r"full_key: (\S+)", str(chain[-1]))
         key = stated[1] if stated else reason.rsplit(": ", 1)[-1]
@@ -78,11 +85,12 @@ def unknown_key(key: str, known_keys: Iterable[str]) -> str:
     if renamed:
         return renamed
     known = list(known_keys)
-    last = key.rsplit(".", 1)[-1]
+    section, _, last = key.rpartition(".")
     near = (
         difflib.get_close_matches(key, known, n=3, cutoff=0.85)
         or [other for other in known if other.rsplit(".", 1)[-1] == last]
-        or difflib.get_close_matches(key, known, n=3)
+        or difflib.get_close_matches(key, [other for other in known if not key.startswith(f"{other}.")], n=3)
+        or [other for other in known if section and other.rpartition(".")[0] == section]
     )
     hint = f"did you mean {' or '.join(near[:3])}?" if near else "--help lists all keys"
     return f"there is no key {key}; {hint}"
@@ -162,6 +170,29 @@ def _renamed(text: str, overrides: list[str]) -> str | None:
         if answer:
             return f"{file[1]}.yaml: {answer}" if file else answer
     return None
+
+
+def _in_file(text: str, overrides: list[str], known_keys: Callable[[], Iterable[str]]) -> str | None:
+    """What is wrong in a YAML file that Hydra's message names: a name in its defaults, a key, or a value."""
+    missing = re.match(r"In '([^']*)': Could not load '([^']*)'", text)
+    if missing:
+        group, _, choice = missing[2].rpartition("/")
+        typed = next((override for override in overrides if key_of(override) == group and choice in override), None)
+        if typed:  # one of a list of choices
+            return f"{typed}: {choice} is unknown; `mlite <command> --help` lists the choices of {group}"
+        return f"{missing[1]}.yaml: its defaults name {missing[2]}, and there is no {missing[2]}.yaml"
+    found = re.match(r"In '([^']*)': \w+ raised while composing config:\n(.*)\n\s*full_key: (\S+)", text)
+    if found is None:
+        return None
+    file, reason, key = f"{found[1]}.yaml", found[2], found[3]
+    if " not in " not in reason:
+        return f"{file}: {key}: {reason}"
+    if key == found[1].partition("/")[0]:  # Hydra puts a file's keys below its folder's name unless told otherwise
+        return f"{file}: its keys are taken for keys of {key}; begin the file with the line # @package _global_"
+    choice = next((override for override in overrides if key_of(override) == key.partition(".")[0]), None)
+    if choice is None:
+        return f"{file}: {unknown_key(key, known_keys())}"
+    return f"{file} sets {key}, which {choice} does not have; drop {choice}, or use a copy of {file} without {key}"
 
 
 def _unreadable(overrides: list[str]) -> str | None:

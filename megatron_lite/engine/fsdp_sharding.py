@@ -19,10 +19,12 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
+from torch.distributed.tensor import DTensor
 
 from megatron_lite.parallel.assemble import Distribute, Materialize
 from megatron_lite.parallel.mesh import CPU, Mesh
 from megatron_lite.precision.dtypes import fp32_modules
+from megatron_lite.precision.numerics import numerics_of
 
 
 def sharding(mesh: Mesh, dtype: torch.dtype, *, reshard: bool, cpu_offload: bool) -> Distribute:
@@ -51,5 +53,17 @@ def sharding(mesh: Mesh, dtype: torch.dtype, *, reshard: bool, cpu_offload: bool
                 module.set_force_sum_reduction_for_comms(True)  # a plain sum: gloo has no scaled one
         place = replace(materialize, device=CPU) if cpu_offload else materialize
         place(objective)
+        ranks = mesh.group("dp_shard").size()
+        if ranks > 1:
+            _gather_in_fp8(decoder, ranks)
 
     return distribute
+
+
+def _gather_in_fp8(decoder: nn.Module, ranks: int) -> None:
+    numerics = numerics_of(decoder)
+    for path in numerics.gathered:
+        weight = decoder.get_parameter(f"{path}.weight")
+        assert isinstance(weight, DTensor), f"{path} is not sharded"
+        # `to_local` would give another tensor of the same memory, and this one is what FSDP2 asks
+        numerics.gather(path, weight._local_tensor, rows=weight.shape[0], ranks=ranks)

@@ -12,7 +12,8 @@ fp32, three times as much in backward. And a rank gets only what it sees, 1.5 (c
 what a gather sends, or a ring in which all slices pass by all ranks. Every rank computes two pairs of slices in a round, so
 that none waits for another.
 
-A layer that uses another one's keys and values has them sent again: to keep what came would be to keep the whole sequence.
+With a window it gets no more than a window of keys before each of its slices. A layer that uses another one's keys and values
+has them sent again: to keep what came would be to keep the whole sequence.
 
 Forward and backward are one operator each, so that recompute can keep the result (`recompute.py`) and no rank asks twice.
 
@@ -22,7 +23,7 @@ included), K head dim of queries and keys, V that of values, X = K + V.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -35,10 +36,10 @@ from megatron_lite.models.attention import AttentionCore
 from megatron_lite.models.attention_mask import Visibility
 from megatron_lite.models.cache import KeyValue
 from megatron_lite.models.context import LayerContext
-from megatron_lite.parallel.context_collectives import Exchange, Route, group_named
+from megatron_lite.parallel.context_collectives import Exchange, group_named
 from megatron_lite.parallel.context_kernels import Part, attend
-from megatron_lite.parallel.context_tiles import META, Rule, Tile, View, narrowed, routes, tiles, view
-from megatron_lite.parallel.sequence_slices import ContextParallel
+from megatron_lite.parallel.context_tiles import META, Route, Rule, Tile, View, narrowed, routes, tiles, view
+from megatron_lite.parallel.sequence_slices import ContextParallel, check_numbering
 
 
 class ContextParallelAttention(AttentionCore):
@@ -49,6 +50,8 @@ class ContextParallelAttention(AttentionCore):
     def attend(self, query_BHTK: Tensor, kv: KeyValue, context: LayerContext) -> Tensor:
         """(B, H, T, V): see `AttentionCore.attend`; the keys are those of the whole sequence."""
         assert context.cache is None, "generate refuses parallel.cp > 1"
+        if context.documents_BT is not None:
+            check_numbering(context.documents_BT, self.cp, prefix=context.prefix)
         kv_BGTX = torch.cat([kv.key_BGSK, kv.value_BGSV], dim=-1)
         window = -1 if self.visibility.window is None else self.visibility.window
         rule = [window, self.visibility.always_visible, context.prefix]
@@ -72,7 +75,7 @@ def context_attention(
     queries = sequence.slices(query_BHTK)
     for _, keys in sequence.rounds(kv_BGTX):
         for query, key, seen in sequence.pairs(keys):
-            merged.add(query, *attend(sequence.part(query.of(queries), key.of(keys), (query, key, seen))))
+            merged.add(query, *attend(sequence.part(query.of(queries), keys[key], (query, key, seen))))
     return merged.out_BHTV.to(query_BHTK.dtype), merged.lse_BHT
 
 
@@ -96,25 +99,24 @@ def context_attention_backward(
     )
     returning: Exchange | None = None
     for route, keys in sequence.rounds(kv_BGTX):
-        d_keys = own if route is None else {number: torch.zeros_like(x, dtype=wide) for number, x in keys.items()}
+        d_keys = {key: key.of(own) if route is None else torch.zeros_like(x, dtype=wide) for key, x in keys.items()}
         for query, key, seen in sequence.pairs(keys):
-            part = sequence.part(query.of(queries), key.of(keys), (query, key, seen))
+            part = sequence.part(query.of(queries), keys[key], (query, key, seen))
             dq, dk, dv = part.kernel().backward(part, query.of(grads), query.of(outs), query.of(lses))
             query.of(d_queries).add_(dq)
-            key.of(d_keys).add_(torch.cat([dk, dv], dim=-1))
+            d_keys[key].add_(torch.cat([dk, dv], dim=-1))
         _add(own, returning)
         if route is not None:
-            like = own[sequence.cp.slices[0]]
-            returning = Exchange(d_keys, route.back, like=like, group=sequence.group)
+            returning = Exchange(list(d_keys.values()), route.back, like=d_kv, group=sequence.group)
     _add(own, returning)
     return d_query.to(query_BHTK.dtype), d_kv.to(kv_BGTX.dtype)
 
 
 def _add(own: dict[int, Tensor], returning: Exchange | None) -> None:
-    """Adds the gradients that another rank sends back for slices of this one."""
+    """Adds the gradients that another rank sends back for tiles of this one."""
     if returning is not None:
-        for number, grad in returning.wait().items():
-            own[number].add_(grad)
+        for tile, grad in returning.wait().items():
+            tile.of(own).add_(grad)
 
 
 @context_attention.register_fake
@@ -180,15 +182,16 @@ class _Sequence:
         lengths = [self.rule.prefix if number == META else self.slice_length for number in self.numbers]
         return dict(zip(self.numbers, x.split(lengths, dim=2)))
 
-    def rounds(self, kv_BGTX: Tensor) -> Iterator[tuple[Route | None, dict[int, Tensor]]]:
-        """Keys and values by number: this rank's (no route), then those of each other rank of which it sees any."""
+    def rounds(self, kv_BGTX: Tensor) -> Iterator[tuple[Route | None, dict[Tile, Tensor]]]:
+        """Keys and values by tile: this rank's (no route), then those of each other rank of which it sees any."""
         own = self.slices(kv_BGTX)
         ways = routes(self.cp.rank, self.cp.size, self.slice_length, self.rule)
-        waiting = [None, *ways]
-        like = own[self.cp.slices[0]]
-        keys = own
-        for route, following in zip(waiting, [*ways, None]):
-            coming = None if following is None else Exchange(own, following, like=like, group=self.group)
+        keys = {tile: tile.of(own) for tile in self.queries}
+        for route, following in zip([None, *ways], [*ways, None]):
+            coming = None
+            if following is not None:
+                sent = [tile.of(own) for tile in following.sent]
+                coming = Exchange(sent, following, like=kv_BGTX, group=self.group)
             yield route, keys
             if coming is not None:
                 keys = coming.wait()
@@ -198,12 +201,11 @@ class _Sequence:
         """The tiles of this rank."""
         return list(tiles(self.numbers, self.slice_length, self.rule))
 
-    def pairs(self, keys: dict[int, Tensor]) -> Iterator[tuple[Tile, Tile, View]]:
+    def pairs(self, keys: Iterable[Tile]) -> Iterator[tuple[Tile, Tile, View]]:
         """Tiles of queries, tiles of these keys, and what the former see of the latter, unless it is nothing. A tile's own keys come
         before others, so that every query has seen a key from then on."""
-        of_keys = list(tiles(list(keys), self.slice_length, self.rule))
         for query in self.queries:
-            for key in sorted(of_keys, key=lambda tile: tile != query):
+            for key in sorted(keys, key=lambda tile: tile != query):
                 seen = view(query, key, self.rule)
                 if self.begins_BT is not None and self.begins_BT.device.type == "cpu":
                     seen = narrowed(seen, query, key, rule=self.rule, begins_BT=self._begins(query))

@@ -11,6 +11,15 @@ decided where it is for an undivided sequence (`models/attention_kernel.py`):
     memory-efficient    keys and values repeated for every query head; their gradients are summed over these in fp32
     math                all scores at once, with plain torch: cuda fp64, and devices that have none of the others
 
+Their conditions, by torch's sources: both CUDA kernels take strides and addresses in multiples of 16 bytes and widths in multiples
+of 8, to which heads are padded (those of keys and values that travel side by side follow from the widths); flash takes up to 256
+numbers a head and grouped heads, of which it sums dK and dV in 16 bits before `backward`'s caller adds parts up in fp32; neither looks
+at the seeds of a dropout that is 0. `tests/gpu/test_attention_in_parts.py` runs them.
+
+FlexAttention would skip blocks inside a tile and take grouped heads with a mask, but its backward pass cannot be called with an lse
+over keys that it has not seen: every part's output and lse would have to stay in the graph, for all rounds. The tiles
+(`context_tiles.py`) skip what it would, down to a window.
+
 Shapes: B batch, H heads, G KV groups, T queries, S keys, K head dim of queries and keys, V that of values.
 """
 

@@ -36,7 +36,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron_lite.models.scan import Operands, Past
 from megatron_lite.models.selective_scan import CHUNK
-from megatron_lite.parallel.sequence_slices import ContextParallel
+from megatron_lite.parallel.sequence_slices import ContextParallel, check_numbering
 from megatron_lite.parallel.slice_collectives import entering_states, preceding
 
 NO_STATE = "sequences are divided in training only, where nothing comes before them"
@@ -84,6 +84,7 @@ class Division:
         if self.documents_BT is None:
             befores = [torch.full((len(x_BT),), begin, device=x_BT.device) for begin in begins]
             return [Slice(None, before_B, before_B > 0) for before_B in befores]
+        check_numbering(self.documents_BT, self.cp, prefix=self.prefix)
         _, *documents = self.split(self.documents_BT)
         return [Slice(of_BT, begin - of_BT[:, 0], begin > of_BT[:, -1]) for begin, of_BT in zip(begins, documents)]
 

@@ -1,10 +1,13 @@
 """Which tokens of a divided sequence look at which, as far as it is known before any number is computed.
 
 The unit is a tile: consecutive tokens of one slice. What the queries of a tile see of the keys of another is nothing (then
-nothing is computed, and a slice of which no tile is seen is not sent), all of them, all up to themselves, or some, which takes
-a mask. A tile is a whole slice where one rule holds for all of it. With a window it has at most as many tokens as the window,
-so that a tile sees itself causally, the one before through a mask, and no other; with documents at most `DOCUMENT_TILE`, so
-that a short document does not cost a slice. No mask is larger than a tile by a tile.
+nothing is computed), all of them, all up to themselves, or some, which takes a mask. A tile is a whole slice where one rule
+holds for all of it. With a window it has at most as many tokens as the window, so that work grows with the window and not with the
+slice; with documents at most `DOCUMENT_TILE`, so that a short document does not cost a slice. No mask is larger than a tile by a
+tile.
+
+What is sent are tiles too, cut to the keys that the receiver's queries reach: with a window the end of the slice before each of
+its slices, and the tokens that are always visible, whatever the length of the sequence.
 
 All follows from the tokens' places, so every rank knows what every other one needs. Where documents begin is data: it makes
 views narrower (`narrowed`) but never decides about communication.
@@ -20,7 +23,6 @@ from enum import Enum
 from torch import Tensor
 
 from megatron_lite.models.attention_mask import Visibility
-from megatron_lite.parallel.context_collectives import Route
 
 META = -1  # the number of the "slice" of meta tokens, which every rank holds
 DOCUMENT_TILE = 2048
@@ -71,16 +73,32 @@ class Tile:
         return slices[self.number].narrow(2, self.start, self.length)
 
 
+@dataclass(frozen=True)
+class Route:
+    """What one round of an exchange carries for this rank: the tiles `sent` to rank `to`, and those `received` from rank `sender`.
+    Every rank of the group has a route of the same round, and either tuple may be empty."""
+
+    to: int
+    sender: int
+    sent: tuple[Tile, ...]
+    received: tuple[Tile, ...]
+
+    @property
+    def back(self) -> Route:
+        """The same tiles on their way back."""
+        return Route(to=self.sender, sender=self.to, sent=self.received, received=self.sent)
+
+
 def tiles(numbers: Sequence[int], slice_length: int, rule: Rule) -> Iterator[Tile]:
-    """The tiles of these slices."""
+    """The tiles of these slices. The first one of a slice is the short one: a window reaches over the end of a slice."""
     step = rule.tile_length(slice_length)
     for number in numbers:
         if number == META:
             yield Tile(META, 0, rule.prefix, 0)
             continue
-        first = rule.prefix + number * slice_length
-        for start in range(0, slice_length, step):
-            yield Tile(number, start, min(step, slice_length - start), first + start)
+        first, short = rule.prefix + number * slice_length, slice_length % step or step
+        for start in (0, *range(short, slice_length, step)):
+            yield Tile(number, start, step if start else short, first + start)
 
 
 def view(query: Tile, key: Tile, rule: Rule) -> View:
@@ -129,12 +147,13 @@ def narrowed(found: View, query: Tile, key: Tile, *, rule: Rule, begins_BT: Tens
 
 @functools.cache
 def routes(rank: int, size: int, slice_length: int, rule: Rule) -> tuple[Route, ...]:
-    """The rounds in which rank `rank` of `size` gets the slices at which its queries look; in round i every rank sends to the one i
-    places after it. A round in which no rank needs anything is left out, on all ranks alike."""
+    """The rounds in which rank `rank` of `size` gets the keys that its queries see; in round i every rank sends to the one i places
+    after it. A round in which no rank needs anything is left out, on all ranks alike."""
     rounds = []
     for step in range(1, size):
         needed = [
-            _needed(reader, (reader - step) % size, size=size, length=slice_length, rule=rule) for reader in range(size)
+            tuple(_needed(reader, (reader - step) % size, size=size, length=slice_length, rule=rule))
+            for reader in range(size)
         ]
         if any(needed):
             to = (rank + step) % size
@@ -142,15 +161,22 @@ def routes(rank: int, size: int, slice_length: int, rule: Rule) -> tuple[Route, 
     return tuple(rounds)
 
 
-def _needed(reader: int, holder: int, *, size: int, length: int, rule: Rule) -> tuple[int, ...]:
-    """The holder's slices of which the reader's queries may see something."""
-    held, queries = ((rank, 2 * size - 1 - rank) for rank in (holder, reader))
-    return tuple(
-        number
-        for number in held
-        if any(
-            view(query, key, rule) is not View.NOTHING
-            for query in tiles(queries, length, rule)
-            for key in tiles([number], length, rule)
-        )
-    )
+def _needed(reader: int, holder: int, *, size: int, length: int, rule: Rule) -> Iterator[Tile]:
+    """The holder's keys of which the reader's queries may see something."""
+    held, readers = ((rank, 2 * size - 1 - rank) for rank in (holder, reader))
+    for key in tiles(held, length, rule):
+        following = [number for number in readers if number > key.number]
+        reached = _reached(key, rule.prefix + following[0] * length, rule) if following else None
+        if reached is not None:
+            yield reached
+
+
+def _reached(key: Tile, query: int, rule: Rule) -> Tile | None:
+    """What the tokens from place `query` on, behind the tile, see of it; None: nothing."""
+    window, always = rule.visibility.window, rule.visibility.always_visible
+    if window is None or key.first < always or (rule.documents and always > rule.prefix):
+        return key  # positions count from where a document begins, which is anywhere
+    hidden = max(0, query - window - key.first)
+    if hidden >= key.length:
+        return None
+    return Tile(key.number, key.start + hidden, key.length - hidden, key.first + hidden)

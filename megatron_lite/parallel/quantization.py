@@ -26,6 +26,7 @@ from megatron_lite.parallel.mesh import Mesh
 from megatron_lite.parallel.plans import Replace, apply_plan, decoder_plan
 from megatron_lite.parallel.reclass import reclass
 from megatron_lite.precision.emulated import EmulatedNumerics, Maxima
+from megatron_lite.precision.gathered import check_rows
 from megatron_lite.precision.numerics import Numerics
 from megatron_lite.precision.quantized_linear import QuantizedLinear
 from megatron_lite.precision.recipes import Fp8Config
@@ -74,7 +75,8 @@ def _maxima(mesh: Mesh) -> Maxima:
     if mesh.device_mesh is None:
         return Maxima()
     tp = partial(collectives.maximum, groups=[mesh.group("tp")]) if mesh.tp_size > 1 else None
-    return Maxima(weights=tp, activations=partial(collectives.maximum, groups=mesh.world))
+    gathered = partial(collectives.maximum, groups=[mesh.group("dp_shard")])
+    return Maxima(weights=tp, activations=partial(collectives.maximum, groups=mesh.world), gathered=gathered)
 
 
 def linear_layers(decoder: Decoder, recipe: Fp8Config) -> dict[str, bool]:
@@ -147,6 +149,13 @@ def check_sizes(model: ModelConfig, recipe: Fp8Config, *, tp: int, tokens: int) 
                 f"precision={recipe.name} with parallel.tp={tp}: {path} is {rows} x {columns} on a rank, and {wrong[0]} does not divide by "
                 f"{divisor}; {_degrees_that_work(model, recipe, tp)}name it in precision.bf16_modules, {way_out}"
             )
+
+
+def check_gather(model: ModelConfig, recipe: Fp8Config, *, tp: int, ranks: int) -> None:
+    """Raise ValueError where `precision.all_gather=fp8` cannot divide a weight over `ranks` ranks that shard it."""
+    if recipe.all_gather == "fp8" and ranks > 1:
+        for path, (rows, _) in _shapes(model, recipe, tp).items():
+            check_rows(path, rows, ranks=ranks, multiple=recipe.shard_rows)
 
 
 def _degrees_that_work(model: ModelConfig, recipe: Fp8Config, tp: int) -> str:

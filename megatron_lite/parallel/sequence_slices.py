@@ -66,3 +66,24 @@ def shard_sequence(batch: dict[str, Tensor], cp: ContextParallel) -> dict[str, T
     positions_BT = restarting_positions(documents_BT)
     numbered = {"documents": index_1T - positions_BT, "positions": positions_BT}
     return {key: cut(value, cp) for key, value in (batch | numbered).items()}
+
+
+def check_numbering(documents_BT: Tensor, cp: ContextParallel, *, prefix: int) -> None:
+    """Raise RuntimeError if documents are not numbered as `shard_sequence` does, as far as this rank's slices show. It does not wait for
+    the device; in a compiled layer nothing is checked.
+
+    documents_BT: of `prefix` meta tokens and this rank's two slices.
+    """
+    if documents_BT.is_meta or torch.compiler.is_compiling():
+        return
+    of_B2T = documents_BT[:, prefix:].unflatten(1, (2, -1))
+    starts = [number * of_B2T.shape[2] for number in cp.slices]
+    index_2T = torch.stack([torch.arange(n, n + of_B2T.shape[2], device=documents_BT.device) for n in starts])
+    goes_on_B2T = of_B2T[..., 1:] == of_B2T[..., :-1]
+    begins_B2T = of_B2T[..., 1:] == index_2T[:, 1:]
+    numbered = ((of_B2T >= 0) & (of_B2T <= index_2T)).all() & (goes_on_B2T | begins_B2T).all()
+    torch._assert_async(
+        numbered,
+        "documents of a divided sequence are numbered by the index of their first token in the row; cut batches with "
+        "Mesh.place or sequence_slices.shard_sequence",
+    )

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -57,15 +58,26 @@ class Histories:
         self.amax_history[0] = 0.0
 
 
+class Kept(Protocol):
+    """Where a quantizer finds the scale of its tensor, and leaves its largest number."""
+
+    @property
+    def scale(self) -> Tensor:
+        """(S,)."""
+
+    def record(self, index: int, amax: Tensor) -> None:
+        """Count the largest number of tensor `index`."""
+
+
 @dataclass(frozen=True)
 class DelayedScaling:
     """Quantizes tensor `index` of `histories`."""
 
     format: Format
-    histories: Histories
+    histories: Kept
     index: int
 
-    def pair(self, x: Tensor) -> Pair:
+    def pair(self, x: Tensor, amax: Tensor | None = None) -> Pair:
         """See `Quantizer`."""
-        self.histories.record(self.index, largest_magnitude(x))
+        self.histories.record(self.index, largest_magnitude(x) if amax is None else amax)
         return with_scale(x, self.histories.scale[self.index], self.format)

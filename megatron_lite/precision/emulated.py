@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_lite.precision.delayed import DelayedScaling, Histories
+from megatron_lite.precision.gathered import ShardedWeights, check_rows
 from megatron_lite.precision.numerics import Numerics, Observation
 from megatron_lite.precision.quantized_linear import BF16, FP8, RUNGS, Mode
 from megatron_lite.precision.quantizers import BlockScaling, CurrentScaling, MXScaling, Quantizers, TileScaling
@@ -32,11 +33,13 @@ Reduce = Callable[[Tensor], Tensor] | None
 
 @dataclass(frozen=True)
 class Maxima:
-    """How a maximum becomes that of more ranks; None where there is one. weights: over those that hold shards of a weight.
-    activations: over those that hold a part of the batch or of its features, which is all of them."""
+    """How a maximum becomes that of more ranks; None where there is one. weights: over the tensor-parallel ranks, which hold shards of
+    a weight. activations: over those that hold a part of the batch or of its features, which is all of them. gathered: over the ranks
+    from which FSDP2 gathers a weight."""
 
     weights: Reduce = None
     activations: Reduce = None
+    gathered: Reduce = None
 
 
 class EmulatedNumerics(Numerics):
@@ -51,6 +54,7 @@ class EmulatedNumerics(Numerics):
         )
         self.rungs = RUNGS if self.histories is None else (FP8, BF16)
         self.recipe = recipe
+        self.sharded = ShardedWeights(self._maximum_of_shards if recipe.shard_rows == 1 else None)
 
     def quantizers(self, path: str) -> Quantizers:
         """Those of one layer."""
@@ -82,16 +86,45 @@ class EmulatedNumerics(Numerics):
             raise ValueError(
                 f"precision={self.recipe.name} has no rung {rung!r}; choose one of {', '.join(self.rungs)}"
             )
+        if rung != FP8 and self.gathered:
+            raise ValueError(
+                f"precision.all_gather=fp8 leaves no bf16 weights to compute in {rung} with, which this run had come to; set "
+                "precision.all_gather=bf16"
+            )
         self.mode.rung = rung
 
     @contextmanager
     def step(self, *, keep_weights: bool) -> Iterator[None]:
         """See `Numerics`."""
         self.mode.weights = {} if keep_weights else None
+        self.sharded.changed()
         try:
             yield
         finally:
             self.mode.weights = None
+            self.sharded.changed()
+
+    @contextmanager
+    def forward_only(self) -> Iterator[None]:
+        """See `Numerics`."""
+        self.sharded.changed()  # by a checkpoint that was loaded
+        yield
+
+    @property
+    def gathered(self) -> Sequence[str]:
+        """See `Numerics`."""
+        return self.paths if self.recipe.all_gather == "fp8" else []
+
+    def gather(self, path: str, shard: Tensor, *, rows: int, ranks: int) -> None:
+        """See `Numerics`."""
+        check_rows(path, rows, ranks=ranks, multiple=self.recipe.shard_rows)
+        self.sharded.add(shard, self.quantizers(path).weight)
+
+    def _maximum_of_shards(self, amax: Tensor) -> Tensor:
+        over_tp = self.maxima.weights if getattr(self.recipe, "amax", "local") == "global" else None
+        for reduce in (self.maxima.gathered, over_tp):
+            amax = amax if reduce is None else reduce(amax)
+        return amax
 
     @contextmanager
     def micro_batch(self) -> Iterator[None]:

@@ -6,7 +6,7 @@ It hangs on the decoder that it belongs to, so that whatever runs the decoder fi
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -52,6 +52,16 @@ class Numerics:
     def collect(self, observe: Callable[[Observation], None]) -> AbstractContextManager[None]:
         """Inside, `observe` is called for every operand that is quantized."""
         return nullcontext()
+
+    @property
+    def gathered(self) -> Sequence[str]:
+        """The layers whose weights FSDP2 shall gather in FP8, if it shards: `gather` is then called for each."""
+        return ()
+
+    def gather(self, path: str, shard: Tensor, *, rows: int, ranks: int) -> None:
+        """FSDP2 holds `shard`, fp32, of the weight (rows, K) of the layer `path`: from now on it gathers quantized rows from `ranks`
+        ranks. Raises ValueError if they do not share the rows as the recipe needs."""
+        raise NotImplementedError
 
     def tensors(self) -> dict[str, Tensor]:
         """What a checkpoint must hold to continue with the same bits: live fp32 tensors of the kinds of `STATE`, the same on all ranks."""

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_lite.precision.formats import Quantized, largest_magnitude, product
+from megatron_lite.precision.gathered import QuantizedWeight
 from megatron_lite.precision.numerics import Observation
 from megatron_lite.precision.quantizers import Pair, Quantizers
 
@@ -59,7 +60,7 @@ class QuantizedLinear(nn.Module):
 
     def quantize(self, operand: str, x: Tensor) -> Pair:
         """Both forms of an operand, a matrix."""
-        pair = getattr(self.quantizers, operand).pair(x)
+        pair = x.pair() if isinstance(x, QuantizedWeight) else getattr(self.quantizers, operand).pair(x)
         if self.mode.observe is not None:
             self.mode.observe(_observation(self.path, operand, x, pair[0]))
         return pair

@@ -41,8 +41,9 @@ class Quantizer(Protocol):
     def format(self) -> Format:
         """What it makes."""
 
-    def pair(self, x: Tensor) -> Pair:
-        """Both quantized forms of the matrix x (R, S)."""
+    def pair(self, x: Tensor, amax: Tensor | None = None) -> Pair:
+        """Both quantized forms of the matrix x (R, S). amax: its largest magnitude, or that of the matrix of which x is some rows;
+        None: it is not known yet. Quantizers with blocks do not need it."""
 
 
 @dataclass(frozen=True)
@@ -62,11 +63,12 @@ class CurrentScaling:
     power_of_two: bool = False
     reduce: Callable[[Tensor], Tensor] | None = None
 
-    def pair(self, x: Tensor) -> Pair:
+    def pair(self, x: Tensor, amax: Tensor | None = None) -> Pair:
         """See `Quantizer`."""
-        amax = largest_magnitude(x)
-        if self.reduce is not None:
-            amax = self.reduce(amax)
+        if amax is None:
+            amax = largest_magnitude(x)
+            if self.reduce is not None:
+                amax = self.reduce(amax)
         return with_scale(x, scale_for(amax, self.format, power_of_two=self.power_of_two, dtype=x.dtype), self.format)
 
 
@@ -83,7 +85,7 @@ class TileScaling:
     format: Format
     power_of_two: bool = True
 
-    def pair(self, x: Tensor) -> Pair:
+    def pair(self, x: Tensor, amax: Tensor | None = None) -> Pair:
         """See `Quantizer`."""
         return self._rows(x), self._rows(x.T)
 
@@ -98,7 +100,7 @@ class BlockScaling:
     format: Format
     power_of_two: bool = True
 
-    def pair(self, x: Tensor) -> Pair:
+    def pair(self, x: Tensor, amax: Tensor | None = None) -> Pair:
         """See `Quantizer`."""
         quantized = in_blocks(x, (TILE, TILE), self.format, power_of_two=self.power_of_two)
         return quantized, quantized.transposed()
@@ -110,7 +112,7 @@ class MXScaling:
 
     format: Format
 
-    def pair(self, x: Tensor) -> Pair:
+    def pair(self, x: Tensor, amax: Tensor | None = None) -> Pair:
         """See `Quantizer`."""
         return self._rows(x), self._rows(x.T)
 

@@ -30,6 +30,7 @@ class Fp8Config:
     bf16_first_layers, bf16_last_layers: so many layers of `decoder.layers` stay bf16. A layer is one symbol of the pattern.
     fallback_after: spikes on a rung until the run computes more exactly, 0 for never (see training/ladder.py).
     bf16_modules: names of linear layers that stay bf16, as shell patterns: "layers.*.mixer.out_proj".
+    all_gather: bf16 | fp8, in which FSDP2 gathers the weights of FP8 layers (see `gathered.py`).
     """
 
     name: str = ""
@@ -39,11 +40,15 @@ class Fp8Config:
     bf16_last_layers: int = 0
     bf16_modules: list[str] = field(default_factory=list)
     fallback_after: int = 0
+    all_gather: str = "bf16"
 
     dtype: ClassVar[torch.dtype] = torch.bfloat16  # of everything that is not FP8
     peak: ClassVar[str] = "fp8"  # see `hardware.device_peak_flops`
     size_divisor: ClassVar[int] = 16  # Transformer Engine multiplies matrices whose sides are multiples of it
     operand_formats: ClassVar[str] = "one scale a tensor"
+    shard_rows: ClassVar[int] = (
+        1  # a shard of a weight can be quantized without the others in multiples of so many rows
+    )
 
     def validate(self) -> None:
         """Raise ValueError naming the key if a value is invalid."""
@@ -56,6 +61,12 @@ class Fp8Config:
         if self.format == "e5m2" and self.backend != "emulated":
             raise ValueError(
                 "precision.format=e5m2: Transformer Engine has no E5M2 forward; choose hybrid or e4m3, or precision.backend=emulated"
+            )
+        _one_of("all_gather", self.all_gather, ("bf16", "fp8"))
+        if self.all_gather == "fp8" and self.fallback_after:
+            raise ValueError(
+                f"precision.all_gather=fp8 with precision.fallback_after={self.fallback_after}: a run that falls back computes with bf16 "
+                "weights, which would not be there; set precision.all_gather=bf16, or precision.fallback_after=0"
             )
         for key in ("bf16_first_layers", "bf16_last_layers", "fallback_after"):
             if getattr(self, key) < 0:
@@ -134,6 +145,7 @@ class BlockScalingConfig(Fp8Config):
     power_2_scales: bool = True
 
     operand_formats: ClassVar[str] = "weights 128 x 128, else 1 x 128"
+    shard_rows: ClassVar[int] = 128
 
 
 @dataclass
@@ -145,6 +157,15 @@ class MXScalingConfig(Fp8Config):
 
     size_divisor: ClassVar[int] = 32
     operand_formats: ClassVar[str] = "1 x 32"
+
+    def validate(self) -> None:
+        """See `Fp8Config`."""
+        super().validate()
+        if self.all_gather == "fp8":
+            raise ValueError(
+                "precision.all_gather=fp8 with precision=mxfp8: a weight is quantized along its rows and along its columns, which are "
+                "together as many bytes as bf16; set precision.all_gather=bf16"
+            )
 
 
 @dataclass

@@ -19,16 +19,18 @@ Notable features:
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from megatron_lite.precision.delayed import DelayedScaling
 from megatron_lite.precision.emulated import EmulatedNumerics
+from megatron_lite.precision.gathered import QuantizedWeight, check_rows
 from megatron_lite.precision.numerics import Numerics, Observation
 from megatron_lite.precision.quantized_linear import BF16, FP8_FORWARD, QuantizedLinear
 from megatron_lite.precision.recipes import (
@@ -38,6 +40,7 @@ from megatron_lite.precision.recipes import (
     Fp8Config,
     MXScalingConfig,
 )
+from megatron_lite.precision.transformer_engine_weights import WeightHistory, as_transformer_engine
 
 if TYPE_CHECKING:
     import transformer_engine.pytorch as te
@@ -96,6 +99,8 @@ class TransformerEngineNumerics(Numerics):
         self.linears[path] = linear
 
         def multiply(x: Tensor, weight: Tensor) -> Tensor:
+            if isinstance(weight, QuantizedWeight):
+                weight = as_transformer_engine(weight, self.te, columnwise=self.pass_.keep_weights)
             linear.fast_setattr("weight", weight)
             with nullcontext() if self.pass_.in_autocast else self._autocast():
                 return linear(x, is_first_microbatch=self.pass_.first)
@@ -134,7 +139,7 @@ class TransformerEngineNumerics(Numerics):
         """See `Numerics`."""
         before = {name: tensor.clone() for name, tensor in self.tensors().items()}
         try:
-            with self._pass():
+            with self.emulation.forward_only(), self._pass():
                 yield
         finally:
             for name, tensor in self.tensors().items():
@@ -158,6 +163,19 @@ class TransformerEngineNumerics(Numerics):
                 found[f"scale_{direction}.{path}"] = state.scale[:columns]
                 found[f"amax_history_{direction}.{path}"] = state.amax_history[:, :columns]
         return found
+
+    @property
+    def gathered(self) -> Sequence[str]:
+        """See `Numerics`."""
+        return self.emulation.gathered
+
+    def gather(self, path: str, shard: Tensor, *, rows: int, ranks: int) -> None:
+        """See `Numerics`."""
+        check_rows(path, rows, ranks=ranks, multiple=self.emulation.recipe.shard_rows)
+        quantizer = self.emulation.quantizers(path).weight
+        if isinstance(quantizer, DelayedScaling):
+            quantizer = replace(quantizer, histories=WeightHistory(self.linears[path]), index=1)
+        self.emulation.sharded.add(shard, quantizer)
 
     @contextmanager
     def _pass(self) -> Iterator[None]:

@@ -28,7 +28,7 @@ from megatron_lite.optim.optimizer import OptimConfig
 from megatron_lite.optim.schedule import ScheduleConfig
 from megatron_lite.optim.spikes import SpikeConfig
 from megatron_lite.parallel.mesh import ParallelConfig
-from megatron_lite.parallel.quantization import check_sizes
+from megatron_lite.parallel.quantization import check_gather, check_sizes
 from megatron_lite.parallel.sequence_length import check_layout
 from megatron_lite.precision.dtypes import PrecisionConfig
 from megatron_lite.precision.recipes import RECIPES, Fp8Config, Nvfp4Config
@@ -112,7 +112,7 @@ def validate(run: RunConfig, world_size: int) -> None:
     _validate_layout(run, world_size)
     _validate_start(run)
     if not run.takes_model_of_source:  # else the model is not known yet
-        validate_model(run)
+        validate_model(run, world_size)
 
 
 def _validate_layout(run: RunConfig, world_size: int) -> None:
@@ -149,7 +149,7 @@ def _validate_start(run: RunConfig) -> None:
             raise ValueError(f"resume_allow names {name!r}: {errors.unknown_key(name, keys)}")
 
 
-def validate_model(run: RunConfig) -> None:
+def validate_model(run: RunConfig, world_size: int) -> None:
     """The part of `validate` that needs the model; raises ValueError."""
     run.model.validate()
     family_named(run.model.family)
@@ -157,6 +157,9 @@ def validate_model(run: RunConfig) -> None:
     if isinstance(run.precision, Fp8Config):
         tokens = run.train.micro_batch_size * (run.model.meta_tokens + run.data.seq_len // run.parallel.cp)
         check_sizes(run.model, run.precision, tp=run.parallel.tp, tokens=tokens)
+        degrees = run.parallel.degrees(world_size)
+        sharding = 1 if run.engine.replicates else degrees.dp_shard * degrees.cp
+        check_gather(run.model, run.precision, tp=degrees.tp, ranks=sharding)
     if run.data.seq_len > run.model.max_seq_len:
         raise ValueError(
             f"data.seq_len={run.data.seq_len} is longer than model.max_seq_len={run.model.max_seq_len}; shorten the "

@@ -71,6 +71,9 @@ FEATURES: dict[str, Feature] = {
         "Precision",
         {name: f"precision={name}" for name in ("fp32", "bf16", "fp8_delayed")} | {_FP8: "precision=fp8_current"},
     ),
+    "all_gather": Feature(
+        "All-gather of FP8 layers (FSDP2)", {"bf16": "precision.all_gather=bf16", "fp8": "precision.all_gather=fp8"}
+    ),
     "recompute": Feature(
         "Activation recompute", {name: f"parallel.recompute={name}" for name in ("none", "selective", "full")}
     ),
@@ -146,6 +149,21 @@ UNSUPPORTED: tuple[Unsupported, ...] = (
         "set parallel.compile=false, or precision=fp8_current",
     ),
     Unsupported(
+        {"all_gather": ("fp8",), "precision": ("fp32", "bf16")},
+        "no layer is in FP8",
+        "choose precision=fp8_delayed, fp8_current or fp8_block",
+    ),
+    Unsupported(
+        {"all_gather": ("fp8",), "engine": _ZERO},
+        "DeepSpeed gathers weights as they are",
+        "set precision.all_gather=bf16, or engine=fsdp",
+    ),
+    Unsupported(
+        {"all_gather": ("fp8",), "offload": ("on",)},
+        "FSDP2 moves offloaded shards to the GPU as they are",
+        "set precision.all_gather=bf16, or drop the offload",
+    ),
+    Unsupported(
         {"command": ("prune",), "precision": ("fp8_delayed",)},
         "a model that was cut has no scales of delayed scaling yet",
         "set precision=bf16, which needs none, or precision=fp8_current",
@@ -173,6 +191,7 @@ def choices_of(
         "dp": (_count(degrees.data_parallel), f"{degrees.data_parallel} data-parallel processes"),
         "replicas": (_count(degrees.dp_replicate), f"parallel.dp_replicate={degrees.dp_replicate}"),
         "precision": (_FP8 if precision.name in _FP8.split(", ") else precision.name, f"precision={precision.name}"),
+        "all_gather": (gather := getattr(precision, "all_gather", "bf16"), f"precision.all_gather={gather}"),
         "recompute": (parallel.recompute, f"parallel.recompute={parallel.recompute}"),
         "compile": _switch("parallel.compile", parallel.compile),
     }

@@ -20,6 +20,7 @@ KEYS = [
     ("data.groups.english.sourcs.prose.path=x", r"did you mean data\.groups\.english\.sources\.prose\.path"),
     ("+optim.momentum=1", r"no key optim\.momentum; did you mean"),
     ("+engine.zero=1", r"no key engine\.zero"),
+    ("engine=deepspeed engine.shard=full", r"no key engine\.shard; did you mean engine\.zero_stage or"),
     ("~train.max_stepz", r"~train\.max_stepz: there is no key train\.max_stepz; did you mean train\.max_steps"),
     ("nonsense", r"nonsense cannot be read as key=value"),
     ("=3", r"=3 has no key"),
@@ -48,6 +49,7 @@ CHOICES = [
     ("parallel.recompute=some", r"parallel\.recompute=some is unknown; choose one of none, selective, full"),
     ("model.family=gpt", r"model\.family='gpt' is not one of .*nemotron4"),
     ("model.mlp.activation=gelu", r"model\.mlp\.activation='gelu' is not one of"),
+    ("tracking=[wandb,tensorbord]", r"tracking=\[wandb,tensorbord\]: tensorbord is unknown; .*choices of tracking"),
     ("model=5", r"model=5: a group's choice is a name"),
     ("experiment=foo", r"experiment=foo is unknown; choose one of .*smoke"),
     ("init_from=x init_from.model=mine", r"init_from\.model=mine is unknown; choose source or config"),
@@ -131,6 +133,37 @@ COMBINATIONS = [
 @pytest.mark.parametrize(("typed", "says"), [*KEYS, *CHOICES, *VALUES, *COMBINATIONS])
 def test_a_wrong_config_is_refused(tour, typed, says):
     tour.refused("train", *runs.arguments(tour.data, tour.home / "r"), *typed.split(), says=says)
+
+
+# what an experiment's file holds after `# @package _global_`, what is typed after its name -> what is said
+FILES = [
+    (
+        "engine: {shard: optimizer}",
+        "engine=deepspeed",
+        r"mine\.yaml sets engine\.shard, which engine=deepspeed does not",
+    ),
+    ("objective: {teacher: x}", "", r"mine\.yaml: there is no key objective\.teacher"),
+    ("train: {max_stps: 3}", "", r"mine\.yaml: there is no key train\.max_stps; did you mean train\.max_steps"),
+    ("train: {max_steps: many}", "", r"mine\.yaml: train\.max_steps: Value 'many'"),
+    ("train: [3", "", r"mine\.yaml, line 3: not YAML"),
+    ("train:\n\tmax_steps: 3", "", r"mine\.yaml, line 3: not YAML"),
+    ("defaults: [smke]", "", r"mine\.yaml: its defaults name experiment/smke"),
+    ("defaults: [override /engine: fsdpp]", "", r"engine=fsdpp is unknown; choose one of deepspeed, fsdp"),
+]
+
+
+@pytest.mark.parametrize(("text", "typed", "says"), FILES)
+def test_a_wrong_experiment_file_is_refused(tour, text, typed, says):
+    (tour.home / "experiment").mkdir()
+    (tour.home / "experiment" / "mine.yaml").write_text(f"# @package _global_\n{text}\n")
+    tour.refused("train", "--config-dir", str(tour.home), "experiment=mine", *typed.split(), says=says)
+
+
+def test_an_experiment_file_without_its_first_line_is_refused(tour):
+    (tour.home / "experiment").mkdir()
+    (tour.home / "experiment" / "mine.yaml").write_text("train: {max_steps: 3}\n")
+    says = r"mine\.yaml: its keys are taken for keys of experiment; .*@package _global_"
+    tour.refused("train", "--config-dir", str(tour.home), "experiment=mine", says=says)
 
 
 def test_a_model_that_no_memory_holds_ends_with_what_to_do(tour):

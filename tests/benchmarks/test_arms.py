@@ -9,8 +9,19 @@ import statistics
 import pytest
 
 from benchmarks.arms import Arm, Study
-from benchmarks.summary import Interval, interval, markdown, options_of, paired_gap, plot, t_quantile, write_summary
+from benchmarks.summary import (
+    Interval,
+    interval,
+    markdown,
+    options_of,
+    paired_gap,
+    plot,
+    run_demo,
+    t_quantile,
+    write_summary,
+)
 from megatron_lite.commands import train as command
+from megatron_lite.errors import WorkFailedError
 from tests import runs
 
 SHORT = ("train.max_steps=4", "train.eval_every=2", "train.eval_at_start=true", "checkpoint.every=2")
@@ -56,6 +67,16 @@ def test_arms_are_ordinary_runs_and_a_second_call_reads_them(study, monkeypatch,
     assert {"date", "command", "processor", "cores", "load", "python", "torch", "size"} == set(written["machine"])
 
 
+def test_what_fails_is_one_line_that_names_its_log(study, tmp_path):
+    bad = Arm("bad", ("train.threads=0",))
+    with pytest.raises(SystemExit, match=r"^failed: .*train\.threads=0.*bad/seed_0/log\.txt$") as ended:
+        run_demo(lambda: study.run([bad], seeds=[0]))
+    assert "\n" not in str(ended.value)
+    assert "Traceback" in (study.folder / "bad" / "seed_0" / "log.txt").read_text()
+    with pytest.raises(WorkFailedError, match=r"mlite convert failed \(exit code 2: .*nowhere.*out\.log$"):
+        study.command(["convert", "source=nowhere", f"target={tmp_path}/out", "to=hf"], makes=tmp_path / "out")
+
+
 @pytest.mark.slow
 def test_an_interrupted_study_continues_with_the_same_numbers(study, tmp_path, monkeypatch):
     whole = Study(tmp_path / "whole", study.common).run(ARMS[:1], seeds=[0])["small"][0]
@@ -83,7 +104,7 @@ def test_a_sweep_picks_the_best_rate_that_did_not_diverge(study, capsys):
     assert scores[1e-2] < scores[1e-6]
     assert math.isnan(scores[1e30])
     assert "one/optim.lr_1e+30, seed 0: diverged" in capsys.readouterr().out
-    with pytest.raises(RuntimeError, match=r"one diverged.*optim\.lr"):
+    with pytest.raises(WorkFailedError, match=r"one diverged.*optim\.lr"):
         study.sweep(arm, "optim.lr", [1e30], overrides=["train.max_steps=3"], score=lambda result: result.final())
 
 
@@ -92,7 +113,7 @@ def test_two_jobs_give_the_numbers_of_one(study, tmp_path):
     """Each in a process of its own: one trains, and one fails at once, whose reason arrives."""
     bad = Arm("bad", ("train.threads=0",))
     two = Study(tmp_path / "two", study.common, jobs=2)
-    with pytest.raises(RuntimeError, match=r"train\.threads=0"):
+    with pytest.raises(WorkFailedError, match=r"train\.threads=0.*bad/seed_0/log\.txt$"):
         two.run([*ARMS[:1], bad], seeds=[0])
     ((found,), (expected,)) = (some.run(ARMS[:1], seeds=[0])["small"] for some in (two, study))
     assert found.training() == expected.training()

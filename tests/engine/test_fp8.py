@@ -6,15 +6,20 @@ weight gradient is 128 tokens (32 for MX) in the order that a rank holds them: `
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather
 from torch.distributed.tensor import DTensor
 
 from megatron_lite.precision.quantized_linear import QuantizedLinear
+from megatron_lite.training.config import compose_run, validate
 from tests.distributed import run_ranks
 from tests.engine import harness
 from tests.engine.harness import Case, Trace
@@ -144,3 +149,89 @@ def test_histories_go_on_with_the_same_bits(others: bool, tmp_path: Path) -> Non
         assert read[0].losses == pytest.approx(wrote[0].losses[3:], rel=0 if exact else LOSS)
         # other micro-batches, and ZeRO 1's own rounding in bf16: 1.2e-3 was measured. A history in other units would be 9e-3 off.
         assert read[0].norms == pytest.approx(wrote[0].norms[3:], rel=0 if exact else 3e-3)
+
+
+# ---- weights gathered in FP8
+
+GATHERED: dict[str, Case] = {
+    "current": Case(precision="fp8_current", numbers={"amax": "global"}),
+    "current, sequence parallel": Case(SEQUENCE, {}, "fp8_current", micro_batch=4, numbers={"amax": "global"}),
+    "current, recompute": Case({"recompute": "full"}, {"shard": "optimizer"}, "fp8_current"),
+    "delayed": Case({}, {"shard": "optimizer"}, "fp8_delayed", numbers={"amax_history_len": 4}),
+    "block": Case(  # 128 rows of `up` on each of four ranks
+        precision="fp8_block", model={"mlp.ffn_size": 512}, numbers={"bf16_modules": ["*.qkv", "*.out", "*.down"]}
+    ),
+}
+
+
+def gathered(rank: int, world_size: int) -> dict[str, list[tuple[Trace, int]]]:
+    """Of each case, in bf16 and in FP8, the training and the bytes that FSDP2 gathered on the way."""
+    found = {}
+    for name, case in GATHERED.items():
+        if world_size == 2 and case.parallel.get("tp", 1) == 2:
+            continue  # nothing is sharded
+        found[name] = []
+        for how in ("bf16", "fp8"):
+            with counted_gathers() as received:
+                trace = harness.train(
+                    rank, world_size, replace(case, numbers=case.numbers | {"all_gather": how}), steps=2
+                )
+            found[name].append((trace, sum(received)))
+    return found
+
+
+@contextmanager
+def counted_gathers() -> Iterator[list[int]]:
+    """The bytes of each all-gather of FSDP2."""
+    received: list[int] = []
+    gather = DefaultAllGather.__call__
+
+    def counting(self: DefaultAllGather, output_tensor: torch.Tensor, **more: Any) -> Any:
+        received.append(output_tensor.nbytes)
+        return gather(self, output_tensor, **more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DefaultAllGather, "__call__", counting)
+        yield received
+
+
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_gathering_codes_changes_no_bit(ranks: int) -> None:
+    """And a weight is a byte an element, where it was two. Of a block there is a scale of four bytes."""
+    for rank in run_ranks(ranks, gathered):
+        for name, ((wanted, before), (got, after)) in rank.items():
+            assert (got.losses, got.norms) == (wanted.losses, wanted.norms), name
+            for moment, boxes in wanted.boxes.items():
+                for key, (shape, offsets, tensor) in boxes.items():
+                    assert got.boxes[moment][key][:2] == (shape, offsets)
+                    assert torch.equal(got.boxes[moment][key][2], tensor), f"{name}: {key}"
+            case = GATHERED[name]
+            tp = case.parallel.get("tp", 1)
+            micro_batches = harness.SAMPLES // (ranks // tp) // case.micro_batch
+            gathers = 1 if case.engine else 2 * micro_batches  # of each of two steps
+            one = 2 * 512 * 32 - 2 * 4 * 4 if case.precision == "fp8_block" else 2 * (4 * 32 * 32 + 2 * 64 * 32)
+            assert before - after == 2 * gathers * one // tp, name
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["precision=mxfp8"], "mxfp8"),
+        (["precision=fp8_current", "precision.fallback_after=2"], r"fallback_after=2"),
+        (["precision=fp8_current", "engine=deepspeed"], "engine=deepspeed.*engine=fsdp"),
+        (["precision=fp8_current", "engine.cpu_offload=true"], r"engine\.cpu_offload=true"),
+        (["precision=fp8_block", "model.mlp.ffn_size=192"], r"192 rows.* 2 ranks.*128"),
+    ],
+)
+def test_what_cannot_be_gathered_is_refused(words: list[str], says: str) -> None:
+    run = compose_run(
+        [
+            "experiment=smoke",
+            "precision.all_gather=fp8",
+            "precision.backend=emulated",
+            "train.micro_batch_size=4",
+            *words,
+        ]
+    )
+    with pytest.raises(ValueError, match=rf"(?s)precision\.all_gather=fp8.*{says}|{says}.*precision\.all_gather=fp8"):
+        validate(run, 2)

@@ -16,6 +16,7 @@ import torch
 from megatron_lite.models.linear import Linear
 from megatron_lite.parallel.reclass import reclass
 from megatron_lite.precision.emulated import EmulatedNumerics, Maxima
+from megatron_lite.precision.gathered import QuantizedWeight
 from megatron_lite.precision.quantized_linear import QuantizedLinear
 from megatron_lite.precision.recipes import RECIPES
 from megatron_lite.precision.transformer_engine import TransformerEngineLinear, TransformerEngineNumerics
@@ -112,6 +113,31 @@ def test_current_scaling_has_the_emulations_bytes(library):
     codes = emulation("fp8_current").quantizers("layer").input.pair(x)[0].codes
     quantizer = library.Float8CurrentScalingQuantizer(library.DType.kFloat8E4M3, DEVICE)
     assert torch.equal(quantizer(x)._data.view(torch.uint8), codes.view(torch.uint8))
+
+
+@pytest.mark.parametrize("keep_weights", [True, False])
+def test_te_multiplies_with_codes_that_were_gathered(precision, keep_weights):
+    """The same bits as with the weight that it quantizes itself."""
+    if precision == "mxfp8":
+        pytest.skip("its weights are not gathered as codes")
+    tokens, features, out = SHAPES[-1]
+    draw = torch.Generator(DEVICE).manual_seed(0)
+    weight = torch.randn(out, features, generator=draw, device=DEVICE, dtype=torch.bfloat16)
+    x = torch.randn(tokens, features, generator=draw, device=DEVICE, dtype=torch.bfloat16)
+    d_y = torch.randn(tokens, out, generator=draw, device=DEVICE, dtype=torch.bfloat16)
+    results = []
+    for codes in (False, True):
+        linear, numerics = layer(precision, "transformer_engine", weight)
+        leaf = x.clone().requires_grad_()
+        with numerics.step(keep_weights=keep_weights), numerics.micro_batch():
+            if codes:
+                made = QuantizedWeight(linear.quantizers.weight.pair(weight)[0], torch.bfloat16)
+                linear.weight = torch.nn.Parameter(made)
+            y = linear(leaf)
+            y.backward(d_y)
+        results.append([y.detach(), leaf.grad, linear.weight.grad])
+    for quantized, given in zip(*results):
+        assert torch.equal(quantized, given)
 
 
 def curve(data: Any, folder: Any, *overrides: str) -> list[float]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -21,10 +22,10 @@ from megatron_lite.models.decoder import ResidualLayer
 from megatron_lite.models.initialization import initialize_model_
 from megatron_lite.models.norm import RMSNorm
 from megatron_lite.models.pattern import LayerSpec
-from megatron_lite.parallel import context_tiles
+from megatron_lite.parallel import context_attention, context_tiles
 from megatron_lite.parallel.context_attention import ContextParallelAttention
 from megatron_lite.parallel.context_kernels import CpuFlash, CudaFlash, Efficient, Math, Part, PartKernel, attend
-from megatron_lite.parallel.context_tiles import META, Rule, View, tiles, view
+from megatron_lite.parallel.context_tiles import META, Rule, Tile, View, tiles, view
 from megatron_lite.parallel.reclass import reclass
 from megatron_lite.parallel.recompute import recompute_layer
 from megatron_lite.parallel.sequence_slices import ContextParallel, cut, shard_sequence
@@ -222,6 +223,39 @@ def test_in_bf16() -> None:
         assert {name: error for name, error in errors.items() if max(error) > 2**-6} == {}
 
 
+def bugs() -> dict[str, Any]:
+    """What is planted: name -> a patch."""
+    mask, reached = context_attention._Sequence.mask, context_tiles._reached
+
+    def off_by_one(self: Any, query: Tile, key: Tile, device: torch.device) -> Tensor:
+        return mask(self, replace(query, first=query.first - 1), key, device)
+
+    def one_less(key: Tile, query: int, rule: Rule) -> Tile | None:
+        return reached(key, query + 1, rule)
+
+    return {
+        "gradients that come back are dropped": mock.patch.object(context_attention, "_add", lambda own, come: come and come.wait()),
+        "a mask is one token off": mock.patch.object(context_attention._Sequence, "mask", off_by_one),
+        "the first token that a window reaches is not sent": mock.patch.object(context_tiles, "_reached", one_less),
+    }  # fmt: skip
+
+
+def planted(rank: int, world_size: int) -> dict[str, float]:
+    cp, case, length = ContextParallel(rank, world_size, dist.group.WORLD), CASES["short window"], 4 * SLICE
+    reference, found = [of_rank(x, case, cp) for x in dense(case, length, ranks=world_size)], {}
+    for name, patch in bugs().items():
+        with tile_lengths(3, 3), patch:
+            got = run_layer(case, cp, length=length, dtype=torch.float64)
+        found[name] = max(float((a.cpu() - b).abs().max()) for a, b in zip(got, reference))
+    return found
+
+
+def test_planted_bugs_are_found() -> None:
+    ranks = run_ranks(2, planted)
+    for name in bugs():
+        assert max(found[name] for found in ranks) > 1e-3, name
+
+
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if not case.lengths])
 def test_no_mask_where_none_is_needed(name: str) -> None:
     case = CASES[name]
@@ -240,6 +274,22 @@ def test_no_mask_where_none_is_needed(name: str) -> None:
             else:
                 expected = View.ALL if seen.all() else View.SOME
             assert view(query, key, rule) is expected, (query, key)
+
+
+@pytest.mark.parametrize("size", [2, 4, 16])
+def test_a_windows_work_is_balanced(size: int) -> None:
+    """Within 10 % from eight windows a sequence on. With fewer it cannot be: the first window of the sequence sees less, and all of
+    it is on the first rank (docs/long-context.md)."""
+    for window, length in [(64, 512), (100, 2048), (1024, 8192), (1024, 32768)]:
+        rule = Rule(Visibility(window, 4), prefix=4, documents=False)
+        keys = list(tiles([META, *range(2 * size)], length // (2 * size), rule))
+        scores = [0.0] * size
+        for rank in range(size):
+            for query in tiles(ContextParallel(rank, size, None).slices, length // (2 * size), rule):
+                seen = {key: view(query, key, rule) for key in keys}
+                share = {View.NOTHING: 0.0, View.CAUSAL: 0.5}
+                scores[rank] += sum(query.length * key.length * share.get(how, 1.0) for key, how in seen.items())
+        assert max(scores) <= 1.1 * sum(scores) / size, (window, length)
 
 
 @pytest.mark.parametrize(
@@ -374,7 +424,7 @@ def test_what_is_sent_computed_and_kept() -> None:
         assert none.sent == selective.sent == full.sent
         for again in (selective, full):
             assert all(torch.equal(a, b) for a, b in zip(none.result, again.result))
-    # A window reaches the slice before: two exchanges in which every rank sends at most one slice, whatever the length.
+    # A window reaches the end of the slice before: two exchanges in which every rank sends at most one window, whatever the length.
     for rank, counts in enumerate(near):
-        assert counts.sent[0] == [4096 // 8 * 32 * n for n in ((0 if rank == 3 else 1), (0 if rank == 0 else 1))]
+        assert counts.sent[0] == [window * 32 * n for n in ((0 if rank == 3 else 1), (0 if rank == 0 else 1))]
         assert counts.scores <= 2 * 2 * 512 * 2 * window  # of each query of 2 heads in 2 slices

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from megatron_lite.models.decoder import Decoder
 from megatron_lite.models.rope import restarting_positions
 from megatron_lite.parallel.mesh import CPU, Degrees, Mesh, ParallelConfig
 from megatron_lite.parallel.sequence_length import check_layout
-from megatron_lite.parallel.sequence_slices import ContextParallel, cut, shard_sequence
+from megatron_lite.parallel.sequence_slices import ContextParallel, check_numbering, cut, shard_sequence
 from tests.engine import harness
 from tests.engine.harness import Case
 from tests.engine.test_hybrid import HYBRID
@@ -68,6 +70,18 @@ def test_positions_and_documents_are_those_of_the_whole_sequence(data: st.DataOb
         )
 
 
+def test_documents_numbered_in_another_way_are_refused() -> None:
+    documents_BT = torch.tensor([0] * 2 + [1] * 4 + [2] * 4 + [3] * 4 + [4] * 2).expand(
+        2, -1
+    )  # one begins in every slice
+    for place in places(2):
+        numbered = shard_sequence({"tokens": documents_BT, "documents": documents_BT}, place)["documents"]
+        check_numbering(F.pad(numbered, (3, 0)), place, prefix=3)
+        for wrong in (cut(documents_BT, place), cut(documents_BT, place) * 16, numbered + 1, numbered - 1):
+            with pytest.raises(RuntimeError, match=r"shard_sequence"):
+                check_numbering(wrong, place, prefix=0)
+
+
 def test_one_place_moves_and_cuts() -> None:
     batch = {"tokens": torch.arange(8)[None]}
     assert Mesh().place(batch)["tokens"] is batch["tokens"]
@@ -89,8 +103,28 @@ def test_a_length_that_does_not_divide_is_refused_with_one_that_does(
 ) -> None:
     model = harness.run_config(Case(model=HYBRID | {"max_seq_len": 256} | changes)).model
     parallel = ParallelConfig(**layout)
-    with pytest.raises(ValueError, match=says) as caught:
+    with pytest.raises(ValueError, match=says):
         check_layout(model, parallel, seq_len=seq_len)
-    offered = re.search(r"choose data\.seq_len=(\d+)(?: or (\d+))?", str(caught.value))
-    for length in filter(None, offered.groups() if offered else ()):
-        check_layout(model, parallel, seq_len=int(length))
+
+
+@given(st.data())
+@settings(max_examples=60)
+def test_every_way_out_is_one(data: st.DataObject) -> None:
+    pick = lambda *values: data.draw(st.sampled_from(values))  # noqa: E731
+    changes = {"meta_tokens": pick(0, 1, 2, 3), "mamba.conv": pick(2, 4, 9), "max_seq_len": pick(40, 256)}
+    model = harness.run_config(Case(model=HYBRID | changes)).model
+    parallel = ParallelConfig(tp=pick(2, 4), cp=pick(1, 2, 3, 4, 6), sequence_parallel=pick(True, False))
+    length = data.draw(st.integers(1, 40))
+    message = ""
+    try:
+        check_layout(model, parallel, seq_len=length)
+    except ValueError as error:
+        message = str(error)
+    if message.startswith("data.seq_len"):
+        ways = message.partition("; choose ")[2].split(", or ")
+        assert all(ways), message
+        for way in ways:
+            lengths = re.findall(r"\d+", way) if way.startswith("data.seq_len") else [length]
+            changed = {key: json.loads(value) for key, value in re.findall(r"parallel\.(\w+)=(\w+)", way)}
+            for seq_len in lengths:
+                check_layout(model, replace(parallel, **changed), seq_len=int(seq_len))

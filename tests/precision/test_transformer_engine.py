@@ -113,23 +113,61 @@ def on_ranks(rank: int, world_size: int) -> list[list[Trace]]:
         undo()
 
 
+WIDE = NO_BIAS | {"mlp.ffn_size": 256}  # a rank has whole blocks of the rows of `up`
+GATHERED = {
+    "fp8_current": {},
+    "fp8_delayed": {"engine": {"shard": "optimizer"}},
+    "fp8_block": {
+        "parallel": {"recompute": "full"},
+        "model": WIDE,
+        "numbers": {"bf16_modules": ["*.qkv", "*.out", "*.down"]},
+    },
+}
+
+
 @needs_wheel
-def test_weights_are_quantized_as_often_as_they_are_gathered():
-    """Two layers have that shape; in forward and in backward of each micro-batch, or once in a step."""
-    assert run_ranks(2, count_weights) == [{"full": [4, 4], "optimizer": [2, 0]}] * 2
+@pytest.mark.slow
+def test_codes_that_were_gathered_are_what_te_would_quantize():
+    for traces in run_ranks(2, gathered):
+        for name, (bf16, fp8) in zip(GATHERED, traces, strict=True):
+            same_bits(bf16, fp8)
+            assert bf16.losses == fp8.losses, name
 
 
-def count_weights(rank: int, world_size: int) -> dict[str, list[int]]:
-    """How often the qkv weights are quantized in each of two micro-batches of the second step."""
+def gathered(rank: int, world_size: int) -> list[list[Trace]]:
     undo = install()
     try:
-        return {shard: _counts(world_size, shard) for shard in ("full", "optimizer")}
+        return [
+            [
+                harness.train(
+                    rank, world_size, dataclasses.replace(case, numbers=case.numbers | {"all_gather": how}), steps=2
+                )
+                for how in ("bf16", "fp8")
+            ]
+            for case in (case(name, "transformer_engine", **more) for name, more in GATHERED.items())
+        ]
     finally:
         undo()
 
 
-def _counts(world_size: int, shard: str) -> list[int]:
-    sharded = case("fp8_current", "transformer_engine", engine={"shard": shard})
+@needs_wheel
+def test_weights_are_quantized_as_often_as_they_are_gathered():
+    """Two layers have that shape; in forward and in backward of each micro-batch, or once in a step. By us where codes are gathered."""
+    wanted = {("full", "bf16"): [4, 4], ("optimizer", "bf16"): [2, 0], ("full", "fp8"): [0, 0]}
+    assert run_ranks(2, count_weights, list(wanted)) == [wanted, wanted]
+
+
+def count_weights(rank: int, world_size: int, ways: list[tuple[str, str]]) -> dict[tuple[str, str], list[int]]:
+    """How often TE quantizes the qkv weights in each of two micro-batches of the second step."""
+    undo = install()
+    try:
+        return {(shard, gather): _counts(world_size, shard, gather) for shard, gather in ways}
+    finally:
+        undo()
+
+
+def _counts(world_size: int, shard: str, gather: str) -> list[int]:
+    sharded = case("fp8_current", "transformer_engine", engine={"shard": shard}, numbers={"all_gather": gather})
     engine, place, places = harness.open_engine(sharded, world_size)
     shape = engine.objective.decoder.layers[0].mixer.qkv.weight.shape
     counts: list[int] = []

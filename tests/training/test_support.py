@@ -60,6 +60,7 @@ FREE = (
     "cp",
     "replicas",
     "precision",
+    "all_gather",
     "recompute",
     "compile",
     "offload",
@@ -72,6 +73,7 @@ LOADED = [
     "cp",
     "replicas",
     "precision",
+    "all_gather",
     "offload",
 ]  # what evaluate reads
 Choices = dict[str, str]
@@ -135,6 +137,7 @@ def overrides(choices: Choices, teacher: Path) -> list[str]:
             words += support.FEATURES[name].choices[choices[name]].replace("PATH", str(teacher)).split()
     if "fp8" in choices["precision"]:
         words.append("precision.backend=emulated")  # any size, any machine
+        words.append(f"precision.all_gather={choices['all_gather']}")
     if choices["offload"] == "on":
         words.append(f"engine.{'offload_optimizer' if choices['engine'].startswith('zero') else 'cpu_offload'}=true")
     return words
