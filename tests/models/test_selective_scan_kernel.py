@@ -80,12 +80,20 @@ def test_when_it_is_chosen(device: str, dtype: torch.dtype, past: Past, states: 
     assert selective_scan_kernel.kernel_fits(device, dtype, past, states=states) == fits
 
 
-def test_a_cpu_takes_the_scan_and_imports_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cpu_takes_the_scan_and_imports_nothing() -> None:
     *operands, state = inputs_of(9, 2.0, 0)
     for past in (Past(), Past(state)):
         found, wanted = (scan(Operands(*operands), past) for scan in (selective_scan_kernel.scan, selective_scan))
         assert all(torch.equal(*pair) for pair in zip(found, wanted))
     assert "mamba_ssm" not in sys.modules
-    monkeypatch.setattr(selective_scan_kernel, "kernel_fits", lambda *a, **k: True)
-    monkeypatch.setattr(selective_scan_kernel, "installed_kernel", lambda: published)
-    assert not torch.equal(selective_scan_kernel.scan(Operands(*operands))[0], wanted[0])
+
+
+def test_an_installed_kernel_is_taken_where_it_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    operands, calls = Operands(*inputs_of(9, 2.0, 0)[:5]), []
+    monkeypatch.setattr(
+        selective_scan_kernel, "installed_kernel", lambda: lambda *a, **k: calls.append(1) or published(*a, **k)
+    )
+    for fits in (True, False):
+        monkeypatch.setattr(selective_scan_kernel, "kernel_fits", lambda *a, fits=fits, **k: fits)
+        selective_scan_kernel.scan(operands)
+        assert len(calls) == 1
