@@ -53,7 +53,7 @@ def values_and_gradients(run, inputs: list[Tensor]) -> list[Tensor]:
     leaves = [tensor.clone().requires_grad_() for tensor in inputs]
     outputs = run(*leaves)
     draw = torch.Generator().manual_seed(1)
-    total = sum((y * torch.randn(y.shape, generator=draw, dtype=torch.float64).to(y.dtype)).sum() for y in outputs)
+    total = sum((y * torch.randn(y.shape, generator=draw, dtype=torch.float64).to(y)).sum() for y in outputs)
     return [*outputs, *torch.autograd.grad(total, leaves)]
 
 
