@@ -25,7 +25,7 @@ from megatron_lite.models.pattern import LayerSpec
 from megatron_lite.parallel import context_attention, context_tiles
 from megatron_lite.parallel.context_attention import ContextParallelAttention
 from megatron_lite.parallel.context_kernels import CpuFlash, CudaFlash, Efficient, Math, Part, PartKernel, attend
-from megatron_lite.parallel.context_tiles import META, Rule, Tile, View, tiles, view
+from megatron_lite.parallel.context_tiles import META, Rule, Tile, View, routes, tiles, view
 from megatron_lite.parallel.reclass import reclass
 from megatron_lite.parallel.recompute import recompute_layer
 from megatron_lite.parallel.sequence_slices import ContextParallel, cut, shard_sequence
@@ -274,6 +274,23 @@ def test_no_mask_where_none_is_needed(name: str) -> None:
             else:
                 expected = View.ALL if seen.all() else View.SOME
             assert view(query, key, rule) is expected, (query, key)
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if not case.lengths])
+def test_a_key_is_sent_to_those_who_see_it(name: str) -> None:
+    """And no other is, but for tokens that share a tile with those that are always visible."""
+    case = CASES[name]
+    rule = Rule(Visibility(case.window, case.always_visible), case.prefix, documents=False)
+    for size in (2, 3):
+        mask = dense_mask(case, 2 * size * SLICE)[0]
+        for rank in range(size):
+            cp = ContextParallel(rank, size, None)
+            own = {case.prefix + number * SLICE + i for number in cp.slices for i in range(SLICE)}
+            seen = set(mask[sorted(own)].any(0).nonzero().flatten().tolist()) - own - set(range(case.prefix))
+            received = [tile for route in routes(rank, size, SLICE, rule) for tile in route.received]
+            sent = [place for tile in received for place in range(tile.first, tile.last + 1)]
+            assert len(sent) == len(set(sent))
+            assert seen == set(sent) if case.always_visible <= case.prefix else seen <= set(sent)
 
 
 @pytest.mark.parametrize("size", [2, 4, 16])
