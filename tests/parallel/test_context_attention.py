@@ -256,6 +256,27 @@ def test_planted_bugs_are_found() -> None:
         assert max(found[name] for found in ranks) > 1e-3, name
 
 
+def strides(rank: int, world_size: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """What the operators return, and what they say on the meta device that they do."""
+    name, rule = dist.group.WORLD.group_name, [-1, 0, 0]
+    query, grad, kv = torch.randn(2, 8, 3, 4).transpose(1, 2), torch.randn(2, 3, 8, 4), torch.randn(2, 8, 1, 8)
+    found = []
+    for x in (query, query.contiguous()):
+        here = x, kv.transpose(1, 2), None
+        there = tuple(None if y is None else torch.empty_strided(y.shape, y.stride(), device="meta") for y in here)
+        real, said = (context_attention.context_attention(*of, rule, name) for of in (here, there))
+        gradients = context_attention.context_attention_backward
+        real += gradients(grad, *here, *real, rule, name)
+        said += gradients(grad.to("meta"), *there, *said, rule, name)
+        found += [(a.stride(), b.stride()) for a, b in zip(real, said)]
+    return found
+
+
+def test_operators_say_what_they_return() -> None:
+    """A compiled layer relies on it."""
+    assert all(real == said for real, said in run_ranks(2, strides)[0])
+
+
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if not case.lengths])
 def test_no_mask_where_none_is_needed(name: str) -> None:
     case = CASES[name]
