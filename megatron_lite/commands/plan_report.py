@@ -120,15 +120,19 @@ def _assumptions(plan: Plan) -> Table:
     gpu = plan.gpu
     table = Table("assumed", "value", "what it is")
     for name, why in plan.assumptions.why.items():
+        if name.startswith("host") and not plan.job.offloads:
+            continue
         table.add_row(name, f"{getattr(plan.assumptions, name):g}", why)
     for name, value, unit in (
         (f"{plan.job.precision.peak} peak", gpu.flops(plan.job.precision.peak) / 1e12, "TFLOP/s"),
         ("memory", gpu.memory / 1e9, "GB"),
         ("its bandwidth", gpu.bandwidth / 1e9, "GB/s"),
         ("link", gpu.link / 1e9, f"GB/s in one direction, {gpu.node} GPUs in a node"),
-        ("network", gpu.network / 1e9, "GB/s in one direction for each GPU"),
     ):
         table.add_row(name, f"{value:g}", f"{unit}, data sheet of {gpu.name}")
+    table.add_row(
+        "network", f"{gpu.network / 1e9:g}", "GB/s in one direction for each GPU, of the usual node (hardware.py)"
+    )
     return table
 
 

@@ -25,7 +25,7 @@ from megatron_lite.runtime import Runtime
 from megatron_lite.tracking.memory import MEMORY_FILE
 from megatron_lite.training.config import RunConfig
 from megatron_lite.training.metrics import memory_gib
-from megatron_lite.training.planning import check_layout, job_of
+from megatron_lite.training.planning import check_layout, job_of, teacher_of
 
 # Growth of a process on a CPU from which on it is compared with the plan: less may be libraries.
 _LEAST_GIB = 0.5
@@ -85,7 +85,7 @@ def too_large(run: RunConfig, world_size: int, available: int, *, name: str) -> 
 
 
 def _planned(run: RunConfig, world_size: int, device: str) -> Memory:
-    return memory(job_of(run, world_size), device=device)
+    return memory(job_of(run, world_size, teacher=teacher_of(run)), device=device)
 
 
 def _that_would(run: RunConfig, world_size: int, name: str, available: int) -> str:
@@ -94,7 +94,9 @@ def _that_would(run: RunConfig, world_size: int, name: str, available: int) -> s
         return "Shard more (engine.shard=full, parallel.tp), recompute more, or lower train.micro_batch_size."
     try:
         gpu = replace(gpu, memory=available)  # a data sheet's is a little more
-        found = search(job_of(run, world_size), gpu, check=partial(check_layout, run), show=_LAYOUTS)
+        found = search(
+            job_of(run, world_size, teacher=teacher_of(run)), gpu, check=partial(check_layout, run), show=_LAYOUTS
+        )
     except ValueError as error:  # none does
         return f"{error}."
     return "These would fit: " + "; or ".join(overrides_of(one.job) for one in found.best)

@@ -13,10 +13,13 @@ from benchmarks.planned_memory import PARTS, Setting, by_part, settings
 from megatron_lite.background import Lost
 from megatron_lite.engine.fsdp import FsdpConfig
 from megatron_lite.models.config import MlpConfig
+from megatron_lite.models.flops import parameter_count
+from megatron_lite.objectives.distillation import DistillationConfig
 from megatron_lite.parallel.mesh import Mesh, ParallelConfig
 from megatron_lite.planner import fsdp_step
 from megatron_lite.planner.memory import Memory, memory, states
 from megatron_lite.planner.timeline import Timeline
+from megatron_lite.precision.recipes import CurrentScalingConfig
 from megatron_lite.runtime import Runtime
 from megatron_lite.tracking.memory import memory_svg, write_memory_plot
 from megatron_lite.training import memory_check
@@ -64,6 +67,31 @@ def test_one_process(case):
     found, _ = measured_here(run, Mesh())
     off = errors(memory(job_of(run, 1), device="cpu"), found)
     assert max(off.values()) < (BF16 if case.precision == "bf16" else EXACT), off
+
+
+def test_a_teacher_and_masks_of_documents():
+    """A teacher of another width and dtype; and masks of three documents a row, which the layers share."""
+    run = small(setting("fsdp none", "nemotron4", "none", 1, "fp32"))
+    objective = DistillationConfig(teacher="given below", temperature=2.0, teacher_precision="bf16")
+    run = replace(run, objective=objective, data=replace(run.data, reset_attention=True))
+    teacher = replace(run.model, hidden_size=192, tie_embeddings=True)
+    found, _ = measured_here(run, Mesh(), teacher=teacher)
+    plan = memory(job_of(run, 1, teacher=teacher), device="cpu")
+    assert plan.staying["teacher"] == pytest.approx(2 * parameter_count(teacher), rel=0.01)
+    assert max(errors(plan, found).values()) < EXACT
+
+
+def test_fp8_weights_that_stay_for_a_step_are_counted():
+    """In the emulation one byte a number until the step is done, in Transformer Engine two, also between steps."""
+    run = replace(
+        small(setting("fsdp none", "nemotron4", "none", 1, "bf16")), precision=CurrentScalingConfig("fp8_current")
+    )
+    emulated, te = (memory(job_of(run, 1), device=device) for device in ("cpu", "cuda"))
+    assert emulated.parts["FP8 weights"] == te.staying["FP8 weights"] / 2
+    found, _ = measured_here(run, Mesh())
+    assert max(errors(emulated, found).values()) < BF16
+    sharded = memory(job_of(_with_batch(replace(run, engine=FsdpConfig("full")), 2), 2))
+    assert "FP8 weights" not in sharded.parts
 
 
 TOGETHER = [
@@ -124,7 +152,7 @@ def _with_batch(run, gpus):
 
 
 def test_timeline_keeps_the_fullest_moment():
-    timeline = Timeline(weights=10)
+    timeline = Timeline({"weights": 10})
     timeline.at = "forward"
     timeline.spike("activations", 5)
     timeline.at = "backward"
