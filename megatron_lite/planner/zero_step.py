@@ -45,6 +45,10 @@ class Zero:
         width = self.width if self.stage == 2 else FP32
         return self.bucket * width * (2 if self.overlaps and self.stage < 3 else 1)
 
+    def gathered(self, unit: Unit) -> int:
+        """Bytes of a unit's weights as stage 3 computes with them; one rank has them already."""
+        return self.width * unit.numbers if self.ranks > 1 else 0
+
     def partition(self, numbers: int) -> int:
         """Bytes of this rank's fp32 part of `numbers` gradients."""
         return 0 if self.offload else FP32 * -(-numbers // self.ranks)
@@ -106,18 +110,18 @@ def _gathering_step(timeline: Timeline, units: list[Unit], zero: Zero, teacher: 
     live: set[str] = set()
     numbers = collected = 0
     for unit in in_forward(timeline, units, teacher):
-        timeline.hold("gathered", zero.width * unit.numbers)
+        timeline.hold("gathered", zero.gathered(unit))
         forward(timeline, unit)
         if numbers + unit.numbers <= _MOST_LIVE:
             live.add(unit.name)
             numbers += unit.numbers
         else:
-            timeline.release("gathered", zero.width * unit.numbers)
+            timeline.release("gathered", zero.gathered(unit))
     for unit in in_backward(timeline, units):
-        timeline.hold("gathered", 0 if unit.name in live else zero.width * unit.numbers)
+        timeline.hold("gathered", 0 if unit.name in live else zero.gathered(unit))
         backward(timeline, unit)
         timeline.spike("gradients", zero.width * unit.numbers)  # on their way into the bucket
-        timeline.release("gathered", zero.width * unit.numbers)
+        timeline.release("gathered", zero.gathered(unit))
         collected += unit.numbers
         if collected >= zero.bucket or unit is units[0]:
             timeline.spike("communication", zero.reduction(min(collected, zero.bucket)))
