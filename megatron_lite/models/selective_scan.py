@@ -31,10 +31,16 @@ from torch import Tensor
 from megatron_lite.models.scan import NOTHING, Operands, Past
 
 CHUNK = 64
+# On a CPU: memory for the states of a chunk's tokens, which some forty operators read and write. They are to stay in a core's cache.
+_CHUNK_BYTES_CPU = 2**20
+_CHUNK_TOKENS_LEAST = 4  # a state is kept for each chunk: N / 4 times the inputs at most
 
 
-def selective_scan(operands: Operands, past: Past = NOTHING, *, chunk: int = CHUNK) -> tuple[Tensor, Tensor]:
-    """(y (B, T, C), the state after the last token (B, C, N)), both in the dtype of dt."""
+def selective_scan(operands: Operands, past: Past = NOTHING, *, chunk: int | None = None) -> tuple[Tensor, Tensor]:
+    """(y (B, T, C), the state after the last token (B, C, N)), both in the dtype of dt. chunk: tokens; None: `chunk_tokens`."""
+    if chunk is None:
+        state_bytes = len(operands.x) * operands.A.numel() * operands.dt.element_size()
+        chunk = chunk_tokens(state_bytes, device=operands.x.device)
     state_BCN, documents_BT, prefix = past.state, past.documents_BT, past.prefix
     if state_BCN is None:
         state_BCN = operands.dt.new_zeros(len(operands.x), *operands.A.shape)
@@ -49,6 +55,13 @@ def selective_scan(operands: Operands, past: Past = NOTHING, *, chunk: int = CHU
     restart_BCN = state_BCN.clone()  # torch.compile does not trace a function that is given one tensor twice
     y_BTC, last_BCN = _scan(of_text, chunk, begins_BT[:, prefix:], state_BCN, restart_BCN)
     return torch.cat([y_BPC, y_BTC], dim=1), last_BCN
+
+
+def chunk_tokens(state_bytes: int, *, device: torch.device) -> int:
+    """Tokens in a chunk, where the state of one takes `state_bytes`: on a CPU the states of a chunk take about 1 MiB."""
+    if device.type != "cpu":
+        return CHUNK
+    return min(CHUNK, max(_CHUNK_TOKENS_LEAST, _CHUNK_BYTES_CPU // max(1, state_bytes)))
 
 
 def _scan(

@@ -36,11 +36,17 @@ from torch.utils.checkpoint import checkpoint
 from megatron_lite.models.scan import NOTHING, Operands, Past
 
 CHUNK = 64
+CHUNK_CPU = 32  # as fast as 64 with states of 64 x 128 numbers, up to a third faster with smaller ones
 SEGMENT = 512  # tokens that are computed at a time
 
 
-def ssd(operands: Operands, past: Past = NOTHING, *, chunk: int = CHUNK) -> tuple[Tensor, Tensor]:
-    """(y (B, T, H, P), the state after the last token (B, H, P, N)), both in the dtype of dt."""
+def ssd(operands: Operands, past: Past = NOTHING, *, chunk: int | None = None) -> tuple[Tensor, Tensor]:
+    """(y (B, T, H, P), the state after the last token (B, H, P, N)), both in the dtype of dt.
+
+    chunk: tokens; None: CHUNK_CPU or, elsewhere, CHUNK.
+    """
+    if chunk is None:
+        chunk = CHUNK_CPU if operands.x.device.type == "cpu" else CHUNK
     documents_BT, state_BHPN, restart_BHPN = past.documents_BT, past.state, past.restart
     prefix = 0 if documents_BT is None else past.prefix
     sizes = segment_sizes(operands.x.shape[1], SEGMENT, first=prefix)

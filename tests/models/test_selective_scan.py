@@ -147,6 +147,13 @@ def test_steps_memory_and_exponents(monkeypatch):
     assert all(torch.isfinite(tensor.grad).all() for tensor in leaves)
 
 
+def test_chunks_follow_the_cache():
+    """On a CPU a chunk's states take a mebibyte, within limits; elsewhere the work on a chunk is compiled for one length."""
+    sizes = {2**10: 64, 2**16: 16, 2**18: 4, 2**30: 4}
+    assert {size: scans.chunk_tokens(size, device=torch.device("cpu")) for size in sizes} == sizes
+    assert scans.chunk_tokens(2**18, device=torch.device("meta")) == 64
+
+
 def test_the_work_on_a_chunk_is_one_graph():
     """What is compiled for a GPU, here with PyTorch's own kernels."""
     torch._dynamo.reset()
