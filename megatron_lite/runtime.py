@@ -29,7 +29,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h: free memory at the heap's end that is kept (-1: all); pieces outside it
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = (
+    -1,
+    -4,
+)  # of glibc's malloc.h: free memory at the heap's end that is kept (-1: all); pieces outside it
 
 
 @dataclass(frozen=True)

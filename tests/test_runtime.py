@@ -1,8 +1,10 @@
-"""What a process sets before it opens its groups: the interface of gloo, determinism, fp32 as fp32."""
+"""What a process sets at its start: the interface of gloo, determinism, fp32 as fp32, freed memory that is kept."""
 
 from __future__ import annotations
 
 import os
+import platform
+import resource
 import socket
 import subprocess
 import sys
@@ -93,3 +95,14 @@ def test_fp32_on_a_gpu_is_warned_of():
         warnings.simplefilter("error")
         PrecisionConfig("bf16").warn_if_slow(torch.device("cuda", 0))
         PrecisionConfig("fp32").warn_if_slow(torch.device("cpu"))
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_freed_memory_is_used_again():
+    """Each of the four tensors would else be given by the system again, in 16,384 pages."""
+    runtime.keep_freed_memory()
+    torch.ones(2**24)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(4):
+        torch.ones(2**24)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 4 * 2**24 * 4 / 4096 / 10
