@@ -143,8 +143,8 @@ def rows(work: Work, events: list[dict[str, Any]], flops: float, numbers: float)
 
 
 def _line(name: str, spent: float, total: float, floor: float) -> list[str]:
-    shown = [f"{floor:.1f}", f"{spent / floor:.2f}"] if floor else ["", ""]
-    return [name, f"{spent:.1f}", f"{spent / total:.1%}", *shown]
+    shown = [f"{floor:.2f}", f"{spent / floor:.2f}"] if floor else ["", ""]
+    return [name, f"{spent:.2f}", f"{spent / total:.1%}", *shown]
 
 
 def group_of(names: tuple[str, ...], table: list[Group]) -> str:

