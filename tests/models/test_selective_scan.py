@@ -109,12 +109,12 @@ class Sizes(TorchDispatchMode):
         self.calls, self.largest, self.exponent = 0, 0, -torch.inf
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if function.overloadpacket.__name__ in ("exp", "exp_"):  # before it runs in place
+            self.exponent = max(self.exponent, args[0].max().item())
         result = function(*args, **(kwargs or {}))
         self.calls += 1
         if isinstance(result, Tensor):
             self.largest = max(self.largest, result.numel())
-        if "exp" in function.overloadpacket.__name__ and "expand" not in function.overloadpacket.__name__:
-            self.exponent = max(self.exponent, args[0].max().item())
         return result
 
 
