@@ -114,6 +114,8 @@ def _staying(job: Job, units: list[Unit], device: str) -> dict[str, int]:
             "weights": zero.width * (part if zero.stage == 3 else numbers),
             "optimizer": 0 if offloads else 3 * FP32 * part,
         }
+        if zero.keeps_gradients:
+            staying["gradients"] = FP32 * numbers
         if zero.stage == 3:
             staying |= {"gradients": zero.partition(numbers), "communication": zero.bucket_bytes}
         return staying | codes
