@@ -8,8 +8,9 @@ Each operation runs forward and backward in fp32, in the form that training uses
 must give the same values and gradients. Then they take turns, and each turn measures two rates of the machine as well:
 
     matmul rate   FLOP/s of a product of two square matrices
-    copy rate     bytes/s, read and written, of a copy of a tensor that no cache holds (norm and optimizer run on as much)
-    floor         max(FLOPs / matmul rate, bytes / copy rate) of the same turn
+    byte rate     bytes/s, read and written, of a tensor that no cache holds: the faster of a copy and of an addition in place, which
+                  writes where it has read (norm and optimizer run on as much)
+    floor         max(FLOPs / matmul rate, bytes / byte rate) of the same turn
 
 The FLOPs are those of the matrix products without what is computed twice, causal attention half of the square; the bytes are those of the
 operation's inputs, outputs and their gradients, each read or written once where forward or backward needs it. Everything is the
@@ -51,7 +52,7 @@ FP32 = 4  # bytes of a number
 @dataclass(frozen=True)
 class Size:
     """tokens: of the batch, in sequences of `length`. square: side of the matrices that measure the matmul rate. large: MB that no cache
-    holds, for the copy rate and for operations that only move bytes."""
+    holds, for the byte rate and for operations that only move bytes."""
 
     tokens: int
     length: int
@@ -92,7 +93,7 @@ class Turn:
     ours: float
     plain: float
     flops: float  # at the matmul rate
-    bytes: float  # at the copy rate
+    bytes: float  # at the byte rate
 
     @property
     def floor(self) -> float:
@@ -343,20 +344,24 @@ class Machine:
         """FLOP/s."""
         return 2 * len(self.square) ** 3 / seconds(lambda: self.square @ self.square)
 
-    def copy_rate(self) -> float:
+    def byte_rate(self) -> float:
         """Bytes/s, read and written."""
-        return 2 * FP32 * self.source.numel() / seconds(lambda: self.target.copy_(self.source))
+        copied, added = 2 * self.source.nbytes, 3 * self.source.nbytes
+        return max(
+            copied / seconds(lambda: self.target.copy_(self.source)),
+            added / seconds(lambda: self.target.add_(self.source)),
+        )
 
 
 def measured(operations: Sequence[Operation], machine: Machine) -> Iterator[Turn]:
     """One turn of each operation, with the rates of this turn."""
-    matmul_rate, copy_rate = machine.matmul_rate(), machine.copy_rate()
+    matmul_rate, byte_rate = machine.matmul_rate(), machine.byte_rate()
     for operation in operations:
         yield Turn(
             seconds(operation.ours),
             seconds(operation.plain),
             flops=operation.flops / matmul_rate,
-            bytes=operation.bytes / copy_rate,
+            bytes=operation.bytes / byte_rate,
         )
 
 

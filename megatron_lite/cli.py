@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
+from contextlib import redirect_stdout
+from io import StringIO
 
-from megatron_lite.kept_help import kept_help, show_help
+from megatron_lite.kept_help import keep_help, kept_help
 
 # command -> (its module, what it does); modules are imported by name, so that no command waits for another's libraries
 COMMANDS = {
@@ -28,11 +31,12 @@ def main() -> None:
     asked = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if asked in COMMANDS:
         del sys.argv[1]
-        text = kept_help(asked) if {"-h", "--help"} & set(sys.argv[1:]) else None
-        if text is None:
-            _run(asked)
+        if asked != "launch" and {"-h", "--help"} & set(
+            sys.argv[1:]
+        ):  # launch imports no torch, and looks at its other words
+            _show(kept_help(asked) or _composed_help(asked))
         else:
-            show_help(text)
+            _run(asked)
         return
     if asked == "--version":
         print(f"megatron_lite {_version()}")
@@ -44,6 +48,21 @@ def main() -> None:
         return
     print(f"error: there is no command {asked!r}\n{usage}", file=sys.stderr)
     sys.exit(2)
+
+
+def _composed_help(command: str) -> str:
+    printed = StringIO()
+    with redirect_stdout(printed):
+        _run(command)
+    keep_help(command, printed.getvalue())
+    return printed.getvalue()
+
+
+def _show(text: str) -> None:
+    try:
+        print(text, end="", flush=True)
+    except BrokenPipeError:  # `--help | head` has read what it wanted; Python would flush once more at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _run(command: str) -> None:

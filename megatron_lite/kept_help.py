@@ -1,17 +1,15 @@
-"""The text of `mlite <command> --help`, kept where Python keeps compiled modules and by the same rule.
+"""The text of `mlite <command> --help`, kept in `~/.cache/megatron_lite` from the first time on.
 
 It is composed from the config classes, which stand beside what they configure and so import torch: two seconds, for a text that changes
-only with the sources. It is used while all of them have the sizes and times that they had when it was made. Where `__pycache__` cannot be
-written, or is not wanted, nothing is kept.
+only with the sources. It is used while every source has the size and time that it had when the text was made, the rule by which Python uses
+compiled modules. Where the folder cannot be written, nothing is kept.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-import sys
 from contextlib import suppress
-from importlib.util import cache_from_source
 from pathlib import Path
 
 _PACKAGE = Path(__file__).parent
@@ -19,7 +17,7 @@ _PACKAGE = Path(__file__).parent
 
 def kept_help(command: str) -> str | None:
     """The text that `keep_help` kept; None if there is none or the sources have changed since."""
-    with suppress(OSError, UnicodeDecodeError):
+    with suppress(OSError, RuntimeError, UnicodeDecodeError):
         made_from, _, text = _file(command).read_text(encoding="utf-8").partition("\n")
         if made_from == _fingerprint():
             return text
@@ -28,26 +26,17 @@ def kept_help(command: str) -> str | None:
 
 def keep_help(command: str, text: str) -> None:
     """Keep `text`, the current one, for the next time. A folder that cannot be written is no error."""
-    if sys.dont_write_bytecode:
-        return
-    file = _file(command)
-    unfinished = file.with_suffix(f".{os.getpid()}")
-    with suppress(OSError):
+    with suppress(OSError, RuntimeError):
+        file = _file(command)
+        unfinished = file.with_suffix(f".{os.getpid()}")
         file.parent.mkdir(parents=True, exist_ok=True)
         unfinished.write_text(f"{_fingerprint()}\n{text}", encoding="utf-8")
         unfinished.replace(file)
 
 
-def show_help(text: str) -> None:
-    """Print it, also to a reader that stops early."""
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:  # `--help | head` has read what it wanted; Python would flush once more at its end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
 def _file(command: str) -> Path:
-    return Path(cache_from_source(__file__)).with_name(f"help-{command}.{sys.implementation.cache_tag}.txt")
+    """Raises RuntimeError where there is no home."""
+    return Path.home() / ".cache" / "megatron_lite" / f"help-{command}.txt"
 
 
 def _fingerprint() -> str:

@@ -9,7 +9,6 @@ from typing import Any
 from megatron_lite.config import errors
 from megatron_lite.config.compose import compose_config, help_text
 from megatron_lite.errors import CheckpointError, WorkFailedError, error_text
-from megatron_lite.kept_help import keep_help, show_help
 
 
 def run_command(
@@ -28,9 +27,7 @@ def run_command(
     """
     arguments = sys.argv[1:]
     if {"-h", "--help"} & set(arguments):
-        text = help_text(name, schema, purpose)
-        keep_help(name, text)
-        show_help(text)
+        print(help_text(name, schema, purpose))
         return
     try:
         sys.exit(work(compose(arguments) if compose else compose_config(name, schema, arguments)))
