@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib
 import sys
-from importlib.metadata import PackageNotFoundError, version
+
+from megatron_lite.kept_help import kept_help, show_help
 
 # command -> (its module, what it does); modules are imported by name, so that no command waits for another's libraries
 COMMANDS = {
@@ -27,7 +28,11 @@ def main() -> None:
     asked = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if asked in COMMANDS:
         del sys.argv[1]
-        _run(asked)
+        text = kept_help(asked) if {"-h", "--help"} & set(sys.argv[1:]) else None
+        if text is None:
+            _run(asked)
+        else:
+            show_help(text)
         return
     if asked == "--version":
         print(f"megatron_lite {_version()}")
@@ -56,6 +61,8 @@ def _run(command: str) -> None:
 
 
 def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version  # late: no command needs it
+
     try:
         return version("megatron-lite")
     except PackageNotFoundError:  # run from a source tree that was never installed

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from megatron_lite.config import errors
 from megatron_lite.config.compose import compose_config, help_text
 from megatron_lite.errors import CheckpointError, WorkFailedError, error_text
+from megatron_lite.kept_help import keep_help, show_help
 
 
 def run_command(
@@ -28,10 +28,9 @@ def run_command(
     """
     arguments = sys.argv[1:]
     if {"-h", "--help"} & set(arguments):
-        try:
-            print(help_text(name, schema, purpose), flush=True)
-        except BrokenPipeError:  # `--help | head` has read what it wanted; Python would flush once more at its end
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        text = help_text(name, schema, purpose)
+        keep_help(name, text)
+        show_help(text)
         return
     try:
         sys.exit(work(compose(arguments) if compose else compose_config(name, schema, arguments)))

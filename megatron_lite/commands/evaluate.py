@@ -69,7 +69,7 @@ class EvaluateConfig:
             if value is not None and value < 1:
                 raise ValueError(f"{key}={value} must be at least 1")
         self.parallel.validate(world_size)
-        refuse_unsupported(  # first: nobody should have to install an engine to hear that it does not evaluate
+        refuse_unsupported(  # first: nobody should have to install an engine to learn that it does not evaluate
             "evaluate", parallel=self.parallel, engine=self.engine, precision=self.precision, world_size=world_size
         )
         for section in (self.precision, self.engine):

@@ -192,7 +192,7 @@ def calibrate(
     """Read the samples of `meter.options` that `scores` does not have yet, and add them to it. Collective.
 
     batches: from numbers of samples to this rank's batches, on its device. forward: one pass of the model.
-    keep: saves the scores; called every `save_every` samples and at the end. report: is told after every batch how many were read.
+    keep: saves the scores; called every `save_every` samples and at the end. report: called after every batch with the samples read.
     """
     options, ranks = meter.options, meter.mesh.data_parallel_size
     with meter.reading():

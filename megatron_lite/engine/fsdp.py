@@ -138,7 +138,7 @@ class FsdpEngine:
 
     def _backward(self, micro_batches: list[Batch], around: Callable[[], AbstractContextManager[None]]) -> BatchSums:
         """Forward and backward of every micro-batch, each within `around()`."""
-        self.objective.train()
+        self._set_training(True)
         sums = BatchSums(micro_batches, self.mesh.loss_groups)
         for index, batch in enumerate(micro_batches):
             self._begin_micro_batch(last=index + 1 == len(micro_batches))
@@ -151,7 +151,7 @@ class FsdpEngine:
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """See `Engine`."""
-        self.objective.eval()
+        self._set_training(False)
         with self.numerics.forward_only(), computing(self.dtype, self.objective):
             loss = self.objective(batch)
         return loss.total, loss.tokens
@@ -172,6 +172,12 @@ class FsdpEngine:
     def load_state(self, state: State) -> None:
         """See `Engine`. The shards are the live tensors: filling them loads the state."""
         self.optimizer.adam_step = state.counters["adam_step"]
+
+    def _set_training(self, training: bool) -> None:
+        if (
+            self.objective.training != training
+        ):  # a walk over all modules, at every step of a tiny model a measurable one
+            self.objective.train(training)
 
     def _begin_micro_batch(self, *, last: bool) -> None:
         if fsdp_module(self.objective):

@@ -16,6 +16,8 @@ R without a key), K head dim of queries and keys, V head dim of values.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
@@ -55,7 +57,7 @@ class AttentionCore(nn.Module):
         qk_BTGNK = self._normed(qk_BTGX.unflatten(-1, (-1, self.head_dim)))
         if self.rotary.dim:
             dtype = torch.promote_types(qk_BTGX.dtype, torch.float32)  # bf16 has too few digits for angles
-            cos, sin = self.rotary.tables(context.positions_BT, dtype=dtype)
+            cos, sin = context.shared(("rotary", dtype), partial(self.rotary.tables, context.positions_BT, dtype=dtype))
             qk_BTGNK = rope.apply_rotary(qk_BTGNK, cos, sin)  # queries and keys in one go
         if self.uses_others:
             assert context.kv is not None, "the decoder hands on the keys of the layer that the spec names"

@@ -1,9 +1,9 @@
 """What the layers of one forward share: positions, documents, cache; and what one layer hands on to another.
 
 Facts are integers. FSDP2's mixed precision casts every floating-point tensor among a layer's arguments to the compute dtype, also
-those inside a dataclass: a table of cosines that is handed in arrives in bf16. A layer makes its own float tables from these
-integers. Keys and values of another layer are of the compute dtype anyway. Attention masks, which are the same for all layers with the
-same window, are made by the first of them and kept in `Once`, into which FSDP2 does not look.
+those inside a dataclass: a table of cosines that is handed in arrives in bf16. Keys and values of another layer are of the compute
+dtype anyway. What layers make of the integers and share (rotary tables; attention masks, for all layers with the same window) is made
+by the first of them and kept in `Once`, into which FSDP2 does not look.
 
 Shapes: B batch, T sequence, S keys, G KV groups, K head dim of queries and keys, V that of values.
 """

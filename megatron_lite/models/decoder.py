@@ -110,11 +110,13 @@ class Decoder(nn.Module):
         x_BTD = self.embedding(tokens_BT, begins=cache is None or cache.length == 0)
         shared: dict[int, KeyValue] = {}
         for index, (spec, layer) in enumerate(zip(self.specs, self.layers)):
-            of_layer = replace(
-                context,
-                cache=None if cache is None else cache.layers[index],
-                kv=None if spec.kv_from is None else shared[spec.kv_from],
-            )
+            of_layer = context
+            if cache is not None or spec.kv_from is not None:
+                of_layer = replace(
+                    context,
+                    cache=None if cache is None else cache.layers[index],
+                    kv=None if spec.kv_from is None else shared[spec.kv_from],
+                )
             x_BTD, kv = layer(x_BTD, of_layer)
             if kv is not None:
                 shared[index] = kv

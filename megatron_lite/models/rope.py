@@ -17,7 +17,7 @@ L is model.max_seq_len and l model.rope.original_seq_len. A pair turns l f_j / 2
 slow below low_freq_factor turns and fast above high_freq_factor, and blends by the number of turns; yarn blends by the number of the
 pair, from the one with beta_fast turns to the one with beta_slow. All are as transformers computes them.
 
-The tables are computed where they are used, in float32 (in float64 for a float64 model): nothing to store in a
+The tables are computed in every forward, in float32 (in float64 for a float64 model): nothing to store in a
 checkpoint, no limit on the length, and positions may restart at documents.
 
 Shapes: B batch (1 when all rows share their positions), T sequence, G KV groups, N heads in a group, K head
@@ -194,7 +194,7 @@ def apply_rotary(x_BTGNK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class _Rotary(torch.autograd.Function):
     """The transpose of a rotation turns back: the gradient is rotated by the opposite angle.
 
-    A copy is rotated in place, in a third of the time of plain autograd on a CPU, which makes a tensor of each product and joins
+    A copy is rotated in place, in a fraction of the time of plain autograd on a CPU, which makes a tensor of each product and joins
     the parts again, in both passes.
     """
 
@@ -214,8 +214,8 @@ def _rotated(x_BTGNK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     half = cos.shape[-1]
     a, b = x_BTGNK[..., :half], x_BTGNK[..., half : 2 * half]
     y_BTGNK = x_BTGNK.to(cos.dtype, copy=True, memory_format=torch.contiguous_format)
-    y_BTGNK[..., :half].mul_(cos).sub_(b * sin)
-    y_BTGNK[..., half : 2 * half].mul_(cos).add_(a * sin)
+    y_BTGNK[..., :half].mul_(cos).addcmul_(b, sin, value=-1.0)
+    y_BTGNK[..., half : 2 * half].mul_(cos).addcmul_(a, sin)
     return y_BTGNK.to(x_BTGNK.dtype)
 
 

@@ -43,7 +43,9 @@ class VocabularyShard:
 
     def fill_padding(self, value_CV: Tensor, filler: float = -torch.inf) -> Tensor:
         """`value_CV` with `filler` in the padding's columns, in place."""
-        value_CV[:, min(max(self.vocab_size - self.start, 0), value_CV.shape[1]) :] = filler
+        words = max(self.vocab_size - self.start, 0)
+        if words < value_CV.shape[1]:
+            value_CV[:, words:] = filler
         return value_CV
 
     def place(self, target_C: Tensor, rows: int) -> tuple[Tensor, Tensor]:
@@ -117,23 +119,25 @@ class _ChunkedLossSum(torch.autograd.Function):
         exact = torch.promote_types(x_ND.dtype, torch.float32)
         sums: list[Tensor] = []
         d_x_ND = torch.empty_like(x_ND) if wanted[0] else None
-        d_weight_VD = torch.zeros_like(weight_VD, dtype=exact) if wanted[1] else None
+        d_weight_VD: Tensor | None = None
+        masked_N = ~mask_N
         for begin in range(0, x_ND.shape[0], chunk):
             rows = slice(begin, begin + chunk)
-            x_CD, mask_C = x_ND[rows], mask_N[rows]
+            x_CD, masked_C = x_ND[rows], masked_N[rows]
             logits_CV = torch.mm(x_CD, weight_VD.t()).to(exact)
             losses, d_logits_CV = loss(logits_CV, rows, want_gradient=any(wanted))
             sums = sums or [x_ND.new_zeros((), dtype=exact) for _ in losses]
             for total, loss_C in zip(sums, losses):
-                total += loss_C.masked_fill(~mask_C, 0.0).sum()
+                total += loss_C.masked_fill(masked_C, 0.0).sum()
             if d_logits_CV is None:
                 continue
             # Masked on the narrow sides of both products: a pass over a chunk's logits costs V/D times as much.
             d_logits_CV = d_logits_CV.to(x_ND.dtype)
             if d_x_ND is not None:
-                torch.mm(d_logits_CV, weight_VD, out=d_x_ND[rows]).masked_fill_(~mask_C[:, None], 0.0)
-            if d_weight_VD is not None:
-                _accumulate(d_weight_VD, d_logits_CV.t(), x_CD.masked_fill(~mask_C[:, None], 0.0))
+                torch.mm(d_logits_CV, weight_VD, out=d_x_ND[rows]).masked_fill_(masked_C[:, None], 0.0)
+            if wanted[1]:
+                counted_CD = x_CD.masked_fill(masked_C[:, None], 0.0)
+                d_weight_VD = _plus_product(d_weight_VD, d_logits_CV.t(), counted_CD, dtype=exact)
         ctx.save_for_backward(d_x_ND, d_weight_VD)
         ctx.mark_non_differentiable(*sums[1:])
         return tuple(sums)
@@ -150,12 +154,13 @@ class _ChunkedLossSum(torch.autograd.Function):
         )
 
 
-def _accumulate(total_VD: Tensor, left_VC: Tensor, right_CD: Tensor) -> None:
-    """total += left @ right, where only `total` may be wider (fp32) than the factors (bf16)."""
-    if left_VC.dtype == total_VD.dtype:
-        total_VD.addmm_(left_VC, right_CD)
-    else:
-        total_VD += torch.mm(left_VC, right_CD)
+def _plus_product(total_VD: Tensor | None, left_VC: Tensor, right_CD: Tensor, *, dtype: torch.dtype) -> Tensor:
+    """total + left @ right in `dtype`, which may be wider (fp32) than that of the factors (bf16). Adds to `total` in place; without
+    one the product is the sum, and no zeros are written and read again."""
+    if total_VD is not None and left_VC.dtype == dtype:
+        return total_VD.addmm_(left_VC, right_CD)
+    product_VD = torch.mm(left_VC, right_CD)
+    return product_VD.to(dtype) if total_VD is None else total_VD.add_(product_VD)
 
 
 def _scaled(gradient: Tensor | None, factor: Tensor, dtype: torch.dtype) -> Tensor | None:

@@ -58,6 +58,8 @@ def _chunk_loss(
     logits_CV: Tensor, target_C: Tensor, shard: VocabularyShard, *, want_gradient: bool
 ) -> tuple[tuple[Tensor], Tensor | None]:
     """Loss of each token of a chunk and d loss / d logit; overwrites `logits_CV`."""
+    if shard.group is None:
+        return _whole_chunk_loss(shard.fill_padding(logits_CV), target_C, want_gradient=want_gradient)
     max_C = shard.maximum(shard.fill_padding(logits_CV).amax(dim=1))
     logits_CV.sub_(max_C[:, None])
 
@@ -71,3 +73,16 @@ def _chunk_loss(
     d_logits_CV = weights_CV.div_(sums_2C[0][:, None])
     d_logits_CV.scatter_add_(1, column_C1, -is_here_C[:, None].to(d_logits_CV.dtype))
     return (loss_C,), d_logits_CV
+
+
+def _whole_chunk_loss(
+    logits_CV: Tensor, target_C: Tensor, *, want_gradient: bool
+) -> tuple[tuple[Tensor], Tensor | None]:
+    """`_chunk_loss` where no other rank has words: torch's log-softmax works row by row, in the cache, and its exponential is the
+    gradient: half of the passes over a chunk's logits. Its kernels read a row before they write it, so `out` may be the input."""
+    column_C1 = target_C[:, None]
+    log_p_CV = torch.log_softmax(logits_CV, dim=1, out=logits_CV)
+    loss_C = -log_p_CV.gather(1, column_C1).squeeze(1)
+    if not want_gradient:
+        return (loss_C,), None
+    return (loss_C,), log_p_CV.exp_().scatter_add_(1, column_C1, log_p_CV.new_full(column_C1.shape, -1.0))

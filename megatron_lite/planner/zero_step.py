@@ -14,7 +14,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_lite.planner.fsdp_step import FP32, backward, forward
+from megatron_lite.planner.fsdp_step import FP32
+from megatron_lite.planner.passes import NO_TEACHER, Frozen, backward, forward, in_backward, in_forward
 from megatron_lite.planner.timeline import Timeline
 from megatron_lite.planner.trace import Unit
 
@@ -44,6 +45,10 @@ class Zero:
         width = self.width if self.stage == 2 else FP32
         return self.bucket * width * (2 if self.overlaps and self.stage < 3 else 1)
 
+    def gathered(self, unit: Unit) -> int:
+        """Bytes of a unit's weights as stage 3 computes with them; one rank has them already."""
+        return self.width * unit.numbers if self.ranks > 1 else 0
+
     def partition(self, numbers: int) -> int:
         """Bytes of this rank's fp32 part of `numbers` gradients."""
         return 0 if self.offload else FP32 * -(-numbers // self.ranks)
@@ -55,25 +60,23 @@ class Zero:
         return FP32 * (numbers if self.stage == 3 or self.width < FP32 else min(numbers, self.bucket))
 
 
-def zero_step(timeline: Timeline, units: list[Unit], zero: Zero) -> None:
+def zero_step(timeline: Timeline, units: list[Unit], zero: Zero, teacher: Frozen = NO_TEACHER) -> None:
     """A step of DeepSpeed."""
     if zero.stage == 3:
-        _gathering_step(timeline, units, zero)
+        _gathering_step(timeline, units, zero, teacher)
     else:
-        _partitioning_step(timeline, units, zero)
+        _partitioning_step(timeline, units, zero, teacher)
 
 
-def _partitioning_step(timeline: Timeline, units: list[Unit], zero: Zero) -> None:
+def _partitioning_step(timeline: Timeline, units: list[Unit], zero: Zero, teacher: Frozen) -> None:
     numbers = sum(unit.numbers for unit in units)
     if zero.accumulates:
         timeline.hold("gradients", FP32 * numbers if zero.stage == 1 else zero.partition(numbers))
-    for unit in units:
-        timeline.at = f"forward of {unit.name}"
+    for unit in in_forward(timeline, units, teacher):
         forward(timeline, unit)
     timeline.hold("communication", zero.bucket_bytes)
     collected = partition = 0
-    for unit in reversed(units):
-        timeline.at = f"backward of {unit.name}"
+    for unit in in_backward(timeline, units):
         backward(timeline, unit)
         if zero.stage == 1:
             timeline.hold("gradients", 0 if zero.accumulates else FP32 * unit.numbers)
@@ -103,24 +106,22 @@ def _keep_partition(timeline: Timeline, zero: Zero, numbers: int, already: int) 
     return partition
 
 
-def _gathering_step(timeline: Timeline, units: list[Unit], zero: Zero) -> None:
+def _gathering_step(timeline: Timeline, units: list[Unit], zero: Zero, teacher: Frozen) -> None:
     live: set[str] = set()
     numbers = collected = 0
-    for unit in units:
-        timeline.at = f"forward of {unit.name}"
-        timeline.hold("gathered", zero.width * unit.numbers)
+    for unit in in_forward(timeline, units, teacher):
+        timeline.hold("gathered", zero.gathered(unit))
         forward(timeline, unit)
         if numbers + unit.numbers <= _MOST_LIVE:
             live.add(unit.name)
             numbers += unit.numbers
         else:
-            timeline.release("gathered", zero.width * unit.numbers)
-    for unit in reversed(units):
-        timeline.at = f"backward of {unit.name}"
-        timeline.hold("gathered", 0 if unit.name in live else zero.width * unit.numbers)
+            timeline.release("gathered", zero.gathered(unit))
+    for unit in in_backward(timeline, units):
+        timeline.hold("gathered", 0 if unit.name in live else zero.gathered(unit))
         backward(timeline, unit)
         timeline.spike("gradients", zero.width * unit.numbers)  # on their way into the bucket
-        timeline.release("gathered", zero.width * unit.numbers)
+        timeline.release("gathered", zero.gathered(unit))
         collected += unit.numbers
         if collected >= zero.bucket or unit is units[0]:
             timeline.spike("communication", zero.reduction(min(collected, zero.bucket)))

@@ -111,7 +111,8 @@ def test_a_layer_traces_in_one_graph(nemotron, loud):
     expected = model(tokens)
     for index in range(len(model.layers)):
         model.layers[index] = torch.compile(model.layers[index], backend="eager", fullgraph=True)
-    assert torch.equal(model(tokens), expected)
+    # fp32: while it traces, torch takes the rotation's addcmul apart, which then rounds twice
+    torch.testing.assert_close(model(tokens), expected, rtol=0, atol=1e-5)
 
 
 def test_recomputed_layers_give_the_same_gradients_to_the_last_bit(nemotron, loud):

@@ -53,7 +53,7 @@ def values_and_gradients(run, inputs: list[Tensor]) -> list[Tensor]:
     leaves = [tensor.clone().requires_grad_() for tensor in inputs]
     outputs = run(*leaves)
     draw = torch.Generator().manual_seed(1)
-    total = sum((y * torch.randn(y.shape, generator=draw, dtype=torch.float64).to(y.dtype)).sum() for y in outputs)
+    total = sum((y * torch.randn(y.shape, generator=draw, dtype=torch.float64).to(y)).sum() for y in outputs)
     return [*outputs, *torch.autograd.grad(total, leaves)]
 
 
@@ -145,6 +145,13 @@ def test_steps_memory_and_exponents(monkeypatch):
     assert forward_calls < 100 * length / chunk
     assert sizes.exponent <= 0
     assert all(torch.isfinite(tensor.grad).all() for tensor in leaves)
+
+
+def test_chunks_follow_the_cache():
+    """On a CPU a chunk's states take a mebibyte, within limits; elsewhere the work on a chunk is compiled for one length."""
+    sizes = {2**10: 64, 2**16: 16, 2**18: 4, 2**30: 4}
+    assert {size: scans.chunk_tokens(size, device=torch.device("cpu")) for size in sizes} == sizes
+    assert scans.chunk_tokens(2**18, device=torch.device("meta")) == 64
 
 
 def test_the_work_on_a_chunk_is_one_graph():
