@@ -99,8 +99,8 @@ def test_as_one_process(name: str) -> None:
 @pytest.mark.slow
 def test_random_layouts() -> None:
     """More of them: python -m tests.engine.context_draw."""
-    # shared keys, a window, meta tokens; a hybrid; cp 4, Hymba; cp x tp, sequence parallel; cp x replicas, slices of one token
-    wrong = context_draw.compare([215, 255, 100, 114, 128])
+    # shared keys, a window, meta tokens; a hybrid; cp 4, Hymba; cp x tp and cp x replicas, slices of one token
+    wrong = context_draw.compare([215, 255, 100, 267, 128])
     assert not any(wrong.values()), wrong
 
 
