@@ -239,9 +239,10 @@ def total(sizes: dict[int, int]) -> int:
 def held(engine: Any) -> tuple[dict[int, int], dict[int, int]]:
     """The storages of weights, and of master weights and moments."""
     weights = of([getattr(p, "ds_tensor", p) for p in engine.parameters.values()])
-    adam = engine.adamw if hasattr(engine, "adamw") else engine.optimizer._torch
-    state = [tensor for entry in adam.state.values() for tensor in entry.values()]
-    return weights, of([*state, *adam.state.keys()])
+    if hasattr(engine, "adamw"):
+        states = engine.adamw.state
+        return weights, of([*states.keys(), *(tensor for state in states.values() for tensor in state.values())])
+    return weights, of([*engine.optimizer.parameters.values(), *engine.optimizer.moments().values()])
 
 
 def at_update(engine: Any, batches: list[dict[str, torch.Tensor]], staying: dict[int, int]) -> int:

@@ -1,6 +1,6 @@
 """Does a model find a key in a sequence eight times as long as those it was trained on, after a short extension on 4 ranks?
 
-    python -m benchmarks.retrieval                        # about 15 minutes on 2 quiet cores (estimated)
+    python -m benchmarks.retrieval                        # 8 minutes of CPU time
     python -m benchmarks.retrieval --size small           # one seed, shorter: for a look
 
 A tiny hybrid, one Mamba-2 layer and one attention layer with rotary positions, is trained on sequences of 256 tokens (`short`).
@@ -161,7 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for row, decoder in models_of(trained(options, size, data), size):
         for length in lengths:
             rows.setdefault((row, length), []).append(accuracies(decoder, data.material, size, length))
-    draw_depths(options.folder / "retrieval.png", rows)
+    draw_depths(options.folder / "retrieval.png", rows, length=lengths[1])
     claims = {
         f"at least {FOUND:.0%} at {lengths[1]:,}": bool(np.mean(rows["extended", lengths[1]], axis=1).min() >= FOUND),
         f"under {LOST:.0%} without the extension": bool(np.mean(rows["short", lengths[1]], axis=1).max() < LOST),
@@ -256,18 +256,21 @@ def accuracies(decoder: Decoder, made_of: Material, size: Size, length: int) -> 
     return np.mean(right, axis=0).tolist()
 
 
-def draw_depths(path: Path, rows: dict[tuple[str, int], list[list[float]]]) -> None:
-    """A PNG of the share of right answers over the depth: the mean over the seeds, with a band from the least to the largest."""
+def draw_depths(path: Path, rows: dict[tuple[str, int], list[list[float]]], *, length: int) -> None:
+    """A PNG of the share of right answers at a length over the depth: the mean over the seeds, with a band from the least to the
+    largest."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8.4, 5), layout="constrained")
     axes = figure.subplots()
-    for i, ((arm, length), found) in enumerate(rows.items()):
-        axes.plot(DEPTHS, np.mean(found, axis=0), "o-", color=COLORS[i], label=f"{arm}, asked at {length:,} tokens")
-        axes.fill_between(DEPTHS, np.min(found, axis=0), np.max(found, axis=0), color=COLORS[i], alpha=0.15)
-    axes.set(xlabel="depth of the key (0: at the start)", ylabel="right answers", ylim=(0, 1.02), xticks=DEPTHS)
+    shown = {row: found for (row, asked_at), found in rows.items() if asked_at == length}
+    for color, (row, found) in zip(COLORS, shown.items()):
+        axes.plot(DEPTHS, np.mean(found, axis=0), "o-", color=color, label=row)
+        axes.fill_between(DEPTHS, np.min(found, axis=0), np.max(found, axis=0), color=color, alpha=0.15)
+    axes.set(title=f"asked at {length:,} tokens", ylabel="right answers", ylim=(0, 1.02), xticks=DEPTHS)
+    axes.set_xlabel("depth of the key (0: at the start)")
     axes.grid(alpha=0.4)
-    axes.legend(frameon=False)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False)
     with whole_file(path) as temporary:
         figure.savefig(temporary, format="png", dpi=130)
 

@@ -39,11 +39,13 @@ SIZES = {  # the shapes of a decoder, by name
 
 @dataclass(frozen=True)
 class Peer:
-    """module: the file in benchmarks/peers. separate: it needs the environment of environment.sh. compiled: so is ours beside it."""
+    """module: the file in benchmarks/peers. separate: it needs the environment of environment.sh. compiled: so is ours beside it.
+    logs: its loss is read once a turn."""
 
     module: str
     separate: bool = False
     compiled: bool = False
+    logs: bool = True
 
 
 PEERS = {
@@ -53,7 +55,9 @@ PEERS = {
     "megatron-core": Peer("megatron_core", separate=True),
     "olmo-core": Peer("olmo_core", separate=True),
     "matmuls": Peer("matmuls"),
+    "unlogged": Peer("ours", logs=False),
 }
+_NEVER = 1_000_000  # steps between two rows
 
 
 class PeerFailedError(Exception):
@@ -166,12 +170,12 @@ def compare(peer: Peer, options: argparse.Namespace) -> Result:
     """Run the pairs. Raises PeerFailedError if a process fails."""
     with ExitStack() as stack:
 
-        def start(module: str, python: Path) -> Runner:
+        def start(module: str, python: Path, *, log_every: int) -> Runner:
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix=f"{module}_"))
             work = Work(
                 **SIZES[options.model],
                 batch=options.batch,
-                log_every=options.steps,
+                log_every=log_every,
                 threads=options.threads,
                 compiled=peer.compiled,
                 folder=folder,
@@ -179,9 +183,10 @@ def compare(peer: Peer, options: argparse.Namespace) -> Result:
             return stack.enter_context(Runner(module, work, python=python))
 
         own = Path(sys.executable)
-        other = start(peer.module, options.environment.absolute() / "bin/python" if peer.separate else own)
+        theirs = options.environment.absolute() / "bin/python" if peer.separate else own
+        other = start(peer.module, theirs, log_every=options.steps if peer.logs else _NEVER)
         version = other.ready()
-        ours = start("ours", own)
+        ours = start("ours", own, log_every=options.steps)
         ours.ready()
         first = ours.seconds(options.steps), other.seconds(options.steps)
         turns = [(ours.seconds(options.steps), other.seconds(options.steps)) for _ in range(options.pairs)]

@@ -16,7 +16,7 @@ from megatron_lite.checkpoint.store import CheckpointStore
 from megatron_lite.commands.command import run_command
 from megatron_lite.file_lock import FileLock
 from megatron_lite.output import unhurried_output
-from megatron_lite.runtime import launched_ranks, set_deterministic, set_threads, start, stop
+from megatron_lite.runtime import keep_freed_memory, launched_ranks, set_deterministic, set_threads, start, stop
 from megatron_lite.tracking import write_loss_plot, write_report
 from megatron_lite.training.build import build_schedule, build_trainer, check_batch_sizes, prepare_data, run_info
 from megatron_lite.training.config import RunConfig, validate, validate_model
@@ -54,6 +54,8 @@ def train(run: RunConfig) -> int:
         if _starts_afresh(run):
             build_schedule(run)  # refuses lengths that do not fit before anything is written
         set_threads(run.train.threads)
+        if runtime.device.type == "cpu":
+            keep_freed_memory()
         store = CheckpointStore.with_own_group(Path(run.run.dir) / "checkpoints", run.checkpoint)
         store.ranks.first(
             "lock run.dir",

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from megatron_lite.models.config import ModelConfig
 from megatron_lite.parallel.distillation_loss import DistillationWeights
+from megatron_lite.parallel.sequence_length import check_layout as check_division
 from megatron_lite.planner.job import Job, Teacher
 from megatron_lite.ranks import Ranks
 from megatron_lite.training.config import RunConfig, validate, validate_model
@@ -53,3 +54,8 @@ def check_layout(run: RunConfig, job: Job) -> None:
     validate(run, job.gpus)
     if run.takes_model_of_source:
         validate_model(run, job.gpus)
+    if job.teacher is not None:
+        try:
+            check_division(job.teacher.model, job.parallel, seq_len=job.seq_len)
+        except ValueError as error:
+            raise ValueError(f"the teacher cannot be divided like the student: {error}") from error

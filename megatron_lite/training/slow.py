@@ -10,6 +10,7 @@ A GPU's collectives are only timed if TORCH_NCCL_ENABLE_TIMING is set, which `ru
 
 from __future__ import annotations
 
+import contextlib
 import json
 import statistics
 from collections.abc import Callable, Mapping
@@ -50,7 +51,10 @@ class GpuOwnTime(OwnTime):
         self._waiting += seconds
         if self._waiting < self._every:
             return
-        share = share_in_collectives(self._record() or b"{}")
+        share = None
+        # A record of another form must not end the watchdog.
+        with contextlib.suppress(AttributeError, KeyError, RuntimeError, TypeError, ValueError):
+            share = share_in_collectives(self._record() or b"{}")
         if share is not None:
             self._steps = steps
             self._own += (1 - share) * self._waiting

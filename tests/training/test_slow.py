@@ -74,6 +74,8 @@ def test_ranks_are_compared_from_one_look_to_the_next():
 def test_a_recorder_without_times_says_nothing():
     assert share_in_collectives(b"{}") is None
     assert share_in_collectives(json.dumps({"entries": [{"time_created_ns": 5}] * 3}).encode()) is None
-    own = GpuOwnTime(lambda: None, every=1.0)
-    own.add(2.0, frame=None, steps=3)
-    assert Comparison().own_times({0: own.note()}) == {}
+    untimed = b'{"entries": [{"duration_ms": 1}]}'
+    for record in (None, b"not JSON", untimed, b'{"entries": 3}', b"[]"):
+        own = GpuOwnTime(lambda record=record: record, every=1.0)
+        own.add(2.0, frame=None, steps=3)
+        assert Comparison().own_times({0: own.note()}) == {}
