@@ -97,7 +97,8 @@ def read_config(hf: Mapping[str, Any]) -> ModelConfig:
     ):
         if not is_so:
             raise ValueError(f"config.json: {key}={hf[key]!r} is not supported")
-    rank, window, without = hf.get("mamba_dt_rank"), hf.get("sliding_window"), []
+    rank, window = hf.get("mamba_dt_rank"), hf.get("sliding_window")
+    without: list[int] = []
     if window is not None:
         window, without = integer(hf, "sliding_window"), _numbers(hf, "global_attn_idx")
         if set(without) == set(range(layers)):  # a window that no layer has
