@@ -25,6 +25,7 @@ from __future__ import annotations
 import argparse
 import gc
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,15 +42,19 @@ from megatron_lite.data.config import DataConfig
 from megatron_lite.engine.deepspeed import DeepSpeedConfig
 from megatron_lite.engine.fsdp import FsdpConfig
 from megatron_lite.models.config import AttentionConfig, MlpConfig, ModelConfig
+from megatron_lite.models.huggingface import expected_shapes
 from megatron_lite.objectives.next_token import NextTokenConfig
 from megatron_lite.parallel.mesh import Mesh, ParallelConfig
 from megatron_lite.precision.dtypes import PrecisionConfig
 from megatron_lite.training.build import build_engine, build_grid
 from megatron_lite.training.config import RunConfig
+from megatron_lite.training.teacher import Teacher
 from megatron_lite.training.trainer import TrainConfig
+from megatron_lite.weights import Weights
 
 PARTS = ("weights", "optimizer", "gradients", "other", "peak")
 VOCABULARY, LENGTH = 4096, 128
+DOCUMENT = 100  # tokens
 
 
 @dataclass(frozen=True)
@@ -106,14 +111,19 @@ def in_processes(mode: Mode, ranks: int, options: argparse.Namespace) -> tuple[d
     return measured(run_config(mode, ranks, options), ranks, device=options.device)
 
 
-def measured(run: RunConfig, ranks: int, *, device: str = "cpu") -> tuple[dict[str, int], int]:
-    """(bytes by part on rank 0 of a step of `run`, parameters of its model), from processes that end afterwards."""
+def measured(
+    run: RunConfig, ranks: int, *, device: str = "cpu", teacher: ModelConfig | None = None
+) -> tuple[dict[str, int], int]:
+    """(bytes by part on rank 0 of a step of `run`, parameters of its model), from processes that end afterwards. teacher: the model that
+    its objective learns from; its weights are zeros."""
     with tempfile.TemporaryDirectory() as folder:
-        processes.spawn(measure, args=(ranks, run, device, folder), nprocs=ranks)
+        processes.spawn(measure, args=(ranks, run, device, folder, teacher), nprocs=ranks)
         return torch.load(Path(folder, "result.pt"), weights_only=True)
 
 
-def measure(rank: int, ranks: int, run: RunConfig, device_type: str, folder: str) -> None:
+def measure(
+    rank: int, ranks: int, run: RunConfig, device_type: str, folder: str, teacher: ModelConfig | None = None
+) -> None:
     """In a rank: two steps to settle, then one that is watched."""
     torch.set_num_threads(1)
     device = torch.device(device_type, rank) if device_type == "cuda" else torch.device("cpu")
@@ -121,15 +131,36 @@ def measure(rank: int, ranks: int, run: RunConfig, device_type: str, folder: str
         torch.cuda.set_device(device)
     backend = "cuda:nccl,cpu:gloo" if device_type == "cuda" else "gloo"
     dist.init_process_group(backend, init_method=f"file://{folder}/meet", rank=rank, world_size=ranks)
-    result = measured_here(run, build_grid(run.parallel, run.engine, world_size=ranks, device=device))
+    mesh = build_grid(run.parallel, run.engine, world_size=ranks, device=device)
+    result = measured_here(run, mesh, teacher=teacher)
     if rank == 0:
         torch.save(result, Path(folder, "result.pt"))
     dist.destroy_process_group()
 
 
-def measured_here(run: RunConfig, mesh: Mesh) -> tuple[dict[str, int], int]:
+class Zeros:
+    """The weights of a model that has none (a `TensorSource`)."""
+
+    def __init__(self, model: ModelConfig) -> None:
+        self.shapes = expected_shapes(model)
+
+    def names(self) -> list[str]:
+        return list(self.shapes)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.shapes[name]
+
+    def dtype(self, name: str) -> torch.dtype:
+        return torch.float32
+
+    def read(self, name: str, offsets: Sequence[int], sizes: Sequence[int]) -> torch.Tensor:
+        return torch.zeros(*sizes)
+
+
+def measured_here(run: RunConfig, mesh: Mesh, *, teacher: ModelConfig | None = None) -> tuple[dict[str, int], int]:
     """(bytes by part of this rank, parameters of the model)."""
-    engine = build_engine(run, mesh)
+    zeros = None if teacher is None else Teacher(Weights(Path(), teacher, Zeros(teacher)), identity="")
+    engine = build_engine(run, mesh, teacher=zeros)
     batches = random_batches(run, mesh)
     for _ in range(2):
         engine.train_step(batches, lr=1e-4)
@@ -158,7 +189,9 @@ def random_batches(run: RunConfig, mesh: Mesh) -> list[dict[str, torch.Tensor]]:
             "targets": words[:, 1:],
             "loss_mask": torch.ones_like(words[:, 1:], dtype=torch.bool),
         }
-        batches.append({key: value.to(mesh.device) for key, value in batch.items()})
+        if run.data.reset_attention:
+            batch["documents"] = torch.arange(run.data.seq_len).expand(size, -1) // DOCUMENT
+        batches.append(mesh.place(batch))
     return batches
 
 
@@ -206,9 +239,10 @@ def total(sizes: dict[int, int]) -> int:
 def held(engine: Any) -> tuple[dict[int, int], dict[int, int]]:
     """The storages of weights, and of master weights and moments."""
     weights = of([getattr(p, "ds_tensor", p) for p in engine.parameters.values()])
-    adam = engine.adamw if hasattr(engine, "adamw") else engine.optimizer._torch
-    state = [tensor for entry in adam.state.values() for tensor in entry.values()]
-    return weights, of([*state, *adam.state.keys()])
+    if hasattr(engine, "adamw"):
+        states = engine.adamw.state
+        return weights, of([*states.keys(), *(tensor for state in states.values() for tensor in state.values())])
+    return weights, of([*engine.optimizer.parameters.values(), *engine.optimizer.moments().values()])
 
 
 def at_update(engine: Any, batches: list[dict[str, torch.Tensor]], staying: dict[int, int]) -> int:

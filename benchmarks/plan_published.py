@@ -108,10 +108,14 @@ def predicted(row: Published, assumptions: Assumptions = DEFAULT) -> float:
     step = clock.step(job, units_of(job))
     seconds = step.seconds
     if row.products_again:
-        everything = replace(job, parallel=replace(job.parallel, recompute="full"))
-        again = clock.step(everything, units_of(everything)).parts["matrix products"] - step.parts["matrix products"]
-        seconds += row.products_again * again
+        once, twice = (_products(job, clock, mode) for mode in ("none", "full"))
+        seconds += once + row.products_again * (twice - once) - step.parts["matrix products"]
     return job.tokens / seconds / job.gpus
+
+
+def _products(job: Job, clock: Clock, recompute: str) -> float:
+    job = replace(job, parallel=replace(job.parallel, recompute=recompute))
+    return clock.step(job, units_of(job)).parts["matrix products"]
 
 
 def fitted(row: Published) -> float:

@@ -146,6 +146,11 @@ def machine() -> dict[str, Any]:
     }
 
 
+def heading(**more: Any) -> str:
+    """The first line of a benchmark's output: `machine()` and what else its numbers depend on."""
+    return "; ".join(f"{key} {value}" for key, value in (machine() | more).items())
+
+
 def markdown(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table."""
     lines = [headers, ["---"] * len(headers), *rows]
@@ -177,8 +182,7 @@ def plot(path: Path, series: Mapping[str, Sequence[Points]], *, title: str, ylab
 def write_summary(options: Options, name: str, *, text: str, data: Mapping[str, Any]) -> None:
     """Print `text` (Markdown) and write it to <folder>/<name>.md, and `data` to <name>.json; both say where they were measured."""
     where = machine() | {"size": options.size}
-    source = "; ".join(f"{key} {value}" for key, value in where.items())
-    text = f"{text}\n{source}\n"
+    text = f"{text}\n{heading(size=options.size)}\n"
     print(text, flush=True)
     for suffix, content in ((".md", text), (".json", _as_json({"machine": where, **data}))):
         with whole_file(options.folder / f"{name}{suffix}") as temporary:

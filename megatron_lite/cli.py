@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
-from importlib.metadata import PackageNotFoundError, version
+from contextlib import redirect_stdout
+from io import StringIO
+
+from megatron_lite.kept_help import keep_help, kept_help
 
 # command -> (its module, what it does); modules are imported by name, so that no command waits for another's libraries
 COMMANDS = {
@@ -27,7 +31,12 @@ def main() -> None:
     asked = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if asked in COMMANDS:
         del sys.argv[1]
-        _run(asked)
+        if asked != "launch" and {"-h", "--help"} & set(
+            sys.argv[1:]
+        ):  # launch imports no torch, and looks at its other words
+            _show(kept_help(asked) or _composed_help(asked))
+        else:
+            _run(asked)
         return
     if asked == "--version":
         print(f"megatron_lite {_version()}")
@@ -39,6 +48,21 @@ def main() -> None:
         return
     print(f"error: there is no command {asked!r}\n{usage}", file=sys.stderr)
     sys.exit(2)
+
+
+def _composed_help(command: str) -> str:
+    printed = StringIO()
+    with redirect_stdout(printed):
+        _run(command)
+    keep_help(command, printed.getvalue())
+    return printed.getvalue()
+
+
+def _show(text: str) -> None:
+    try:
+        print(text, end="", flush=True)
+    except BrokenPipeError:  # `--help | head` has read what it wanted; Python would flush once more at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _run(command: str) -> None:
@@ -56,6 +80,8 @@ def _run(command: str) -> None:
 
 
 def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version  # late: no command needs it
+
     try:
         return version("megatron-lite")
     except PackageNotFoundError:  # run from a source tree that was never installed

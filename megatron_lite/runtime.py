@@ -68,17 +68,26 @@ class Runtime:
 
 def launched_ranks() -> int:
     """How many ranks the launcher has started, or says that it will: WORLD_SIZE, 1 without a launcher."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return _number("WORLD_SIZE", 1)
+
+
+def _number(name: str, default: int) -> int:
+    """The value of an environment variable. Raises ValueError if it is not a number."""
+    value = os.environ.get(name, str(default))
+    if not value.isdecimal():
+        raise ValueError(
+            f"the environment variable {name}={value} is not a number; a launcher such as torchrun sets it"
+        )
+    return int(value)
 
 
 def start(*, timeout_seconds: float = 1800.0) -> Runtime:
     """Read what the launcher (torchrun, srun) left in the environment and open the process group if there are several ranks.
 
-    Raises ValueError when only some of RANK, WORLD_SIZE, MASTER_ADDR are set.
+    Raises ValueError when only some of RANK, WORLD_SIZE, MASTER_ADDR are set, or one is not a number.
     """
     world_size = launched_ranks()
-    rank = int(os.environ.get("RANK", "0"))
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    rank, local_rank = _number("RANK", 0), _number("LOCAL_RANK", 0)
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda and local_rank >= torch.cuda.device_count():
@@ -96,8 +105,10 @@ def start(*, timeout_seconds: float = 1800.0) -> Runtime:
                 f"WORLD_SIZE={world_size} but {', '.join(missing)} not set: start with torchrun, or set them all"
             )
         if not dist.is_initialized():
-            if world_size > int(os.environ.get("LOCAL_WORLD_SIZE", world_size)):
+            if world_size > _number("LOCAL_WORLD_SIZE", world_size):
                 _choose_gloo_interface(os.environ["MASTER_ADDR"])
+            # how long each collective takes on the GPU, which tells slow ranks (training/slow.py)
+            os.environ.setdefault("TORCH_NCCL_ENABLE_TIMING", "1")
             backend = "cuda:nccl,cpu:gloo" if cuda else "gloo"
             dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_seconds))
     job = os.environ.get("MLITE_JOB", "")

@@ -32,6 +32,7 @@ from megatron_lite.parallel.assemble import assemble, bare, from_tensors
 from megatron_lite.parallel.global_view import Piece
 from megatron_lite.parallel.mesh import Mesh
 from megatron_lite.parallel.parallelize import Recipe
+from megatron_lite.precision.numerics import EVENTS
 from megatron_lite.ranks import Ranks
 from megatron_lite.tensor_files import TensorSource, WholeTensors
 
@@ -185,12 +186,14 @@ def save_weights(target: Path, weights: Weights, *, dtype: torch.dtype | None = 
     """Write a run directory with one checkpoint of step 0 that holds weights only: for `init_from`, evaluate, generate, load. Its tensors
     are read one by one when they are written.
 
-    dtype: of the tensors; None: as they are. more: further keys of the manifest. The data and precision that the source was trained with
-    stay known. Raises ValueError where `target` is not a new or empty folder.
+    `weights.more` is written too. dtype: of the weights; None: as they are. more: further keys of the manifest. The data and the precision
+    that the source was trained with, and the events that changed it, stay known. Raises ValueError where `target` is not a new or empty
+    folder.
     """
     check_empty(target, key="target")
     before = {} if weights.manifest is None else weights.manifest["config"]
     trained = {key: before[key] for key in ("data", "precision") if key in before}
+    events = {key: value for key, value in (weights.manifest or {}).items() if key == EVENTS}
     state = {
         "consumed_samples": 0,
         "counters": {"adam_step": 0},
@@ -200,16 +203,22 @@ def save_weights(target: Path, weights: Weights, *, dtype: torch.dtype | None = 
         "data": {},
         "rng": {},
         HUGGING_FACE: weights.extra,
+        **events,
         **more,
     }
-    tensors = WholeTensors(weights.tensors, dtype)
-    pieces = {
-        f"model.{name}": Piece(
-            partial(tensors.__getitem__, name), weights.tensors.shape(name), dtype=dtype or weights.tensors.dtype(name)
-        )
-        for name in weights.tensors.names()
-    }
+    pieces = _pieces("model", weights.tensors, dtype)
+    for kind, source in weights.more.items():
+        pieces |= _pieces(kind, source, None)
     with whole_folder(target) as work:
         if weights.tokenizer is not None:
             copy_tokenizer(weights.tokenizer, work / TOKENIZER)
         CheckpointStore(work / "checkpoints", CheckpointConfig()).save(0, pieces, state)
+
+
+def _pieces(kind: str, source: TensorSource, dtype: torch.dtype | None) -> dict[str, Piece]:
+    """The tensors of a kind as a checkpoint is written from them: read when they are written."""
+    whole = WholeTensors(source, dtype)
+    return {
+        f"{kind}.{name}": Piece(partial(whole.__getitem__, name), source.shape(name), dtype=dtype or source.dtype(name))
+        for name in source.names()
+    }

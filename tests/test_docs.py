@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import re
+import tokenize
 from pathlib import Path
 
 import pytest
@@ -50,6 +52,31 @@ def tree(text: str) -> list[str]:
         here = folders[-1] if line.lstrip().split()[0].endswith("/") else folders[min(depth, len(folders) - 1)]
         paths += [here + name for name in names]
     return paths
+
+
+def code_lines(path: Path) -> int:
+    """Lines that hold code: no comments, docstrings or empty lines."""
+    text = path.read_text(encoding="utf-8")
+    nothing = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
+    lines: set[int] = set()
+    before = tokenize.NEWLINE
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        docstring = token.type == tokenize.STRING and before in nothing
+        if token.type not in nothing and not docstring:
+            lines.update(range(token.start[0], token.end[0] + 1))
+        before = token.type
+    return len(lines)
+
+
+def test_the_readme_counts_the_code():
+    said = re.search(
+        r"The models are ([\d,]+) lines.*?whole framework ([\d,]+)", (ROOT / "README.md").read_text(), re.DOTALL
+    )
+    assert said is not None
+    models, framework = (int(number.replace(",", "")) for number in said.groups())
+    package = ROOT / "megatron_lite"
+    assert models == pytest.approx(sum(map(code_lines, (package / "models").glob("*.py"))), rel=0.05)
+    assert framework == pytest.approx(sum(map(code_lines, package.rglob("*.py"))), rel=0.05)
 
 
 def test_the_tree_of_architecture_is_there():

@@ -112,7 +112,7 @@ class Saver:
 
 
 def _union(key: str, everyone: list[dict[str, Any]]) -> dict[str, Any]:
-    """What the ranks say of `key` together. Raises CheckpointError where two of them speak of the same thing."""
+    """The entries of all ranks under `key`. Raises CheckpointError if two ranks have the same entry."""
     found: dict[str, Any] = {}
     for rank, held in enumerate(everyone):
         twice = sorted(found.keys() & held[key].keys())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -28,10 +27,7 @@ def run_command(
     """
     arguments = sys.argv[1:]
     if {"-h", "--help"} & set(arguments):
-        try:
-            print(help_text(name, schema, purpose), flush=True)
-        except BrokenPipeError:  # `--help | head` has read what it wanted; Python would flush once more at its end
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print(help_text(name, schema, purpose))
         return
     try:
         sys.exit(work(compose(arguments) if compose else compose_config(name, schema, arguments)))

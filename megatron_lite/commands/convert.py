@@ -14,7 +14,7 @@ import torch
 
 from megatron_lite.commands.command import run_command
 from megatron_lite.data.tokenizer import load_tokenizer
-from megatron_lite.models.huggingface import export_folder
+from megatron_lite.models.huggingface import export_folder, exportable
 from megatron_lite.tensor_files import WholeTensors
 from megatron_lite.weights import Weights, copy_tokenizer, open_weights, save_weights
 
@@ -58,6 +58,10 @@ def convert(config: ConvertConfig) -> int:
 
 def _to_hugging_face(config: ConvertConfig, weights: Weights) -> None:
     extra = weights.extra
+    if exportable(weights.config) != weights.config:
+        print(
+            "LlamaForCausalLM refuses a hidden size that the heads do not divide: written as MistralForCausalLM, which is the same"
+        )
     if weights.tokenizer is None:
         print("warning: there is no tokenizer beside the source; the exported folder has none")
     elif not extra:

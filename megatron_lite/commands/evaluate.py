@@ -69,7 +69,7 @@ class EvaluateConfig:
             if value is not None and value < 1:
                 raise ValueError(f"{key}={value} must be at least 1")
         self.parallel.validate(world_size)
-        refuse_unsupported(  # first: nobody should have to install an engine to hear that it does not evaluate
+        refuse_unsupported(  # first: nobody should have to install an engine to learn that it does not evaluate
             "evaluate", parallel=self.parallel, engine=self.engine, precision=self.precision, world_size=world_size
         )
         for section in (self.precision, self.engine):
@@ -153,7 +153,7 @@ def measure(config: EvaluateConfig, runtime: Runtime, ranks: Ranks) -> Measured:
         ),
     )
     objective.eval()
-    ranks.attempt("read the scales", lambda: _compute_as_trained(objective, config.precision, weights))
+    ranks.attempt("read the scales", lambda: compute_as_trained(objective, config.precision, weights))
     losses = {}
     for name, source in read.sources.items():
         batches = validation_batches(
@@ -167,8 +167,11 @@ def measure(config: EvaluateConfig, runtime: Runtime, ranks: Ranks) -> Measured:
     return Measured(weights.path, losses, bits_per_byte(losses, read.bytes_per_token))
 
 
-def _compute_as_trained(objective: NextToken, precision: Precision, weights: Weights) -> None:
-    """Give FP8 layers the scales and the rung of the run. Raises ValueError where delayed scaling has no scale for a layer."""
+def compute_as_trained(objective: NextToken, precision: Precision, weights: Weights) -> None:
+    """Give FP8 layers the scales and the rung of the run. weights: opened with more=SCALES.
+
+    Raises ValueError where delayed scaling has no scale for a layer.
+    """
     numerics = numerics_of(objective.decoder)
     for name, tensor in numerics.tensors().items():
         kind, layer = name.split(".", 1)

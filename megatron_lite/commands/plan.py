@@ -22,6 +22,7 @@ from rich.table import Table
 
 from megatron_lite.commands import plan_report
 from megatron_lite.commands.command import run_command
+from megatron_lite.errors import CheckpointError
 from megatron_lite.hardware import Gpu, gpu_named
 from megatron_lite.models.cache_size import cache_bytes
 from megatron_lite.models.config import ModelConfig
@@ -35,8 +36,8 @@ from megatron_lite.planner.memory import OUTSIDE
 from megatron_lite.planner.search import search
 from megatron_lite.planner.shapes import local_shapes
 from megatron_lite.tracking.memory import write_memory_plot
-from megatron_lite.training.config import RunConfig
-from megatron_lite.training.planning import check_layout, job_of
+from megatron_lite.training.config import RunConfig, compose_run
+from megatron_lite.training.planning import check_layout, job_of, teacher_of
 
 
 @dataclass
@@ -45,7 +46,8 @@ class PlanConfig(RunConfig):
 
     seq_len: for the FLOPs per token and the cache of a model; null = model.max_seq_len. gpus, gpu: how many and which (a name of
     `hardware.GPUS`); without them only sizes are printed. price: of a GPU for an hour. search: look for the fastest layouts, of which
-    `show` are listed. json: print one JSON line, too. plot: a PNG to draw the memory by part in.
+    `show` are listed. teacher: the model of a distillation's teacher (a name of configs/model) where `objective.teacher` is not here.
+    json: print one JSON line, too. plot: a PNG to draw the memory by part in.
     """
 
     seq_len: int | None = None
@@ -54,6 +56,7 @@ class PlanConfig(RunConfig):
     price: float | None = None
     search: bool = False
     show: int = 8
+    teacher: str | None = None
     json: bool = False
     plot: str | None = None
 
@@ -72,7 +75,7 @@ def plan(config: PlanConfig) -> int:
             )
         return sizes(config)
     gpu = _checked(config)
-    job = job_of(config, config.gpus or 0)
+    job = job_of(config, config.gpus or 0, teacher=_teacher(config))
     return _search(config, job, gpu) if config.search else _cost(config, job, gpu)
 
 
@@ -91,6 +94,19 @@ def _checked(config: PlanConfig) -> Gpu:
     return gpu_named(config.gpu or "")
 
 
+def _teacher(config: PlanConfig) -> ModelConfig | None:
+    if config.teacher is None:
+        try:
+            return teacher_of(config)
+        except (ValueError, CheckpointError) as error:
+            raise ValueError(
+                f"objective.teacher: {error}; or name its model, as in teacher=mistral_nemo_12b"
+            ) from error
+    if config.objective.teacher_path is None:
+        raise ValueError(f"teacher={config.teacher} is for objective=distillation; drop it, or set that")
+    return compose_run([f"model={config.teacher}"]).model
+
+
 def _cost(config: PlanConfig, job: Job, gpu: Gpu) -> int:
     check_layout(config, job)
     result = planner.plan(job, gpu)
@@ -99,10 +115,6 @@ def _cost(config: PlanConfig, job: Job, gpu: Gpu) -> int:
         tokens = config.train.max_steps * job.tokens
     bill = None if tokens is None else result.bill(tokens, config.price)
     plan_report.print_plan(result, bill)
-    if job.offloads:
-        print("the transfers of the CPU offload, and the update on the CPU, are not in the time")
-    if config.objective.teacher_path is not None:
-        print("the teacher's forward pass is not in the time, nor its weights in the memory")
     if config.plot:
         title = f"memory of a rank of {job.gpus:,} x {gpu.name}, in {result.memory.moment}"
         parts = result.memory.parts | {"outside": OUTSIDE}

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from megatron_lite.hardware import Gpu
 from megatron_lite.planner.job import Job
-from megatron_lite.planner.memory import OUTSIDE
+from megatron_lite.planner.memory import ERROR, OUTSIDE
 from megatron_lite.planner.plan import Bill, Plan, overrides_of
 from megatron_lite.planner.search import Candidate, Found
 
@@ -21,7 +21,8 @@ def print_plan(plan: Plan, bill: Bill | None) -> None:
     console, job = _console(), plan.job
     console.print(f"{job.gpus:,} x {plan.gpu.name}, {_layout(job)}, {job.precision.name}", highlight=False)
     console.print(
-        f"{job.tokens:,} tokens a step in {job.micro_batches} micro-batch(es) a rank; {plan.flops_per_token:.4g} FLOPs a token",
+        f"{job.tokens:,} tokens a step in {job.micro_batches:,} micro-batch{'' if job.micro_batches == 1 else 'es'} a rank; "
+        f"{plan.flops_per_token:.4g} FLOPs a token",
         highlight=False,
     )
     console.print(_memory(plan))
@@ -35,7 +36,7 @@ def print_plan(plan: Plan, bill: Bill | None) -> None:
         highlight=False,
     )
     if bill is not None:
-        cost = "" if bill.cost is None else f", {bill.cost:,.0f} at that price"
+        cost = "" if bill.cost is None else f", {bill.cost:,.0f} at {bill.cost / bill.gpu_hours:,g} a GPU-hour"
         console.print(
             f"{bill.tokens:,} tokens at this batch and speed: {bill.days:,.2f} days, {bill.gpu_hours:,.0f} GPU-hours{cost}",
             highlight=False,
@@ -120,20 +121,27 @@ def _assumptions(plan: Plan) -> Table:
     gpu = plan.gpu
     table = Table("assumed", "value", "what it is")
     for name, why in plan.assumptions.why.items():
+        if name.startswith("host") and not plan.job.offloads:
+            continue
         table.add_row(name, f"{getattr(plan.assumptions, name):g}", why)
     for name, value, unit in (
         (f"{plan.job.precision.peak} peak", gpu.flops(plan.job.precision.peak) / 1e12, "TFLOP/s"),
-        ("memory", gpu.memory / 1e9, "GB"),
-        ("its bandwidth", gpu.bandwidth / 1e9, "GB/s"),
-        ("link", gpu.link / 1e9, f"GB/s in one direction, {gpu.node} GPUs in a node"),
-        ("network", gpu.network / 1e9, "GB/s in one direction for each GPU"),
+        ("memory's size", gpu.memory / 1e9, "GB"),
+        ("memory's bandwidth", gpu.bandwidth / 1e9, "GB/s"),
+        ("link's bandwidth", gpu.link / 1e9, f"GB/s in one direction, {gpu.node} GPUs in a node"),
     ):
         table.add_row(name, f"{value:g}", f"{unit}, data sheet of {gpu.name}")
+    table.add_row(
+        "network's bandwidth",
+        f"{gpu.network / 1e9:g}",
+        "GB/s in one direction for each GPU, of the usual node (hardware.py)",
+    )
     return table
 
 
 def _verdict(plan: Plan) -> str:
     needed, there = (plan.memory.total + OUTSIDE) / 1e9, plan.gpu.memory / 1e9
     if plan.fits:
-        return f"fits: {needed:.1f} of {there:.0f} GB"
+        narrowly = f"; the plan may be off by {ERROR:.0%}" if needed > (1 - ERROR) * there else ""
+        return f"fits: {needed:.1f} of {there:.0f} GB{narrowly}"
     return f"does not fit: {needed:.1f} of {there:.0f} GB; search=true lists layouts that do"

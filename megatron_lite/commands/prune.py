@@ -21,19 +21,19 @@ from rich.table import Table
 from megatron_lite.atomic import write_json
 from megatron_lite.commands.command import run_command
 from megatron_lite.commands.evaluate import compose_over_run
-from megatron_lite.commands.prune_session import PruneConfig, Session
+from megatron_lite.commands.prune_session import PruneConfig, Session, dividing
 from megatron_lite.commands.ranks import all_ranks
 from megatron_lite.compress.axes import layer_axes, sizes_of
 from megatron_lite.compress.scores import Scores
 from megatron_lite.compress.search import candidates
-from megatron_lite.compress.surgery import PrunedTensors
+from megatron_lite.compress.surgery import KeptScales, PrunedTensors
 from megatron_lite.compress.target import size_warnings
 from megatron_lite.config.compose import to_dict
 from megatron_lite.models.config import ModelConfig
 from megatron_lite.models.flops import parameter_count
 from megatron_lite.ranks import Ranks
 from megatron_lite.runtime import Runtime, set_threads
-from megatron_lite.weights import Weights, check_empty, open_weights, save_weights
+from megatron_lite.weights import SCALES, Weights, check_empty, open_weights, save_weights
 
 REPORT = "prune.json"
 
@@ -65,7 +65,7 @@ def cut(config: PruneConfig, runtime: Runtime, ranks: Ranks) -> dict[str, Any]:
     """Write the pruned model; the report, the same on every rank. Collective."""
     ranks.attempt("check the config", lambda: config.validate(runtime.world_size))
     set_threads(config.threads)
-    weights = open_weights(config.checkpoint, ranks)
+    weights = open_weights(config.checkpoint, ranks, more=SCALES)
     model, options = weights.config, config.importance
     sizes = ranks.attempt("check the target", lambda: _checked_sizes(config, model))
     session = Session(config, weights, runtime, ranks)
@@ -78,8 +78,8 @@ def cut(config: PruneConfig, runtime: Runtime, ranks: Ranks) -> dict[str, Any]:
         layers = config.target.layers_of(model, scores.removal_order(model, options))
     pruned = _pruned(config, weights, scores, sizes, layers)
     report = _report(config, weights, pruned, layers) | {"samples": scores.samples, "candidates": found}
-    report["loss_before"] = session.losses(model, weights.tensors)
-    report["loss_after"] = session.losses(pruned.config, pruned.tensors)
+    report["loss_before"] = session.losses(weights)
+    report["loss_after"] = session.losses(pruned)
     ranks.first("write", lambda: _write(config, pruned, report))
     return report
 
@@ -89,7 +89,8 @@ def _pruned(
 ) -> Weights:
     selection = scores.select(weights.config, sizes, layers, config.importance)
     tensors = PrunedTensors(weights.tensors, weights.config, selection, head_residual=config.head_residual)
-    return replace(weights, config=tensors.config, tensors=tensors)
+    scales = {} if config.head_residual else {kind: KeptScales(of, layers) for kind, of in weights.more.items()}
+    return replace(weights, path=Path(config.output), config=tensors.config, tensors=tensors, more=scales)
 
 
 def _searched(config: PruneConfig, session: Session, scores: Scores) -> list[dict[str, Any]]:
@@ -101,7 +102,7 @@ def _searched(config: PruneConfig, session: Session, scores: Scores) -> list[dic
     rows = []
     for candidate in found:
         pruned = _pruned(config, session.weights, scores, dict(candidate.sizes), candidate.layers)
-        losses = session.losses(pruned.config, pruned.tensors, windows=config.budget.windows)
+        losses = session.losses(pruned, windows=config.budget.windows)
         mean = sum(losses.values()) / len(losses) if losses else None
         rows.append(asdict(candidate) | {"layers": list(candidate.layers), "loss": mean})
         if session.runtime.is_main and not config.json:
@@ -132,7 +133,12 @@ def _checked_sizes(config: PruneConfig, model: ModelConfig) -> dict[str, int]:
 def _report(config: PruneConfig, weights: Weights, pruned: Weights, layers: tuple[int, ...]) -> dict[str, Any]:
     """What was cut: plain values, for the printed table, the JSON file and the manifest."""
     before, after = sizes_of(weights.config), sizes_of(pruned.config)
-    symbols = weights.config.symbols
+    symbols, tp = weights.config.symbols, config.parallel.tp
+    warnings = size_warnings(pruned.config, tp=tp)
+    if (possible := dividing(pruned.config, config.parallel).tp) != tp:
+        warnings.append(
+            f"parallel.tp={tp} ranks cannot share this model; its loss was measured with parallel.tp={possible}"
+        )
     return {
         "checkpoint": str(weights.path),
         "parameters": [parameter_count(weights.config), parameter_count(pruned.config)],
@@ -142,7 +148,7 @@ def _report(config: PruneConfig, weights: Weights, pruned: Weights, layers: tupl
         "removed_layers": {str(layer): symbols[layer] for layer in range(len(symbols)) if layer not in layers},
         "head_residual": config.head_residual,
         "importance": to_dict(config.importance),
-        "warnings": size_warnings(pruned.config, tp=config.parallel.tp),
+        "warnings": warnings,
     }
 
 

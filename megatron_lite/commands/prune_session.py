@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from megatron_lite.checkpoint.manifest import identity
-from megatron_lite.commands.evaluate import data_tokenizer, mean_loss
+from megatron_lite.commands.evaluate import compute_as_trained, data_tokenizer, mean_loss
 from megatron_lite.compress.depth import Probe, RemovalOptions, removal_order
 from megatron_lite.compress.heat_map import draw_scores
 from megatron_lite.compress.importance import Meter, calibrate, calibration_batches
@@ -30,9 +30,11 @@ from megatron_lite.models.config import ModelConfig
 from megatron_lite.parallel.assemble import assemble, from_tensors
 from megatron_lite.parallel.mesh import Mesh, ParallelConfig
 from megatron_lite.parallel.parallelize import Recipe
+from megatron_lite.parallel.plans import check_divisible
+from megatron_lite.parallel.sequence_length import check_layout
 from megatron_lite.ranks import Ranks
 from megatron_lite.runtime import Runtime
-from megatron_lite.tensor_files import BLOCK, TensorSource, block_digest
+from megatron_lite.tensor_files import BLOCK, block_digest
 from megatron_lite.training.build import build_grid, held_out
 from megatron_lite.training.support import refuse_unsupported
 from megatron_lite.weights import Weights, check_empty
@@ -79,6 +81,11 @@ class PruneConfig:
         )
         for section in (self.budget, self.importance, self.precision, self.engine):
             section.validate()
+        if self.head_residual and self.precision.name == "fp8_delayed":
+            raise ValueError(
+                "head_residual=true with precision=fp8_delayed: the changed queries outgrow the scales of the run; set precision=bf16 or "
+                "fp8_current, or head_residual=false"
+            )
 
     @property
     def scores_folder(self) -> Path:
@@ -113,9 +120,7 @@ class Session:
     ranks: Ranks
 
     def __post_init__(self) -> None:
-        config = self.config
-        world_size, device = self.runtime.world_size, self.runtime.device
-        self.mesh: Mesh = build_grid(config.parallel, config.engine, world_size=world_size, device=device)
+        self._meshes: dict[int, Mesh] = {}  # by tensor-parallel degree
         self._data: tuple[Blend | None, HeldOut] | None = None
 
     def scores(self) -> Scores:
@@ -124,6 +129,9 @@ class Session:
         if config.importance.score == "random":
             return random_scores(self.weights.config, config.importance.seed)
         blend, _ = self._opened()
+        if blend is not None:
+            check = partial(check_layout, self.weights.config, config.parallel, seq_len=config.data.seq_len)
+            self.ranks.attempt("check the layout", check)
         found = self.ranks.first("look for scores", lambda: self._found_scores(folder, blend))
         removals = 0 if config.importance.depth == "cosine" else self._removals()
         if found.samples < config.importance.samples or len(found.removed) < removals:
@@ -138,27 +146,23 @@ class Session:
         searched = budget.units_to_remove(model) if budget.is_given else 0
         return max(searched, self.config.target.units_to_remove(model))
 
-    def losses(self, model: ModelConfig, tensors: TensorSource, *, windows: int | None = None) -> dict[str, float]:
+    def losses(self, weights: Weights, *, windows: int | None = None) -> dict[str, float]:
         """Held-out loss by source of these weights, empty without data. windows: in all; None: `data.validation.windows` of each source."""
         _, read = self._opened()
         if not read.sources:
             return {}
         of_each = read.windows if windows is None else -(-windows // len(read.sources))
-        return self._losses(self._assembled(model, tensors), read, of_each)
-
-    def _losses(self, probe: Probe, read: HeldOut, windows: int) -> dict[str, float]:
+        probe, mesh = self._assembled(weights)
         losses = {}
         for name, source in read.sources.items():
             batches = validation_batches(
                 source,
-                windows=windows,
+                windows=of_each,
                 micro_batch_size=self.config.micro_batch_size,
-                rank=self.mesh.data_parallel_rank,
-                ranks=self.mesh.data_parallel_size,
+                rank=mesh.data_parallel_rank,
+                ranks=mesh.data_parallel_size,
             )
-            losses[name] = mean_loss(
-                probe, map(self.mesh.place, batches), self.config.precision.dtype, runtime=self.runtime
-            )
+            losses[name] = mean_loss(probe, map(mesh.place, batches), self.config.precision.dtype, runtime=self.runtime)
         return losses
 
     def _found_scores(self, folder: Path, blend: Blend | None) -> Scores:
@@ -170,13 +174,13 @@ class Session:
         return found
 
     def _measure(self, scores: Scores, blend: Blend | None, removals: int) -> None:
-        config, model = self.config, self.weights.config
+        config = self.config
         if blend is None:
             raise ValueError(
                 f"checkpoint={config.checkpoint} does not say what data it was trained on; give data=<a group> to measure "
                 "importance on, or scores=<a folder> with a finished calibration"
             )
-        probe = self._assembled(model, self.weights.tensors)
+        probe, mesh = self._assembled(self.weights)
 
         def forward(batch: Batch, *arguments: Any, **options: Any) -> Any:
             with torch.no_grad(), computing(config.precision.dtype, probe):
@@ -193,10 +197,11 @@ class Session:
 
         first = range(min(config.importance.depth_samples, config.importance.samples))
         progress = Progress("importance, samples", scores.samples, config.importance.samples)
-        meter = Meter(probe.decoder, self.mesh, config.importance)
+        batches = partial(self._batches, blend, mesh)
+        meter = Meter(probe.decoder, mesh, config.importance)
         calibrate(
             meter,
-            partial(self._batches, blend),
+            batches,
             partial(forward, states=True),
             scores=scores,
             keep=lambda _: keep(),
@@ -205,38 +210,47 @@ class Session:
         removal_order(
             probe.decoder,
             forward,
-            lambda: self._batches(blend, first),
-            mesh=self.mesh,
+            lambda: batches(first),
+            mesh=mesh,
             removed=scores.removed,
             options=RemovalOptions(removals, loss=config.importance.depth == "loss", keep=keep_removal),
         )
 
-    def _batches(self, blend: Blend, samples: range) -> Iterator[Batch]:
+    def _batches(self, blend: Blend, mesh: Mesh, samples: range) -> Iterator[Batch]:
         batches = calibration_batches(
             blend,
             samples,
             micro_batch_size=self.config.micro_batch_size,
-            rank=self.mesh.data_parallel_rank,
-            ranks=self.mesh.data_parallel_size,
+            rank=mesh.data_parallel_rank,
+            ranks=mesh.data_parallel_size,
         )
-        yield from map(self.mesh.place, batches)
+        yield from map(mesh.place, batches)
 
-    def _assembled(self, model: ModelConfig, tensors: TensorSource) -> Probe:
-        """The model at this layout, in evaluation mode; a rank reads only what it holds."""
-        parallel = replace(self.config.parallel, compile=False)  # a compiled layer calls no hooks of its parts
-        recipe = Recipe(parallel, self.config.precision)
+    def _assembled(self, weights: Weights) -> tuple[Probe, Mesh]:
+        """The model in evaluation mode, and the mesh that divides it; a rank reads only what it holds."""
+        config = self.config
+        parallel = dividing(weights.config, config.parallel)
+        mesh = self._mesh(parallel)
         probe, _ = self.ranks.attempt(
             "read the weights",
             lambda: assemble(
-                model,
-                mesh=self.mesh,
-                recipe=recipe,
-                fill=from_tensors(tensors),
+                weights.config,
+                mesh=mesh,
+                recipe=Recipe(parallel, config.precision),
+                fill=from_tensors(weights.tensors),
                 wrap=Probe,
-                distribute=self.config.engine.distribute(self.mesh, self.config.precision.dtype),
+                distribute=config.engine.distribute(mesh, config.precision.dtype),
             ),
         )
-        return probe.eval()
+        probe.eval()
+        self.ranks.attempt("read the scales", lambda: compute_as_trained(probe, config.precision, weights))
+        return probe, mesh
+
+    def _mesh(self, parallel: ParallelConfig) -> Mesh:
+        if parallel.tp not in self._meshes:
+            world_size, device = self.runtime.world_size, self.runtime.device
+            self._meshes[parallel.tp] = build_grid(parallel, self.config.engine, world_size=world_size, device=device)
+        return self._meshes[parallel.tp]
 
     def _opened(self) -> tuple[Blend | None, HeldOut]:
         """The training data of the calibration and the held-out sources; (None, nothing) where no data is given."""
@@ -252,6 +266,25 @@ class Session:
         samples = config.importance.samples
         blend = open_blend(config.data, tokenizer=tokenizer, seed=config.seed, total_samples=samples)
         return blend, held_out(config.data, tokenizer)
+
+
+def dividing(model: ModelConfig, parallel: ParallelConfig) -> ParallelConfig:
+    """`parallel`, or where its tensor-parallel ranks cannot share this model, which may have any size, with fewer of them."""
+    for tp in range(parallel.tp, 0, -1):
+        if parallel.tp % tp == 0 and _divides(model, tp):
+            break
+    dp_shard = parallel.dp_shard if tp == parallel.tp else None
+    sequence_parallel = parallel.sequence_parallel and tp > 1
+    # a compiled layer calls no hooks of its parts
+    return replace(parallel, tp=tp, dp_shard=dp_shard, sequence_parallel=sequence_parallel, compile=False)
+
+
+def _divides(model: ModelConfig, tp: int) -> bool:
+    try:
+        check_divisible(model, tp=tp)
+    except ValueError:
+        return False
+    return True
 
 
 def _identity(weights: Weights) -> str:

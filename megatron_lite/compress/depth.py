@@ -29,7 +29,7 @@ CHUNK_TOKENS = 1024  # whose logits are in memory at a time
 @dataclass(frozen=True)
 class RemovalOptions:
     """count: units to remove. loss: by the loss, otherwise by the logits. keep: called after each removal, so that an interrupted job
-    goes on there."""
+    continues there."""
 
     count: int
     loss: bool

@@ -6,8 +6,9 @@ squared, summed over the samples. These are the readings of ModelOpt 0.47 (the p
 activation, ModelOpt reads its output).
 
 Notable features
-- The sums do not depend on layout or batch size: a sample's mean is complete before it is squared, also under sequence parallelism, and
-  all that is added up over samples, data-parallel ranks and the jobs of an interrupted calibration are the squares, in float64.
+- The sums do not depend on layout or batch size: a sample's mean is complete before it is squared, also under sequence and context
+  parallelism, and all that is added up over samples, data-parallel ranks and the jobs of an interrupted calibration are the squares, in
+  float64.
 - Tokens that the loss does not count do not count here.
 - The model is the one that training and evaluation assemble; no module knows that it is read.
 
@@ -43,7 +44,8 @@ class Meter:
     def __init__(self, decoder: Decoder, mesh: Mesh, options: ImportanceConfig) -> None:
         self.decoder, self.mesh, self.options = decoder, mesh, options
         self._sums: dict[str, Tensor] = {}
-        self._mask_BT = torch.ones(0, 0)
+        self._mask_BT = torch.ones(0, 0)  # of this rank's slices
+        self._counted_B1 = torch.ones(0, 1)  # counted tokens of the whole sample
         self._entering: dict[int, Tensor] = {}  # unit -> what entered its first layer
         self._cut = False  # whether the residual stream is cut along the sequence
 
@@ -58,8 +60,12 @@ class Meter:
                 handle.remove()
 
     def begin(self, batch: Batch) -> None:
-        """The next forward pass is over this batch: `loss_mask` (B, T) says which of its tokens count."""
+        """The next forward pass is over this batch, as `Mesh.place` returned it: `loss_mask` (B, T) says which of its tokens count.
+        Collective, as the pass is, where ranks divide sequences."""
         self._mask_BT = batch["loss_mask"]
+        self._counted_B1 = self._over_slices(self._mask_BT.sum(dim=1)).clamp(min=1)[
+            :, None
+        ]  # a sample without any adds 0
 
     def take(self) -> dict[str, Tensor]:
         """What all ranks read since the last call, of the whole model: place -> (C,) float64 on the CPU. Collective."""
@@ -71,7 +77,9 @@ class Meter:
                     total = gather(total, group)
                 elif place in (DEPTH, TOKENS) and self._cut:
                     total = sum_over([group], total)
-            taken[place] = sum_over(self.mesh.loss_groups, total).cpu()
+            total = sum_over(self.mesh.loss_groups, total).cpu()
+            # the context-parallel ranks among them have the same sums of whole samples, but different tokens
+            taken[place] = total if place in (DEPTH, TOKENS) else total / self.mesh.cp_size
         self._sums = {}
         return taken
 
@@ -106,13 +114,16 @@ class Meter:
         return whole
 
     def _add(self, place: str, x_BTC: Tensor) -> None:
-        counted_B = self._mask_BT.sum(dim=1).clamp(min=1)[:, None]  # a sample without any adds 0
         values = x_BTC.detach().float().masked_fill(~self._mask_BT[..., None], 0.0)
         is_mean = self.options.sequence == "mean"
-        of_sample_BC = values.abs().sum(dim=1) / counted_B if is_mean else values.square().sum(dim=1).sqrt()
-        of_sample_BC = of_sample_BC.double()
+        summed_BC = self._over_slices((values.abs() if is_mean else values.square()).sum(dim=1))
+        of_sample_BC = (summed_BC / self._counted_B1 if is_mean else summed_BC.sqrt()).double()
         total = (of_sample_BC.square() if self.options.batch == "l2" else of_sample_BC).sum(dim=0)
         self._sums[place] = self._sums[place] + total if place in self._sums else total
+
+    def _over_slices(self, of_slices: Tensor) -> Tensor:
+        """The sum over the ranks that divide a sequence, in place."""
+        return of_slices if self.mesh.cp_size == 1 else sum_over([self.mesh.group("cp")], of_slices)
 
     def _enters(self, unit: int) -> Callable[[Tensor], None]:
         def enter(x_BTD: Tensor) -> None:
@@ -181,7 +192,7 @@ def calibrate(
     """Read the samples of `meter.options` that `scores` does not have yet, and add them to it. Collective.
 
     batches: from numbers of samples to this rank's batches, on its device. forward: one pass of the model.
-    keep: saves the scores; called every `save_every` samples and at the end. report: is told after every batch how many were read.
+    keep: saves the scores; called every `save_every` samples and at the end. report: called after every batch with the samples read.
     """
     options, ranks = meter.options, meter.mesh.data_parallel_size
     with meter.reading():

@@ -9,7 +9,7 @@ taken when they are used:
     mamba            see `axes`
     depth            for each unit 1 - cos(input, output), the mean over the tokens; or the order of the iterative removal
 
-The file is complete or a part: `samples` says how many were read, and a calibration goes on from there.
+The file is complete or a part: `samples` says how many were read, and a calibration continues from there.
 """
 
 from __future__ import annotations

@@ -104,6 +104,38 @@ class PrunedTensors:
         return made
 
 
+class KeptScales:
+    """The scales of delayed scaling of the layers that stay, under their new numbers: see `tensor_files.TensorSource`.
+
+    A scale belongs to a whole tensor. No element of a part is larger than the largest of the whole, so the scale of a weight fits what
+    stays of it, and is at most finer than needed; that of an input follows in training, as it does when weights change.
+    """
+
+    def __init__(self, source: TensorSource, layers: Sequence[int]) -> None:
+        self.source = source
+        self._originals = {}
+        for name in source.names():
+            _, number, rest = name.split(".", 2)
+            if int(number) in layers:
+                self._originals[f"layers.{layers.index(int(number))}.{rest}"] = name
+
+    def names(self) -> Collection[str]:
+        """See `TensorSource`."""
+        return self._originals.keys()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """See `TensorSource`."""
+        return self.source.shape(self._originals[name])
+
+    def dtype(self, name: str) -> torch.dtype:
+        """See `TensorSource`."""
+        return self.source.dtype(self._originals[name])
+
+    def read(self, name: str, offsets: Sequence[int], sizes: Sequence[int]) -> Tensor:
+        """See `TensorSource`."""
+        return self.source.read(self._originals[name], offsets, sizes)
+
+
 def _select(block: Tensor, dim: int, numbers: Tensor) -> Tensor:
     return block if len(numbers) == block.shape[dim] else block.index_select(dim, numbers)
 

@@ -176,6 +176,10 @@ def _in_file(text: str, overrides: list[str], known_keys: Callable[[], Iterable[
     """What is wrong in a YAML file that Hydra's message names: a name in its defaults, a key, or a value."""
     missing = re.match(r"In '([^']*)': Could not load '([^']*)'", text)
     if missing:
+        group, _, choice = missing[2].rpartition("/")
+        typed = next((override for override in overrides if key_of(override) == group and choice in override), None)
+        if typed:  # one of a list of choices
+            return f"{typed}: {choice} is unknown; `mlite <command> --help` lists the choices of {group}"
         return f"{missing[1]}.yaml: its defaults name {missing[2]}, and there is no {missing[2]}.yaml"
     found = re.match(r"In '([^']*)': \w+ raised while composing config:\n(.*)\n\s*full_key: (\S+)", text)
     if found is None:

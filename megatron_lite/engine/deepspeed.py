@@ -150,7 +150,7 @@ class DeepSpeedEngine:
         self._show_master_weights()
 
     def _sum_gradients(self) -> None:
-        """The sum of the ranks' gradients, not their mean. Raises ValueError for a DeepSpeed that would quietly go on with the mean."""
+        """The sum of the ranks' gradients, not their mean. Raises ValueError for a DeepSpeed that would silently use the mean."""
         zero_3 = "_gradient_averaging_world_size"
         if self.engine.gradient_average if self.stage < 3 else not hasattr(self.engine.optimizer, zero_3):
             raise ValueError(

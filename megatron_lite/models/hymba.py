@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_lite.models import attention, mamba
+from megatron_lite.models import attention, mamba, selective_scan_kernel
 from megatron_lite.models.attention import AttentionCore, keys_cache
 from megatron_lite.models.cache import KeyValue, KeyValueCache, LayerCache
 from megatron_lite.models.config import ModelConfig
@@ -40,7 +40,6 @@ from megatron_lite.models.mamba import StateCache, TimeStepBias
 from megatron_lite.models.norm import RMSNorm, at_least_float32
 from megatron_lite.models.pattern import LayerSpec
 from megatron_lite.models.scan import Operands, Past
-from megatron_lite.models.selective_scan import selective_scan
 
 
 class Hymba(nn.Module):
@@ -127,7 +126,7 @@ class SelectiveStateSpace(nn.Module):
         y_BTC = (y_BTC + at_least_float32(self.D) * x_BTC) * F.silu(at_least_float32(gate_BTC))
         return y_BTC.to(x_BTC.dtype), state_BCN
 
-    scan = staticmethod(selective_scan)  # what a sequence that is cut over ranks replaces
+    scan = staticmethod(selective_scan_kernel.scan)  # what a sequence that is cut over ranks replaces
 
     def initial(self) -> dict[str, Distribution]:
         """As Mamba-1: A = -1 .. -N in every channel, first time steps log-uniform in [0.001, 0.1], D one."""

@@ -115,7 +115,8 @@ def _check_nothing_attends(config: ModelConfig) -> None:
 
 
 def _check_numbers(config: ModelConfig, *, attending: int) -> None:
-    """Raises ValueError where `global_layers` or `kv_groups` name layers that the pattern does not have, or name one twice."""
+    """Raises ValueError where `global_layers` or `kv_groups` name layers that the pattern does not have, name one twice, or leave no
+    layer to the window."""
     groups = config.attention.kv_groups
     for group in groups:
         if len(group) < 2 or sorted(set(group)) != group:
@@ -130,3 +131,9 @@ def _check_numbers(config: ModelConfig, *, attending: int) -> None:
             raise ValueError(
                 f"model.attention.{key}={value} must name layers that attend, of which the pattern has {attending}, counted from 0"
             )
+    window, without = config.attention.window, config.attention.global_layers
+    if window is not None and len(without) == attending:
+        raise ValueError(
+            f"model.attention.window={window} has no effect: model.attention.global_layers={without} name all {attending} layers that "
+            "attend; take one out, or set the window to null and drop global_layers and always_visible"
+        )

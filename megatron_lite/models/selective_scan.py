@@ -107,7 +107,7 @@ class _Scan(torch.autograd.Function):
             )
             found.append(tuple(of_tokens))
             dA_NC += dA
-            if d_restart_BNC is not None:
+            if d_restart_BNC is not None and d_restart is not None:
                 d_restart_BNC += d_restart
         dx, ddt, dB, dC = (torch.cat(parts[::-1], dim=1) for parts in zip(*found))
         d_restart_BCN = None if d_restart_BNC is None else d_restart_BNC.mT
@@ -131,20 +131,27 @@ def _chunks(
     for start in range(0, x_BTC.shape[1], chunk):
         x, dt, B, C = (tensor[:, start : start + chunk] for tensor in (x_BTC, dt_BTC, B_BTN, C_BTN))
         begins = None if begins_BT is None else begins_BT[:, start : start + chunk]
+        if begins is not None and _is_all_false(begins):
+            begins = None
         yield Chunk(x.to(dt.dtype), dt, B.to(dt.dtype), C.to(dt.dtype), begins)
+
+
+def _is_all_false(x: Tensor) -> bool:
+    """Whether this is known without waiting for a GPU, and outside of a graph that torch.compile makes for any data."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling() and not x.any()
 
 
 def _steps(part: Chunk, A_NC: Tensor, state_BNC: Tensor, restart_BNC: Tensor | None) -> tuple[Tensor, Tensor]:
     """(how much of the state before it each token keeps, what it adds), both (B, Q, N, C): the state that enters the chunk is a part of
     what the first token adds, the restart state of what the first token of a document adds."""
-    decay_BQNC = torch.exp(part.dt_BQC[:, :, None] * A_NC)
+    decay_BQNC = (part.dt_BQC[:, :, None] * A_NC).exp_()
     added_BQNC = (part.dt_BQC * part.x_BQC)[:, :, None] * part.B_BQN[..., None]
     if part.begins_BQ is not None:
         begins_BQ11 = part.begins_BQ[:, :, None, None]
         if restart_BNC is not None:
             restarted_BQNC = torch.addcmul(added_BQNC, decay_BQNC, restart_BNC[:, None])
             added_BQNC = torch.where(begins_BQ11, restarted_BQNC, added_BQNC)
-        decay_BQNC = decay_BQNC.masked_fill(begins_BQ11, 0.0)
+        decay_BQNC.masked_fill_(begins_BQ11, 0.0)
     added_BQNC[:, 0].addcmul_(decay_BQNC[:, 0], state_BNC)
     return decay_BQNC, added_BQNC
 
@@ -181,10 +188,10 @@ def _gradients(
     d_exponent_BQNC[:, 1:].mul_(h_BQNC[:, :-1])
     d_restart_BNC = None
     if begins_BQ is not None and restart_BNC is not None:
-        kept_BQNC = torch.exp(dt_BQC[:, :, None] * A_NC) * g_BQNC
-        into_restart_BQNC = kept_BQNC.masked_fill(~begins_BQ[:, :, None, None], 0.0)
+        kept_BQNC = (dt_BQC[:, :, None] * A_NC).exp_().mul_(g_BQNC)
+        into_restart_BQNC = kept_BQNC.masked_fill_(~begins_BQ[:, :, None, None], 0.0)
         d_restart_BNC = into_restart_BQNC.sum(1)
-        d_exponent_BQNC += into_restart_BQNC * restart_BNC[:, None]
+        d_exponent_BQNC.addcmul_(into_restart_BQNC, restart_BNC[:, None])
     d_dt_BQC = (d_exponent_BQNC * A_NC).sum(2) + du_BQC * x_BQC
     dA_NC = (d_exponent_BQNC * dt_BQC[:, :, None]).sum((0, 1))  # einsum would copy into another order first
     return du_BQC * dt_BQC, d_dt_BQC, dB_BQN, dC_BQN, dA_NC, d_state_BNC, d_restart_BNC

@@ -63,7 +63,9 @@ def ssd(operands: Operands, past: Past = NOTHING, *, chunk: int | None = None) -
                 state_BHPN = torch.where(goes_on_B111, state_BHPN, restart)
             last_B = of_segment_BT[:, -1]
         before = Past(state_BHPN, of_segment_BT, restart=restart_BHPN)
-        y_BTHP, state_BHPN = checkpoint(_ssd, segment, before, chunk, use_reentrant=False, preserve_rng_state=False)
+        # operands one by one: what an argument holds inside, hooks on saved tensors do not see
+        arguments = (before, chunk, *vars(segment).values())
+        y_BTHP, state_BHPN = checkpoint(_ssd, *arguments, use_reentrant=False, preserve_rng_state=False)
         outputs.append(y_BTHP)
         if prefix and len(outputs) == 1:
             restart_BHPN = state_BHPN
@@ -78,8 +80,9 @@ def segment_sizes(length: int, segment: int, *, first: int = 0) -> list[int]:
     return sizes + [segment] * (left // segment) + [left % segment] * (left % segment > 0)
 
 
-def _ssd(operands: Operands, past: Past, chunk: int) -> tuple[Tensor, Tensor]:
-    """`ssd` of one segment without a prefix."""
+def _ssd(past: Past, chunk: int, *of_tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """`ssd` of one segment without a prefix. of_tokens: its operands, in their order."""
+    operands = Operands(*of_tokens)
     state_BHPN, documents_BT, restart_BHPN = past.state, past.documents_BT, past.restart
     dtype = operands.dt.dtype
     batch, length, heads, width = operands.x.shape

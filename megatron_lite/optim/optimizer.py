@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.optim.adamw import adamw
+from torch.profiler import record_function
 
 
 @dataclass
@@ -75,43 +77,59 @@ def torch_adamw(parameters: Mapping[str, Tensor], config: OptimConfig, kinds: Ma
 
 
 class AdamW:
-    """AdamW on `parameters`: global name -> local fp32 tensor, updated in place. Empty shards are fine. kinds: see `torch_adamw`."""
+    """AdamW on `parameters`: global name -> local fp32 tensor, updated in place. Empty shards are fine. kinds: see `decays`.
+
+    It calls the function behind `torch.optim.AdamW`: making an object of that class imports all of torch.compile, which is a second of
+    every start.
+    """
 
     def __init__(self, parameters: dict[str, Tensor], config: OptimConfig, kinds: Mapping[str, str]) -> None:
-        self.parameters = parameters
-        self._torch = torch_adamw(parameters, config, kinds)
-        for tensor in parameters.values():
-            self._torch.state[tensor] = {
-                "step": torch.zeros((), dtype=torch.float32, device=tensor.device),
-                "exp_avg": torch.zeros_like(tensor),
-                "exp_avg_sq": torch.zeros_like(tensor),
-            }
+        self.parameters, self.config = parameters, config
+        self._moments = {
+            f"{kind}.{name}": torch.zeros_like(tensor, requires_grad=False)
+            for kind in ("exp_avg", "exp_avg_sq")
+            for name, tensor in parameters.items()
+        }
+        self._steps = {name: torch.zeros((), device=tensor.device) for name, tensor in parameters.items()}
+        self.groups = [
+            (weight_decay, names)
+            for weight_decay, does in ((config.weight_decay, True), (0.0, False))
+            if (names := [name for name in parameters if decays(kinds[name], config) is does])
+        ]
 
+    @torch.no_grad()
+    @record_function("AdamW.step")
     def step(self, gradients: dict[str, Tensor], *, lr: float, skip: Tensor) -> None:
         """One update with `gradients` (same names and shapes); none at all where the 0-dim float tensor `skip` is 1."""
-        for group in self._torch.param_groups:
-            group["lr"] = lr
-        for name, tensor in self.parameters.items():
-            tensor.grad = gradients[name]
-        self._torch.found_inf = skip  # type: ignore[attr-defined]  # the GradScaler protocol of torch's fused kernels
-        self._torch.step()
-        for tensor in self.parameters.values():
-            tensor.grad = None
+        for weight_decay, names in self.groups:
+            adamw(
+                [self.parameters[name] for name in names],
+                [gradients[name] for name in names],
+                [self._moments[f"exp_avg.{name}"] for name in names],
+                [self._moments[f"exp_avg_sq.{name}"] for name in names],
+                [],
+                [self._steps[name] for name in names],
+                fused=True,
+                found_inf=skip,  # the kernel's own way to leave a step out: GradScaler uses it too
+                amsgrad=False,
+                beta1=self.config.betas[0],
+                beta2=self.config.betas[1],
+                lr=lr,
+                weight_decay=weight_decay,
+                eps=self.config.eps,
+                maximize=False,
+            )
 
     def moments(self) -> dict[str, Tensor]:
         """`exp_avg.<name>` and `exp_avg_sq.<name>`: the live local tensors, to be saved, or loaded in place."""
-        return {
-            f"{kind}.{name}": self._torch.state[tensor][kind]
-            for kind in ("exp_avg", "exp_avg_sq")
-            for name, tensor in self.parameters.items()
-        }
+        return dict(self._moments)
 
     @property
     def adam_step(self) -> int:
         """Updates done so far (skipped steps do not count): Adam's bias correction. Reading it waits for the device."""
-        return int(next(iter(self._torch.state.values()))["step"].item())
+        return int(next(iter(self._steps.values())).item())
 
     @adam_step.setter
     def adam_step(self, count: int) -> None:
-        for state in self._torch.state.values():
-            state["step"].fill_(float(count))
+        for steps in self._steps.values():
+            steps.fill_(float(count))

@@ -33,7 +33,7 @@ class ScheduleConfig:
 
     `decay` is the length of WSD's last part, alternatively `decay_fraction` of the total length. `decay_shape` is one of
     DECAY_SHAPES, or quarter_cosine: max(min_lr, lr cos(pi r / 2)), which has no min_lr inside its formula.
-    `start_lr` takes the place of the peak (optim.lr) in a run that goes on where another one's decay has ended; null = the peak.
+    `start_lr` takes the place of the peak (optim.lr) in a run that starts where the decay of another run ended; null = the peak.
     """
 
     name: str = "cosine"

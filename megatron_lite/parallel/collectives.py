@@ -12,7 +12,7 @@
 A tensor is replicated (every rank holds the same), partial (the truth is the sum over ranks) or sharded (a slice each);
 a gradient is too. `copy_in` takes a replicated tensor whose gradient comes back partial, `reduce_out` a partial one whose
 gradient comes back replicated, `total` a partial one whose gradient comes back partial as well (a statistic that every
-rank goes on to use with its own shard). Any strides; results are contiguous. The same code runs on gloo and NCCL. The
+rank uses with its own shard). Any strides; results are contiguous. The same code runs on gloo and NCCL. The
 operators never write into their input, which recompute may hold on to, and torch.compile traces them.
 """
 

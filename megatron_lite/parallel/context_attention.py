@@ -129,7 +129,8 @@ def _(query_BHTK: Tensor, kv_BGTX: Tensor, documents_BT: Tensor | None, rule: Se
 
 @context_attention_backward.register_fake
 def _(grad_BHTV: Tensor, query_BHTK: Tensor, kv_BGTX: Tensor, *others: Any) -> Any:
-    return torch.empty_like(query_BHTK), torch.empty_like(kv_BGTX)
+    query, kv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query_BHTK, kv_BGTX))
+    return query, kv
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

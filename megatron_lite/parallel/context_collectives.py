@@ -27,23 +27,25 @@ class Exchange:
     same shape but for its tokens, and of the same dtype."""
 
     def __init__(self, sent: Sequence[Tensor], route: Route, *, like: Tensor, group: dist.ProcessGroup) -> None:
-        self._tiles, self._like = route.received, like
+        self._route, self._like = route, like
         sends, receives = [0] * group.size(), [0] * group.size()
-        sends[route.to] = sum(map(self._numbers, route.sent))
-        receives[route.sender] = sum(map(self._numbers, route.received))
+        sends[route.to] = sum(math.prod(shape) for shape in self._shapes(route.sent))
+        receives[route.sender] = sum(math.prod(shape) for shape in self._shapes(route.received))
         # Both are held until `wait`, since the transfer reads and writes them.
-        self._sent = torch.cat([x.flatten() for x in sent]) if sent else like.new_empty(0)
-        self._received = like.new_empty(receives[route.sender])
+        self._sent, self._received = (like.new_empty(sum(numbers)) for numbers in (sends, receives))
+        for tile, x in zip(self._tiles(self._sent, route.sent), sent):
+            tile.copy_(x)
         self._work = dist.all_to_all_single(self._received, self._sent, receives, sends, group=group, async_op=True)
 
     def wait(self) -> dict[Tile, Tensor]:
         """The tiles that came."""
         self._work.wait()
-        parts = self._received.split([self._numbers(tile) for tile in self._tiles])
-        return {tile: x.view(self._shape(tile)) for tile, x in zip(self._tiles, parts)}
+        return dict(zip(self._route.received, self._tiles(self._received, self._route.received)))
 
-    def _shape(self, tile: Tile) -> tuple[int, ...]:
-        return (*self._like.shape[:2], tile.length, *self._like.shape[3:])
+    def _shapes(self, tiles: Sequence[Tile]) -> list[tuple[int, ...]]:
+        return [(*self._like.shape[:2], tile.length, *self._like.shape[3:]) for tile in tiles]
 
-    def _numbers(self, tile: Tile) -> int:
-        return math.prod(self._shape(tile))
+    def _tiles(self, numbers: Tensor, tiles: Sequence[Tile]) -> list[Tensor]:
+        """Views of one tile after the other."""
+        shapes = self._shapes(tiles)
+        return [x.view(shape) for x, shape in zip(numbers.split(list(map(math.prod, shapes))), shapes)]

@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from megatron_lite.models.scan import NOTHING, Operands, Past
+from megatron_lite.models.scan import Operands, Past
 from megatron_lite.models.selective_scan import CHUNK
 from megatron_lite.parallel.sequence_slices import ContextParallel, check_numbering
 from megatron_lite.parallel.slice_collectives import entering_states, preceding
@@ -192,13 +192,14 @@ def scan_slices(scan: Scan, effect: Effect, operands: Operands, division: Divisi
     """
     before, *parts = operands.split(division.sizes(operands.x))
     slices = division.slices(operands.x)
+    effects = [effect(part, of.in_last_BT) for part, of in zip(parts, slices)]
     outputs, restart = [], None
     if division.prefix:
-        y, restart = scan(before, NOTHING)
+        # from a state, for the gradient of the one that it leaves: see `models/selective_scan_kernel.py`
+        y, restart = scan(before, Past(torch.zeros_like(effects[0][1])))
         outputs.append(y)
     decays, states = [], []
-    for part, of in zip(parts, slices):
-        kept, own = effect(part, of.in_last_BT)
+    for (kept, own), of in zip(effects, slices):
         passes = _over(kept, of.passes_B)
         decays.append(kept * passes)
         states.append(own if restart is None else own + kept * ~passes * restart)

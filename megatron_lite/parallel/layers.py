@@ -143,8 +143,8 @@ class InOrderRowParallelLinear(RowParallelLinear):
 
 
 class InnerRowParallelLinear(TensorParallelModule):
-    """A row-parallel layer in the middle of a mixer: every rank gets the sum, whole sequences, and goes on to use it with its shard
-    (behind a module with `CopyInside`)."""
+    """A row-parallel layer in the middle of a mixer: every rank gets the sum, of whole sequences, and uses it with its own shard
+    (after a module with `CopyInside`)."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in/tp) -> (..., out)."""

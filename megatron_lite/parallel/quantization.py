@@ -138,8 +138,9 @@ def check_sizes(model: ModelConfig, recipe: Fp8Config, *, tp: int, tokens: int) 
     divisor, way_out = recipe.size_divisor, "or set precision.backend=emulated, which takes any size"
     if tokens % divisor:
         raise ValueError(
-            f"train.micro_batch_size x data.seq_len = {tokens} tokens do not divide by {divisor}, which precision={recipe.name} needs; "
-            f"change one of them, {way_out}"
+            f"the {tokens} tokens of a micro-batch do not divide by {divisor}, which precision={recipe.name} needs: that is "
+            "train.micro_batch_size x (data.seq_len / parallel.cp + model.meta_tokens); change one of them, "
+            f"{way_out}"
         )
     for path, (rows, columns) in _shapes(model, recipe, tp).items():
         wrong = [size for size in (rows, columns) if size % divisor]

@@ -6,7 +6,7 @@
                recompute what is large and cheap; there it was softmax attention, which a fused kernel no longer stores)
     full       keep each layer's input only; recompute the layer
 
-What ranks that divide a sequence have told each other (`parallel.cp`) both modes keep: to compute it again would be to send it again.
+Both modes keep what context-parallel ranks (`parallel.cp`) have sent to each other: to recompute it would be to send it again.
 
 The same operations run again on the same inputs, so gradients are the same bits. A layer becomes a subclass
 in place (`reclass`), so that no parameter changes its name.
@@ -24,7 +24,7 @@ from megatron_lite.parallel.context_attention import CONTEXT_ATTENTION
 from megatron_lite.parallel.reclass import reclass
 from megatron_lite.parallel.slice_collectives import SLICE_OPERATORS
 
-# What ranks that divide a sequence have told each other.
+# What context-parallel ranks send to each other.
 _COMMUNICATION = frozenset({CONTEXT_ATTENTION, *SLICE_OPERATORS})
 
 
@@ -67,7 +67,7 @@ class FullRecompute(nn.Module):
 
 
 class FullRecomputeOfDivided(nn.Module):
-    """Keeps the input and what ranks told each other, and runs the rest again in backward."""
+    """Keeps the input and what ranks sent to each other, and runs the rest again in backward."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return checkpoint(

@@ -1,11 +1,11 @@
-"""What the slices of a divided sequence tell each other, as operators that recompute can keep.
+"""What the slices of a divided sequence send to each other, as operators whose results recompute can keep.
 
     preceding         the end of the slice before each slice
     entering_states   the state of a linear recurrence with which each slice begins
 
 Their sizes do not depend on the length of the sequence. They are custom operators of torch (`torch.library.custom_op`), not
-`torch.autograd.Function`s: only operators can be kept by recompute, and what ranks have told each other is kept, not asked again
-(`recompute.py`). On the meta device they only say shapes.
+`torch.autograd.Function`s: recompute can only keep the results of operators, and keeps these instead of sending them again
+(`recompute.py`). On the meta device they return shapes only.
 
 Each rank holds two slices, in the order of `ContextParallel.slices`, and gives and gets one tensor for both, (2, ...). Beside the
 slice before a rank's first one lies the one after its second: rank r - 1 holds both. The slice after its first and the one before its

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_lite.planner.passes import NO_TEACHER, Frozen, backward, forward, in_backward, in_forward
 from megatron_lite.planner.timeline import Timeline
 from megatron_lite.planner.trace import Unit
 
@@ -35,20 +36,31 @@ class Sharding:
     accumulates: bool
     offload: bool = False
 
+    def kept(self, unit: Unit) -> int:
+        """Bytes of this rank's shard of a frozen unit, which is kept as it computes."""
+        in_fp32 = -(-unit.in_fp32 // self.ranks)
+        return (unit.shard(self.ranks) - in_fp32) * self.width + in_fp32 * FP32
+
     def gathered(self, unit: Unit) -> int:
         """Bytes of all of a unit's weights as it computes with them."""
         return (unit.numbers - unit.in_fp32) * self.width + unit.in_fp32 * FP32
 
+    def weights(self, unit: Unit) -> int:
+        """Bytes of them as they are gathered: a byte a number in FP8."""
+        return self.gathered(unit) - unit.gathered_codes * (self.width - 1)
+
     def buffer(self, unit: Unit) -> int:
         """Bytes of the flat buffer that it is gathered into; one rank needs none."""
-        return unit.shard(self.ranks) * self.ranks * self.width if self.ranks > 1 else 0
+        if self.ranks == 1:
+            return 0
+        return unit.shard(self.ranks) * self.ranks * self.width - unit.gathered_codes * (self.width - 1)
 
     def reshards(self, unit: Unit) -> bool:
         """Whether its weights are given up between forward and backward."""
         return self.shard == "full" and unit.name.startswith("layers.")
 
 
-def undivided_step(timeline: Timeline, units: list[Unit], sharding: Sharding) -> None:
+def undivided_step(timeline: Timeline, units: list[Unit], sharding: Sharding, teacher: Frozen = NO_TEACHER) -> None:
     """A step of one process."""
     casts = sharding.width < FP32
     numbers = sum(unit.numbers for unit in units)
@@ -56,9 +68,9 @@ def undivided_step(timeline: Timeline, units: list[Unit], sharding: Sharding) ->
     timeline.hold("gathered", sum(map(sharding.gathered, units)) if casts else 0)
     if sharding.accumulates:
         timeline.hold("gradients", FP32 * numbers)
-    _forward_only(timeline, units)
-    for unit in reversed(units):
-        timeline.at = f"backward of {unit.name}"
+    for unit in in_forward(timeline, units, teacher):
+        forward(timeline, unit)
+    for unit in in_backward(timeline, units):
         backward(timeline, unit)
         if not sharding.accumulates:
             timeline.hold("gradients", FP32 * unit.numbers)
@@ -66,46 +78,39 @@ def undivided_step(timeline: Timeline, units: list[Unit], sharding: Sharding) ->
     timeline.at = "the update"
 
 
-def _forward_only(timeline: Timeline, units: list[Unit]) -> None:
-    for unit in units:
-        timeline.at = f"forward of {unit.name}"
-        forward(timeline, unit)
-
-
-def fsdp_step(timeline: Timeline, units: list[Unit], sharding: Sharding) -> None:
+def fsdp_step(timeline: Timeline, units: list[Unit], sharding: Sharding, teacher: Frozen = NO_TEACHER) -> None:
     """A step whose parameters FSDP2 shards, or only replicates (`shard=none`)."""
     if sharding.accumulates:
         timeline.hold("gradients", FP32 * sum(unit.numbers for unit in units))
         if sharding.shard == "optimizer":  # since the first micro-batch
-            timeline.hold("gathered", sum(map(sharding.gathered, units)))
-    _forward(timeline, units, sharding)
+            timeline.hold("gathered", sum(map(sharding.weights, units)))
+    forward_pass(timeline, units, sharding, teacher)
     _backward(timeline, units, sharding)
     timeline.at = "the update"
 
 
-def _forward(timeline: Timeline, units: list[Unit], sharding: Sharding) -> None:
+def forward_pass(timeline: Timeline, units: list[Unit], sharding: Sharding, teacher: Frozen = NO_TEACHER) -> None:
+    """The forward pass of a step's last micro-batch."""
     filled = 0
-    for unit in units:
-        timeline.at = f"forward of {unit.name}"
+    for unit in in_forward(timeline, units, teacher):
         if not (sharding.accumulates and sharding.shard == "optimizer"):
             timeline.hold("communication", sharding.buffer(unit))
             timeline.release("communication", filled)
             filled = sharding.buffer(unit)
-            timeline.hold("gathered", sharding.gathered(unit))
+            timeline.hold("gathered", sharding.weights(unit))
         forward(timeline, unit)
         if sharding.reshards(unit):
-            timeline.release("gathered", sharding.gathered(unit))
+            timeline.release("gathered", sharding.weights(unit))
     timeline.release("communication", filled)
 
 
 def _backward(timeline: Timeline, units: list[Unit], sharding: Sharding) -> None:
     reducing = 0
-    for index in range(len(units) - 1, -1, -1):
-        unit, after = units[index], units[index - 1] if index else None
-        timeline.at = f"backward of {unit.name}"
+    before = None
+    for unit, after in zip(in_backward(timeline, units), [*units[-2::-1], None]):
         if sharding.reshards(unit):  # its buffer was filled while the unit before computed, or is now
-            timeline.hold("gathered", sharding.gathered(unit))
-            if index + 1 < len(units) and sharding.reshards(units[index + 1]):
+            timeline.hold("gathered", sharding.weights(unit))
+            if before and sharding.reshards(before):
                 timeline.release("communication", sharding.buffer(unit))
         prefetched = sharding.buffer(after) if after and sharding.reshards(unit) and sharding.reshards(after) else 0
         timeline.hold("communication", prefetched)
@@ -114,9 +119,9 @@ def _backward(timeline: Timeline, units: list[Unit], sharding: Sharding) -> None
             timeline.hold("gradients", sharding.gathered(unit))
             if sharding.tied and unit.name == "head":  # the gradient of its weight waits for the embedding's
                 timeline.hold("gradients", sharding.gathered(units[0]))
-        timeline.release("gathered", sharding.gathered(unit))
+        timeline.release("gathered", sharding.weights(unit))
         timeline.release("communication", reducing)
-        reducing = _reduce(timeline, unit, sharding)
+        reducing, before = _reduce(timeline, unit, sharding), unit
     timeline.release("communication", reducing)
 
 
@@ -134,26 +139,3 @@ def _reduce(timeline: Timeline, unit: Unit, sharding: Sharding) -> int:
     if sharding.ranks == 1:
         timeline.spike("communication", padded)  # torch divides into a copy
     return padded
-
-
-def forward(timeline: Timeline, unit: Unit) -> None:
-    """Activations of a unit's forward: its input, which is held, gives way to its output and to what is kept for backward."""
-    part, passes = part_of(unit), unit.passes
-    timeline.spike(part, passes.forward - passes.input)
-    timeline.release("stream", passes.input)
-    timeline.hold(part, passes.kept)
-    timeline.hold("stream", passes.output)
-
-
-def backward(timeline: Timeline, unit: Unit) -> None:
-    """Activations of a unit's backward: the gradient of its output, which is held, gives way to that of its input."""
-    part, passes = part_of(unit), unit.passes
-    timeline.spike(part, passes.backward - passes.kept - passes.output)
-    timeline.release(part, passes.kept)
-    timeline.release("stream", passes.output)
-    timeline.hold("stream", passes.input)
-
-
-def part_of(unit: Unit) -> str:
-    """The head's activations are logits and loss."""
-    return "loss" if unit.name == "head" else "activations"

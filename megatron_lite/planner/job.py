@@ -4,10 +4,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import torch
+
 from megatron_lite.engine.base import EngineConfig
 from megatron_lite.models.config import ModelConfig
+from megatron_lite.parallel.distillation_loss import DistillationWeights
 from megatron_lite.parallel.mesh import Degrees, ParallelConfig
+from megatron_lite.precision.dtypes import PrecisionConfig
 from megatron_lite.precision.recipes import Precision
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """The frozen model of a distillation. dtype: in which it is kept and computes. weights: of the loss."""
+
+    model: ModelConfig
+    dtype: torch.dtype
+    weights: DistillationWeights
 
 
 @dataclass(frozen=True)
@@ -15,7 +28,7 @@ class Job:
     """A training step on `gpus` processes.
 
     seq_len: tokens of text in a sample. micro_batch, global_batch: samples of a data-parallel rank's micro-batch, and of all ranks'
-    step. masked: attention restarts at documents (`data.reset_attention`).
+    step. masked: attention restarts at documents (`data.reset_attention`). teacher: of a distillation.
     """
 
     model: ModelConfig
@@ -27,6 +40,7 @@ class Job:
     micro_batch: int
     global_batch: int
     masked: bool = False
+    teacher: Teacher | None = None
 
     @property
     def degrees(self) -> Degrees:
@@ -58,6 +72,25 @@ class Job:
         if self.engine.name == "deepspeed":
             return f"zero {self.engine.zero_stage}"  # type: ignore[attr-defined]
         return self.engine.shard  # type: ignore[attr-defined]
+
+    @property
+    def keeps_weights(self) -> bool:
+        """Whether the weights that a rank computes with stay in memory for a step."""
+        return self.gpus == 1 or self.shard not in ("full", "zero 3")
+
+    @property
+    def gathers_codes(self) -> bool:
+        """Whether weights of FP8 layers are gathered in FP8."""
+        sharded = self.engine.name == "fsdp" and self.shard != "none" and self.degrees.dp_shard * self.degrees.cp > 1
+        return sharded and getattr(self.precision, "all_gather", "bf16") == "fp8"
+
+    @property
+    def frozen(self) -> Job | None:
+        """The job of the teacher, whose forward pass is the same layout's: FSDP2 shards it in the mode full under every engine."""
+        if self.teacher is None:
+            return None
+        precision = PrecisionConfig("fp32" if self.teacher.dtype is torch.float32 else "bf16")
+        return replace(self, model=self.teacher.model, precision=precision, teacher=None)
 
     @property
     def offloads(self) -> bool:

@@ -7,6 +7,8 @@
     activations    what layers keep for backward, and the most that one layer's forward or backward needs beside it
     loss           the same of final norm, head and loss: logits of a chunk of tokens, gradients of states and head
     communication  buffers of gathers and reductions
+    teacher        of a distillation: its shards, its forward pass, its states and head until the loss is there
+    FP8 weights    where weights stay in memory for a step, their codes do, too
 
 Local shapes come from training's own plan on the meta device, activations from training's own forward and backward (`trace`), the
 order of events from the engines (`fsdp_step`, `zero_step`). Not counted: what lies outside of torch's allocator (`OUTSIDE`), fragments
@@ -15,15 +17,17 @@ of that allocator, and what a kernel takes and gives back inside of itself.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import torch
 
 from megatron_lite.engine.deepspeed import BUCKET
 from megatron_lite.models.config import ModelConfig
-from megatron_lite.planner.fsdp_step import FP32, Sharding, fsdp_step, undivided_step
+from megatron_lite.planner.fsdp_step import FP32, Sharding, forward_pass, fsdp_step, undivided_step
 from megatron_lite.planner.job import Job
+from megatron_lite.planner.passes import NO_TEACHER, Frozen, in_forward
+from megatron_lite.planner.passes import forward as run_forward
 from megatron_lite.planner.shapes import local_shapes
 from megatron_lite.planner.timeline import Timeline
 from megatron_lite.planner.trace import Unit, traced_units
@@ -31,6 +35,8 @@ from megatron_lite.planner.zero_step import Zero, zero_step
 
 # CUDA context, NCCL's communicators and cuBLAS's workspace on a GPU: an estimate, not measured here.
 OUTSIDE = 4 * 10**9
+# How far the plan may be off: `benchmarks/planned_memory.py`, without ZeRO.
+ERROR = 0.1
 
 
 @dataclass(frozen=True)
@@ -58,15 +64,15 @@ def memory(job: Job, *, device: str = "cuda") -> Memory:
 
     Raises ValueError when the model does not divide by the layout's degrees.
     """
-    units = traced_units(job, device=device)
-    staying = _staying(job, units, device)
-    timeline = Timeline(**staying)
+    units, teacher = traced_units(job, device=device), _teacher(job, device)
+    staying = _staying(job, units, device) | {"teacher": teacher.staying}
+    timeline = Timeline(staying)
     if job.engine.name == "deepspeed":
-        zero_step(timeline, units, _zero(job, device))
+        zero_step(timeline, units, _zero(job, device), teacher)
     elif job.gpus == 1:
-        undivided_step(timeline, units, _sharding(job))
+        undivided_step(timeline, units, _sharding(job), teacher)
     else:
-        fsdp_step(timeline, units, _sharding(job))
+        fsdp_step(timeline, units, _sharding(job), teacher)
     parts = dict(timeline.fullest)
     parts["activations"] = parts.get("activations", 0) + parts.pop("stream", 0)  # what travels between units
     return Memory(
@@ -78,34 +84,43 @@ def memory(job: Job, *, device: str = "cuda") -> Memory:
     )
 
 
-def states(job: Job) -> dict[str, int]:
-    """weights, optimizer and gradients of a rank, without activations: a lower bound, in milliseconds."""
-    numbers = sum(map(prod, local_shapes(job.model, tp=job.degrees.tp)[1].values()))
-    ranks = job.degrees.dp_shard * job.degrees.cp
-    width, shard = _width(job), -(-numbers // ranks)
-    if job.engine.name == "deepspeed":
-        stage = _stage(job)
-        weights = width * (shard if stage == 3 else numbers)
-        return {"weights": weights, "optimizer": 0 if _offloads(job) else 3 * FP32 * shard, "gradients": FP32 * shard}
-    if _offloads(job):
-        return {"weights": 0, "optimizer": 0, "gradients": 0}
-    return {"weights": FP32 * shard, "optimizer": 2 * FP32 * shard, "gradients": FP32 * shard}
+def _teacher(job: Job, device: str) -> Frozen:
+    """What the teacher holds. FSDP2 shards it over the ranks that divide the student, a layer is gathered for its forward."""
+    if job.frozen is None:
+        return NO_TEACHER
+    *units, head = traced_units(job.frozen, device=device, frozen=True)
+    sharding = replace(_sharding(job.frozen), shard="full", accumulates=False, offload=False)
+    alone = Timeline({})
+    if job.gpus == 1:  # nothing is gathered
+        for unit in in_forward(alone, units):
+            run_forward(alone, unit)
+    else:
+        forward_pass(alone, units, sharding)
+    return Frozen(
+        staying=sum(sharding.kept(unit) for unit in (*units, head)),
+        computing=sum(alone.fullest.values()),
+        waiting=alone.held["stream"] + alone.held["gathered"],
+        head=0 if job.gpus == 1 else sharding.gathered(head),
+    )
 
 
 def _staying(job: Job, units: list[Unit], device: str) -> dict[str, int]:
     ranks = job.degrees.dp_shard * job.degrees.cp
     numbers, offloads = sum(unit.numbers for unit in units), _offloads(job) and device != "cpu"
+    codes = {"FP8 weights": sum(unit.lasting_codes for unit in units)}
     if job.engine.name == "deepspeed":
         zero, part = _zero(job, device), -(-numbers // ranks)
         staying = {
             "weights": zero.width * (part if zero.stage == 3 else numbers),
             "optimizer": 0 if offloads else 3 * FP32 * part,
         }
+        if zero.keeps_gradients:
+            staying["gradients"] = FP32 * numbers
         if zero.stage == 3:
             staying |= {"gradients": zero.partition(numbers), "communication": zero.bucket_bytes}
-        return staying
+        return staying | codes
     part = sum(unit.shard(ranks) for unit in units)
-    return {"weights": 0, "optimizer": 0} if offloads else {"weights": FP32 * part, "optimizer": 2 * FP32 * part}
+    return codes | ({} if offloads else {"weights": FP32 * part, "optimizer": 2 * FP32 * part})
 
 
 def _host(job: Job, units: list[Unit]) -> int:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from megatron_lite.models.attention import AttentionCore
 from megatron_lite.models.attention_kernel import attention_kernel
+from megatron_lite.models.attention_mask import Visibility
 from megatron_lite.models.cache import KeyValue
 from megatron_lite.models.context import LayerContext
 from megatron_lite.models.decoder import Decoder
@@ -66,11 +67,15 @@ class GpuAttention(nn.Module):
     """An attention core on the kernel that a GPU would run. What a window hides is not seen here: see `work.seen_fraction`."""
 
     masked: bool
+    visibility: Visibility
 
     def attend(self, query_BHTK: Tensor, kv: KeyValue, context: LayerContext) -> Tensor:
         """(B, H, T, V)."""
         key_BGSK, value_BGSV = kv.key_BGSK, kv.value_BGSV
-        same = query_BHTK.shape[-1] == value_BGSV.shape[-1]
+        same, tokens = query_BHTK.shape[-1] == value_BGSV.shape[-1], query_BHTK.shape[2]
+        if self.masked and not self.visibility.hides_some_of(tokens):  # all layers without a window share one
+            batch, dtype = len(query_BHTK), query_BHTK.dtype
+            context.shared(("dense", self.visibility, dtype), lambda: query_BHTK.new_empty(batch, 1, tokens, tokens))
         kernel = attention_kernel("cuda", query_BHTK.dtype, masked=self.masked, same_head_dims=same)
         if not kernel.repeats:
             return torch.ops.aten._scaled_dot_product_flash_attention(query_BHTK, key_BGSK, value_BGSV, 0.0, True)[0]
@@ -86,7 +91,7 @@ def meta_decoder(job: Job) -> Decoder:
     """
     with torch.device("meta"):
         decoder = Decoder(job.model)
-    # FP8 would bring the emulation's operators here; `work` counts the products of those layers by themselves
+    # the emulation's operators are not those of a GPU: see `fp8`
     precision = PrecisionConfig("fp32" if job.precision.dtype is torch.float32 else "bf16")
     parallel = replace(job.parallel, compile=False)  # what it fuses is counted, not compiled
     parallelize(decoder, MetaMesh(job.degrees), Recipe(parallel, precision))

@@ -8,12 +8,12 @@ operators are those that training would dispatch, and there is no second list of
   and key that are seen.
 - Everything else counts the bytes that it reads and writes. Under compilation, what lies between two products is one kernel: it
   reads what was there before, and writes what outlives it.
-- FP8 operands are read, cast and written once more, transposed too.
+- FP8 operands are read, cast and written, transposed too (`fp8`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -25,9 +25,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megatron_lite.parallel.context_attention import CONTEXT_ATTENTION
+from megatron_lite.planner.fp8 import CAST, PRODUCT
 
 _aten = torch.ops.aten
-_PRODUCTS = {_aten.mm: (0, 1), _aten.addmm: (1, 2), _aten.addmm_: (1, 2), _aten.bmm: (0, 1), _aten.baddbmm: (1, 2)}
+_PRODUCTS = {_aten.mm: 0, _aten.addmm: 1, _aten.addmm_: 1, _aten.bmm: 0, _aten.baddbmm: 1}  # where the left matrix is
 _FORWARD = {_aten._scaled_dot_product_flash_attention, _aten._scaled_dot_product_efficient_attention}
 _BACKWARD = {
     _aten._scaled_dot_product_flash_attention_backward,
@@ -73,22 +74,17 @@ class Recorder(TorchDispatchMode):
     """Inside, what runs is appended to `steps`.
 
     axes: the size of groups whose collectives count, by name. seen: the part of all pairs of query and key that attention looks at. fuse:
-    whether memory-bound kernels between two products are one. fp8_weights: the products with them are FP8. fp8_bytes: what casting
-    an operand costs, for each of its numbers.
+    whether memory-bound kernels between two products are one. fp8_bytes: what casting an operand costs, for each of its numbers.
     """
 
     axes: Mapping[str, int] = field(default_factory=dict)
     seen: float = 1.0
     fuse: bool = False
-    fp8_weights: Sequence[Tensor] = ()
     fp8_bytes: float = 0.0
     steps: list[Step] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         super().__init__()
-        self._weights = {_key(weight) for weight in self.fp8_weights}
-        self._weight_shapes = {tuple(weight.shape) for weight in self.fp8_weights}
-        self._cast: dict[int, StorageWeakRef] = {}
         self._read: dict[int, float] = {}  # of the kernel that is being fused
         self._written: dict[int, tuple[StorageWeakRef, float]] = {}
 
@@ -117,27 +113,22 @@ class Recorder(TorchDispatchMode):
             self._flush()
             self.steps.append(Exchange(packet.__name__, axis, max(_bytes(x) for x in (*inputs, *outputs))))
         elif packet in _PRODUCTS:
-            self._product(inputs, outputs[0], *(args[place] for place in _PRODUCTS[packet]))
+            left = args[_PRODUCTS[packet]]
+            self._product(inputs, outputs[0], left, dtype=_DTYPES.get(left.dtype, "bf16"))
+        elif packet is CAST:
+            self._flush()
+            self.steps.append(Kernel("memory", "fp8", 0.0, self.fp8_bytes * inputs[0].numel()))
+        elif packet is PRODUCT:
+            self._product(inputs[:2], outputs[0], inputs[0], dtype="fp8")
         elif packet in _FORWARD | _BACKWARD:
             self._attention(inputs, outputs, packet in _BACKWARD)
         elif operator._schema.is_mutable or not {_key(x) for x in outputs} <= {_key(x) for x in inputs}:  # not a view
             self._memory(outputs if packet in _LOOK_UPS else inputs, outputs)
 
-    def _product(self, inputs: list[Tensor], output: Tensor, left: Tensor, right: Tensor) -> None:
+    def _product(self, inputs: list[Tensor], output: Tensor, left: Tensor, *, dtype: str) -> None:
         self._flush()
-        dtype = _DTYPES.get(left.dtype, "bf16")
-        if {_key(left), _key(right)} & self._weights or tuple(output.shape) in self._weight_shapes:
-            dtype = "fp8"
-            for operand in (left, right):
-                self._cast_to_fp8(operand)
         flops = 2.0 * output.numel() * left.shape[-1]
         self.steps.append(Kernel("matmul", dtype, flops, sum(map(_bytes, {*inputs, output}))))
-
-    def _cast_to_fp8(self, operand: Tensor) -> None:
-        known = self._cast.get(_key(operand))
-        if known is None or known.expired():
-            self._cast[_key(operand)] = StorageWeakRef(operand.untyped_storage())
-            self.steps.append(Kernel("memory", "fp8", 0.0, self.fp8_bytes * operand.numel()))
 
     def _attention(self, inputs: list[Tensor], outputs: list[Tensor], backward: bool) -> None:
         self._flush()
@@ -170,7 +161,10 @@ class Recorder(TorchDispatchMode):
             if _key(tensor) not in self._written:
                 self._read[_key(tensor)] = _bytes(tensor)
         for tensor in outputs:
-            self._written[_key(tensor)] = StorageWeakRef(tensor.untyped_storage()), _bytes(tensor)
+            before = (
+                self._written[_key(tensor)][1] if _key(tensor) in self._written else 0.0
+            )  # a part may be written again
+            self._written[_key(tensor)] = StorageWeakRef(tensor.untyped_storage()), max(before, _bytes(tensor))
 
     def _flush(self) -> None:
         """End the kernel that is being fused: what nobody holds any more was never written."""
@@ -189,14 +183,16 @@ class Passes:
 
 
 def record(recorder: Recorder, forward: Callable[[], Any]) -> tuple[Passes, Any]:
-    """(the passes of `forward`, what it returned). Gradients arrive for every differentiable tensor that it returns."""
+    """(the passes of `forward`, what it returned). Gradients arrive for every differentiable tensor that it returns; where there is none,
+    backward is empty."""
     with recorder:
         result = forward()
     there = recorder.take()
     outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor) and leaf.requires_grad]
-    gradients = [torch.empty_like(output) for output in outputs]
-    with recorder:
-        torch.autograd.backward(outputs, gradients)
+    if outputs:
+        gradients = [torch.empty_like(output) for output in outputs]
+        with recorder:
+            torch.autograd.backward(outputs, gradients)
     return Passes(there, recorder.take()), result
 
 

@@ -30,7 +30,7 @@ from megatron_lite.planner.traffic import (
     sharding_of,
     stays_gathered,
 )
-from megatron_lite.planner.work import Unit
+from megatron_lite.planner.work import Unit, fp8_bytes
 
 # AdamW reads weight, gradient and two moments and writes three of them (28 bytes), clipping reads and writes the gradient (8), the
 # norm reads it (4): bytes for each number of a rank's shard.
@@ -39,14 +39,16 @@ _UPDATE_BYTES = 40
 
 @dataclass(frozen=True)
 class Assumptions:
-    """Parts of the data sheet's speeds, and seconds. `why` says what each is and where it comes from."""
+    """Parts of the data sheet's speeds, and seconds; bytes/s of the CPU. `why` says what each is and where it comes from."""
 
-    matmul: float = 0.626
+    matmul: float = 0.616
     attention: float = 0.34
     memory: float = 0.8
     link: float = 0.8
     network: float = 0.9
     launch: float = 3e-6
+    host_link: float = 50e9
+    host_memory: float = 30e9
 
     why: ClassVar[dict[str, str]] = {
         "matmul": "of the peak of their dtype: fitted on the first row of Nemotron-4's table 2 (arXiv 2402.16819)",
@@ -55,6 +57,8 @@ class Assumptions:
         "link": "of the bandwidth between the GPUs of a node: our choice",
         "network": "of the network cards' bandwidth: our choice",
         "launch": "seconds that a kernel takes at least: our choice",
+        "host_link": "bytes/s between a GPU and its CPU in one direction: our choice, 0.8 of PCIe 5.0 x16",
+        "host_memory": "bytes/s that the CPU reads and writes to update one GPU's part: our choice",
     }
 
 
@@ -90,7 +94,7 @@ _COPIES = "copies around gathers and reductions"
 def _sharded_numbers(job: Job, units: Sequence[Unit]) -> float:
     """Parameters that a rank updates."""
     degrees = job.degrees
-    return sum(unit.numbers for unit in units) / (degrees.dp_shard * degrees.cp)
+    return sum(unit.numbers for unit in units if not unit.frozen) / (degrees.dp_shard * degrees.cp)
 
 
 def _passes(job: Job, timed: Sequence[_Timed]) -> tuple[float, float]:
@@ -154,7 +158,8 @@ class Clock:
 
     def step(self, job: Job, units: Sequence[Unit]) -> StepTime:
         """The time of one step. Raises ValueError when the batch does not divide, or the GPU lacks the precision."""
-        timed = [self._unit(job, unit) for unit in units]
+        timed = [self._unit(job, unit) for unit in units if not unit.frozen]
+        teacher = [self._unit(job, unit) for unit in units if unit.frozen]
         parts: dict[str, float] = defaultdict(float)
         for one in timed:
             for passed in (one.forward, one.backward):
@@ -162,7 +167,12 @@ class Clock:
                     parts[name] += job.micro_batches * seconds
         passes, parts[_COPIES] = _passes(job, timed)
         parts["waiting for weights and gradients"] = passes - sum(parts.values())
-        parts["update"] = self.moved(_UPDATE_BYTES * _sharded_numbers(job, units))
+        if teacher:
+            forward = overlapped([_pass(one.forward, one, gather=True) for one in teacher])
+            parts["forward of the teacher"] = job.micro_batches * forward
+        if kept_fp8 := sum(unit.kept_fp8 for unit in units):
+            parts["casting weights to FP8"] = self.moved(fp8_bytes(job) * kept_fp8)
+        parts["update"] = self._update(job, _sharded_numbers(job, units))
         world = Collective(4.0, group_of(job.degrees, "world", self.gpu.node), twice=True)
         parts["agreeing on the gradient norm"] = self.collective(world)
         if TIMETABLES[job.shard].after_update:
@@ -170,26 +180,45 @@ class Clock:
         seconds = sum(parts.values())
         return StepTime(seconds, {n: value for n, value in parts.items() if value > 1e-9}, self.mfu(job, seconds))
 
+    def _update(self, job: Job, numbers: float) -> float:
+        """Of a rank's shard. On the CPU DeepSpeed waits for gradients to come, in fp32, and for weights to go back."""
+        if not job.offloads:
+            return self.moved(_UPDATE_BYTES * numbers)
+        travels = 0.0
+        if job.engine.name == "deepspeed":
+            times = job.micro_batches if TIMETABLES[job.shard].reduces_each else 1
+            travels = GRADIENT_BYTES * times + job.precision.dtype.itemsize
+        return numbers * (_UPDATE_BYTES / self.assume.host_memory + travels / self.assume.host_link)
+
     def mfu(self, job: Job, seconds: float) -> float:
         """Of a step that takes so long, as training logs it. Raises ValueError for a GPU without the precision."""
         peak = self.gpu.flops(job.precision.peak)
         return self.flops_per_token(job) * job.tokens / (seconds * job.gpus * peak)
 
     def flops_per_token(self, job: Job) -> float:
-        """`models.flops.flops_per_token`, counted once."""
-        key = id(job.model), job.seq_len
+        """As training counts them, with a third of a teacher's for its forward pass."""
+        teacher = 0.0 if job.teacher is None else self._training_flops(job.teacher.model, job.seq_len) / 3
+        return self._training_flops(job.model, job.seq_len) + teacher
+
+    def _training_flops(self, model: ModelConfig, seq_len: int) -> float:
+        key = id(model), seq_len
         if key not in self._flops:
-            self._flops[key] = job.model, flops_per_token(job.model, job.seq_len)
+            self._flops[key] = model, flops_per_token(model, seq_len)
         return self._flops[key][1]
 
     def _unit(self, job: Job, unit: Unit) -> _Timed:
         sharding = sharding_of(job, unit, self.gpu.node)
+        travels = 0.0
+        if (
+            job.offloads and job.engine.name == "fsdp" and not unit.frozen
+        ):  # an fp32 shard comes before a gather, its gradient goes
+            travels = GRADIENT_BYTES * _sharded_numbers(job, [unit]) / self.assume.host_link
         return _Timed(
             forward=self._parts(job, unit.passes.forward),
             backward=self._parts(job, unit.passes.backward),
-            gather=sum(map(self.collective, sharding.gather)),
-            reduce=sum(map(self.collective, sharding.reduce)),
-            copy_out=self.moved(2 * unit.gathered),
+            gather=travels + sum(map(self.collective, sharding.gather)),
+            reduce=travels + sum(map(self.collective, sharding.reduce)),
+            copy_out=self.moved(2 * unit.sent),
             copy_in=self.moved(unit.gathered + GRADIENT_BYTES * unit.numbers),
             stays=stays_gathered(unit),
         )

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 
 
 class Timeline:
-    """Bytes by part. at: what is going on, a name for the fullest moment. fullest: the parts at that moment."""
+    """Bytes by part, from `staying` on. at: what is going on, a name for the fullest moment. fullest: the parts at that moment."""
 
-    def __init__(self, **staying: int) -> None:
+    def __init__(self, staying: Mapping[str, int]) -> None:
         self.held: Counter[str] = Counter(staying)
         self.at = self.moment = "between two steps"
         self.fullest: dict[str, int] = dict(self.held)

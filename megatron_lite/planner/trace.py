@@ -26,15 +26,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megatron_lite.models.cache import KeyValue
-from megatron_lite.models.context import LayerContext
+from megatron_lite.models.context import LayerContext, Once
 from megatron_lite.models.decoder import Decoder
 from megatron_lite.models.pattern import LayerSpec
-from megatron_lite.parallel.cross_entropy import cross_entropy_sum
 from megatron_lite.parallel.parallelize import Recipe, parallelize
 from megatron_lite.parallel.quantization import quantize
+from megatron_lite.planner.fp8 import CODES, fp8_numbers, use_fp8
 from megatron_lite.planner.job import Job
+from megatron_lite.planner.loss import loss_of
 from megatron_lite.planner.meta import META, MetaMesh, cast_parameters, use_gpu_attention
 from megatron_lite.precision.dtypes import PrecisionConfig, fp32_modules
+from megatron_lite.precision.numerics import numerics_of
+from megatron_lite.precision.quantized_linear import QuantizedLinear
 from megatron_lite.precision.recipes import Fp8Config
 
 
@@ -54,18 +57,26 @@ class Passes:
     backward: int
 
 
+NOTHING = Passes(0, 0, 0, 0, 0)
+_KIND = {"meta": torch.device("cuda"), "cpu": torch.device("cpu")}  # the device that a place stands for
+
+
 @dataclass(frozen=True)
 class Unit:
     """What is gathered, computed and reduced together.
 
-    sizes: numbers of each parameter on a tensor-parallel rank, with its rows; in_fp32: how many numbers compute in fp32 whatever the
-    precision.
+    shapes: of each parameter on a tensor-parallel rank; in_fp32: how many numbers compute in fp32 whatever the precision. codes: bytes of
+    FP8 weights from their first forward in a step on, lasting_codes: of those that outlive the step. gathered_codes: numbers of weights
+    that are gathered in FP8.
     """
 
     name: str
     shapes: tuple[tuple[int, ...], ...]
     in_fp32: int
     passes: Passes
+    codes: int = 0
+    lasting_codes: int = 0
+    gathered_codes: int = 0
 
     @property
     def numbers(self) -> int:
@@ -113,27 +124,58 @@ class LiveBytes(TorchDispatchMode):
         self.most = max(self.most, self.now)
 
 
-def traced_units(job: Job, *, device: str = "cuda") -> list[Unit]:
-    """The units in the order of the forward pass. device: cuda or cpu.
+def traced_units(job: Job, *, device: str = "cuda", frozen: bool = False) -> list[Unit]:
+    """The units in the order of the forward pass. device: cuda or cpu. frozen: of a model that is not trained, which has a unit `norm`
+    before its head, and whose head is only read.
 
     Raises ValueError when the model does not divide by the layout's degrees.
     """
     with _devices(device) as place:
         decoder = _decoder(job, place)
-        stream = _Stream(job, decoder, place)
-        units = [_unit("embedding", [decoder.embedding], stream.embed())]
-        seen: dict[Any, tuple[Passes, KeyValue | None]] = {}
-        shared: dict[int, KeyValue] = {}
-        for index, (spec, layer) in enumerate(zip(decoder.specs, decoder.layers)):
-            key = (replace(spec, kv_from=None if spec.kv_from is None else 0), _kinds(layer))
-            if key not in seen:
-                seen[key] = stream.layer(layer, spec, shared)
-            passes, kv = seen[key]
-            if kv is not None:
-                shared[index] = kv
-            units.append(_unit(f"layers.{index}", [layer], passes))
-        tail: list[nn.Module] = [decoder.final_norm] if decoder.head is None else [decoder.final_norm, decoder.head]
-        return [*units, _unit("head", tail, stream.head())]
+        with numerics_of(decoder).step(keep_weights=job.keeps_weights):
+            stream = _Stream(job, decoder, place, frozen=frozen)
+            units = [_unit("embedding", [decoder.embedding], stream.embed()), *_layers(job, decoder, stream)]
+            tail: list[nn.Module] = [] if decoder.head is None else [decoder.head]
+            if frozen:
+                return [*units, _unit("norm", [decoder.final_norm], stream.norm()), _unit("head", tail, NOTHING)]
+            return [*units, _unit("head", [decoder.final_norm, *tail], stream.head())]
+
+
+def _layers(job: Job, decoder: Decoder, stream: _Stream) -> list[Unit]:
+    units = []
+    codes = _kept_codes(decoder) if job.keeps_weights else [0] * len(decoder.layers)
+    seen: dict[Any, tuple[Passes, KeyValue | None]] = {}
+    shared: dict[int, KeyValue] = {}
+    for index, (spec, layer) in enumerate(zip(decoder.specs, decoder.layers)):
+        key = (replace(spec, kv_from=None if spec.kv_from is None else 0), _kinds(layer))
+        if key not in seen:
+            seen[key] = stream.layer(layer, spec, shared)
+        passes, kv = seen[key]
+        if kv is not None:
+            shared[index] = kv
+        unit, fp8 = _unit(f"layers.{index}", [layer], passes), fp8_numbers(layer)
+        if job.gathers_codes:  # TE transposes those that stay
+            unit = replace(unit, gathered_codes=_fp8_numbers(layer), codes=fp8 if job.keeps_weights else 0)
+        elif job.keeps_weights:
+            unit = replace(unit, codes=codes[index], lasting_codes=CODES * fp8)
+        units.append(unit)
+    units[0] = _with(units[0], stream.masks)
+    return units
+
+
+def _fp8_numbers(layer: nn.Module) -> int:
+    """Numbers of a layer's FP8 weights, whichever backend they are for."""
+    return fp8_numbers(layer) + sum(m.weight.numel() for m in layer.modules() if isinstance(m, QuantizedLinear))
+
+
+def _kept_codes(decoder: Decoder) -> list[int]:
+    """Bytes of each layer's FP8 weights that the emulation keeps for a step. Made here, they are not seen in any pass."""
+    sizes = []
+    for layer in decoder.layers:
+        pairs = [m.quantized_weight(m.weight) for m in layer.modules() if isinstance(m, QuantizedLinear)]
+        codes = {part.codes.untyped_storage()._cdata: part.codes for pair in pairs for part in pair}
+        sizes.append(sum(map(_bytes, codes.values())))
+    return sizes
 
 
 @contextmanager
@@ -151,10 +193,13 @@ def _decoder(job: Job, place: torch.device) -> Decoder:
     with place:
         decoder = Decoder(job.model)
     mesh = MetaMesh(job.degrees, device=place)
-    if isinstance(job.precision, Fp8Config):
+    emulated = isinstance(job.precision, Fp8Config) and job.precision.backend_on(_KIND[place.type]) == "emulated"
+    if isinstance(job.precision, Fp8Config) and emulated:
         quantize(decoder, replace(job.precision, backend="emulated"), mesh)
     plain = PrecisionConfig("fp32" if job.precision.dtype is torch.float32 else "bf16")
     parallelize(decoder, mesh, Recipe(replace(job.parallel, compile=False), plain))
+    if isinstance(job.precision, Fp8Config) and not emulated:
+        use_fp8(decoder, job.precision, keeps_weights=job.keeps_weights)
     if place == META:
         use_gpu_attention(decoder, masked=job.masked)
     cast_parameters(decoder, job.precision.dtype)
@@ -164,15 +209,16 @@ def _decoder(job: Job, place: torch.device) -> Decoder:
 class _Stream:
     """Runs the parts of a decoder on a micro-batch without memory."""
 
-    def __init__(self, job: Job, decoder: Decoder, place: torch.device) -> None:
-        self.job, self.decoder, self.place = job, decoder, place
+    def __init__(self, job: Job, decoder: Decoder, place: torch.device, *, frozen: bool) -> None:
+        self.job, self.decoder, self.place, self.frozen = job, decoder, place, frozen
         self.text = job.seq_len // job.degrees.cp
         tokens = job.model.meta_tokens + self.text
         cut = job.degrees.tp if job.parallel.sequence_parallel else 1
         self.shape = (job.micro_batch, tokens // cut, job.model.hidden_size)
         documents = torch.zeros(job.micro_batch, tokens, dtype=torch.int64, device=place) if job.masked else None
         positions = torch.arange(tokens, device=place)[None]
-        self.context = LayerContext(positions, documents, prefix=job.model.meta_tokens)
+        self.masks = 0  # bytes that the layers share
+        self.context = LayerContext(positions, documents, prefix=job.model.meta_tokens, once=Once())
 
     def embed(self) -> Passes:
         """Has no input with a gradient."""
@@ -182,16 +228,20 @@ class _Stream:
     def layer(self, layer: nn.Module, spec: LayerSpec, shared: dict[int, KeyValue]) -> tuple[Passes, KeyValue | None]:
         """shared: keys and values of earlier layers. Returns those of this one, if others use them."""
         context = replace(self.context, kv=None if spec.kv_from is None else shared[spec.kv_from])
+        if self.job.masked or spec.window is not None:
+            self._make_masks(lambda x_BTD: layer(x_BTD, context))
         passes, kv = self._passes(lambda x_BTD: layer(x_BTD, context))
         return passes, kv if spec.shares else None
 
+    def _make_masks(self, run: Callable[[Tensor], Any]) -> None:
+        """What the layers of a forward make only once, they find from here on."""
+        with LiveBytes() as live, torch.no_grad():
+            run(torch.empty(self.shape, dtype=self.job.precision.dtype, device=self.place))
+            self.masks += live.now
+
     def head(self) -> Passes:
         """Final norm, products with the head's weight and loss."""
-        prefix, words = self.job.model.meta_tokens, self._words().flatten()
-        mask_N = torch.empty_like(words, dtype=torch.bool)
-
-        def loss(x_ND: Tensor, weight_VD: Tensor) -> Tensor:
-            return cross_entropy_sum(x_ND, weight_VD, words, mask_N, vocab_size=self.decoder.config.vocab_size)
+        prefix, loss = self.job.model.meta_tokens, loss_of(self.job, self.decoder, self._words().flatten())
 
         def forward(x_BTD: Tensor) -> Tensor:
             hidden_BTD = self.decoder.final_norm(x_BTD)[:, prefix:]
@@ -199,14 +249,20 @@ class _Stream:
 
         return self._passes(forward)[0]
 
+    def norm(self) -> Passes:
+        """Final norm alone."""
+        return self._passes(self.decoder.final_norm)[0]
+
     def _passes(self, run: Callable[[Tensor], Any], tokens: int | None = None) -> tuple[Passes, KeyValue | None]:
         batch, length, width = self.shape
         shape = (batch, length if tokens is None else tokens, width)
         leaf = torch.empty(shape, dtype=self.job.precision.dtype, device=self.place, requires_grad=True)
-        with LiveBytes() as live:
+        with LiveBytes() as live, torch.set_grad_enabled(not self.frozen):
             result = run(leaf.clone())  # not a leaf: freed unless the unit keeps it
             output, kv = result if isinstance(result, tuple) else (result, None)
             size, forward = _bytes(output), live.most
+            if self.frozen:
+                return Passes(_bytes(leaf), size, live.now - size, forward, 0), kv
             edge, gradient = get_gradient_edge(output), torch.empty_like(output)
             del result, output
             kept = live.now - size  # the gradient of the output is as large as the output
@@ -223,6 +279,13 @@ def _unit(name: str, modules: list[nn.Module], passes: Passes) -> Unit:
     shapes = tuple(tuple(parameter.shape) for module in modules for parameter in module.parameters())
     kept = {id(p): p.numel() for module in modules for part in fp32_modules(module) for p in part.parameters()}
     return Unit(name, shapes, sum(kept.values()), passes)
+
+
+def _with(unit: Unit, size: int) -> Unit:
+    """`unit`, which also makes `size` bytes that live until its backward is done."""
+    p = unit.passes
+    more = replace(p, kept=p.kept + size, forward=p.forward + size, backward=p.backward + size)
+    return replace(unit, passes=more)
 
 
 def _kinds(layer: nn.Module) -> tuple[str, ...]:

@@ -121,7 +121,7 @@ def sharding_of(job: Job, unit: Unit, node: int) -> Sharding:
     """The collectives of one gather and one reduction of `unit`; none where there is one rank."""
     shard, replicate = (group_of(job.degrees, axis, node) for axis in ("dp_shard", "dp_replicate"))
     gradients = float(GRADIENT_BYTES * unit.numbers)
-    gather = [Collective(float(unit.gathered), shard)] if shard.ranks > 1 else []
+    gather = [Collective(float(unit.sent), shard)] if shard.ranks > 1 else []
     reduce = [Collective(gradients, shard)] if shard.ranks > 1 else []
     if replicate.ranks > 1:
         reduce.append(Collective(gradients / shard.ranks, replicate, twice=True))
@@ -187,12 +187,17 @@ def flows(job: Job, units: list[Unit], node: int) -> list[Flow]:
         for axis, beside in (("tp", "nothing"), ("cp", "attention"))
     ]
     gathers, reduces = [], []
+    of_teacher: list[Collective] = []
     for unit in units:
         sharding = sharding_of(job, unit, node)
+        if unit.frozen:
+            of_teacher += sharding.gather * batches
+            continue
         times = sum(map(timetable.gathers_in_forward, range(batches))) + int(timetable.after_update)
         times += batches if timetable.backward and not stays_gathered(unit) else 0
         gathers += sharding.gather * times
         reduces += sharding.reduce * (batches if timetable.reduces_each else 1)
+    rows.append(_flow("weights of the teacher gathered", of_teacher, times=1, beside="the layer before"))
     beside = "nothing, after the update" if timetable.after_update else "the layer before"
     rows.append(_flow("weights gathered", gathers, times=1, beside=beside))
     beside = "backward" if timetable.reduces_each else "backward of the last micro-batch"

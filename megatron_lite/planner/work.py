@@ -19,9 +19,9 @@ from megatron_lite.models.cache import KeyValue
 from megatron_lite.models.context import LayerContext
 from megatron_lite.models.decoder import Decoder
 from megatron_lite.models.pattern import LayerSpec
-from megatron_lite.parallel.cross_entropy import cross_entropy_sum
-from megatron_lite.parallel.quantization import linear_layers
+from megatron_lite.planner.fp8 import fp8_numbers, use_fp8
 from megatron_lite.planner.job import Job
+from megatron_lite.planner.loss import loss_of
 from megatron_lite.planner.meta import META, meta_decoder, meta_tensor
 from megatron_lite.planner.operators import Passes, Recorder, Step, record
 from megatron_lite.precision.recipes import DelayedScalingConfig, Fp8Config
@@ -32,12 +32,22 @@ class Unit:
     """What is gathered, computed and reduced together.
 
     numbers: parameters of the tensor-parallel shard. gathered: their bytes in the dtype of the passes. passes: of a micro-batch.
+    kept_fp8: numbers of weights that are cast to FP8 once a step. codes: numbers of those that are gathered in FP8. frozen: of a teacher,
+    which only runs forward.
     """
 
     name: str
     numbers: int
     gathered: int
     passes: Passes
+    kept_fp8: int = 0
+    codes: int = 0
+    frozen: bool = False
+
+    @property
+    def sent(self) -> int:
+        """Bytes of a gather."""
+        return self.gathered - self.codes * (torch.bfloat16.itemsize - 1)
 
     @property
     def steps(self) -> list[Step]:
@@ -46,25 +56,43 @@ class Unit:
 
 
 def units_of(job: Job) -> list[Unit]:
-    """The units in the order of the forward pass. Raises ValueError when the model does not divide by the layout."""
+    """The units in the order of the forward pass, those of a teacher first. Raises ValueError when a model does not divide by the
+    layout."""
+    if job.frozen is None:
+        return _units(job, frozen=False)
+    with torch.no_grad():
+        teacher = _units(job.frozen, frozen=True)
+    return [*teacher, *_units(job, frozen=False)]
+
+
+def _units(job: Job, *, frozen: bool) -> list[Unit]:
     decoder = meta_decoder(job)
+    if isinstance(job.precision, Fp8Config):
+        use_fp8(decoder, job.precision, keeps_weights=job.keeps_weights)
     stream = _Stream(job, decoder)
     units = [_unit("embedding", [decoder.embedding], stream.embed())]
-    fp8 = linear_layers(decoder, job.precision) if isinstance(job.precision, Fp8Config) else {}
     traced: dict[Any, tuple[Passes, KeyValue | None]] = {}
     shared: dict[int, KeyValue] = {}
     for index, (spec, layer) in enumerate(zip(decoder.specs, decoder.layers)):
-        prefix = f"layers.{index}."
-        chosen = [name.removeprefix(prefix) for name, is_fp8 in fp8.items() if is_fp8 and name.startswith(prefix)]
-        key = (replace(spec, kv_from=None if spec.kv_from is None else 0), tuple(chosen))
+        fp8 = fp8_numbers(layer)
+        key = (replace(spec, kv_from=None if spec.kv_from is None else 0), fp8)
         if key not in traced:
-            traced[key] = stream.layer(layer, spec, chosen, shared)
+            traced[key] = stream.layer(layer, spec, shared)
         passes, kv = traced[key]
         if kv is not None:
             shared[index] = kv
-        units.append(_unit(f"layers.{index}", [layer], passes))
+        kept, codes = (fp8 if there else 0 for there in (job.keeps_weights, job.gathers_codes))
+        units.append(replace(_unit(f"layers.{index}", [layer], passes), kept_fp8=kept, codes=codes))
     tail: list[nn.Module] = [decoder.final_norm] if decoder.head is None else [decoder.final_norm, decoder.head]
-    return [*units, _unit("head", tail, stream.head())]
+    # a teacher's logits are computed with the student's
+    units.append(_unit("head", tail, stream.norm() if frozen else stream.head()))
+    return [replace(unit, frozen=frozen) for unit in units]
+
+
+def fp8_bytes(job: Job) -> float:
+    """What casting an operand to FP8 moves, for each of its numbers: read for the largest number, read to cast, written in rows and in
+    columns; delayed scaling knows the scale before."""
+    return 4.0 if isinstance(job.precision, DelayedScalingConfig) else 6.0
 
 
 def seen_fraction(spec: LayerSpec, tokens: int, always_visible: int) -> float:
@@ -94,19 +122,14 @@ class _Stream:
         words_BT = torch.empty(self.job.micro_batch, self.text, dtype=torch.int64, device=META)
         return record(self.recorder(), lambda: self.decoder.embedding(words_BT))[0]
 
-    def layer(
-        self, layer: nn.Module, spec: LayerSpec, fp8: list[str], shared: dict[int, KeyValue]
-    ) -> tuple[Passes, KeyValue | None]:
-        """(its passes, its keys and values if other layers use them). fp8: the names of its linear layers that are. shared: keys and
-        values of earlier layers."""
+    def layer(self, layer: nn.Module, spec: LayerSpec, shared: dict[int, KeyValue]) -> tuple[Passes, KeyValue | None]:
+        """(its passes, its keys and values if other layers use them). shared: keys and values of earlier layers."""
         recorder = self.recorder(
             seen=seen_fraction(
                 spec, self.job.model.meta_tokens + self.job.seq_len, self.job.model.attention.always_visible
             ),
             fuse=self.job.parallel.compile,
-            fp8_weights=[layer.get_submodule(name).get_parameter("weight") for name in fp8],
-            # read for the largest number, read to cast, written in rows and in columns; delayed scaling knows the scale before
-            fp8_bytes=4.0 if isinstance(self.job.precision, DelayedScalingConfig) else 6.0,
+            fp8_bytes=fp8_bytes(self.job),
         )
         context = replace(self.context, kv=None if spec.kv_from is None else shared[spec.kv_from])
         x_BTD = self._x()
@@ -117,17 +140,17 @@ class _Stream:
         """Final norm, products with the head's weight and loss."""
         x_BTD, decoder, prefix = self._x(), self.decoder, self.job.model.meta_tokens
         targets_N = torch.empty(self.job.micro_batch * self.text, dtype=torch.int64, device=META)
-        mask_N = torch.empty_like(targets_N, dtype=torch.bool)
-
-        def loss(x_ND: Tensor, weight_VD: Tensor) -> Tensor:
-            # three numbers a token travel between tensor-parallel ranks: not counted
-            return cross_entropy_sum(x_ND, weight_VD, targets_N, mask_N, vocab_size=decoder.config.vocab_size)
+        loss = loss_of(self.job, decoder, targets_N)
 
         def forward() -> Tensor:
             hidden_BTD = decoder.final_norm(x_BTD)[:, prefix:]
             return decoder.with_head_weight(loss, hidden_BTD.flatten(0, 1))
 
         return record(self.recorder(), forward)[0]
+
+    def norm(self) -> Passes:
+        """Final norm alone."""
+        return record(self.recorder(), lambda: self.decoder.final_norm(self._x()))[0]
 
     def _x(self) -> Tensor:
         return meta_tensor(*self.shape, dtype=self.job.precision.dtype, grad=True)

@@ -2,6 +2,7 @@
 
 The order of events is that of DeepSpeed (runtime/zero/stage_1_and_2.py, stage3.py):
 
+- Stage 1 in bf16 has an fp32 buffer for all gradients, also between steps (runtime/bf16_optimizer.py).
 - Stage 1 keeps all gradients in fp32 until backward is done, and then moves them through one bucket, which is there since the first of
   them. Stage 2 moves each into the bucket at once. A full bucket is summed over the ranks, each rank's part in a copy, and what is in
   this rank's partition is kept.
@@ -14,7 +15,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_lite.planner.fsdp_step import FP32, backward, forward
+from megatron_lite.planner.fsdp_step import FP32
+from megatron_lite.planner.passes import NO_TEACHER, Frozen, backward, forward, in_backward, in_forward
 from megatron_lite.planner.timeline import Timeline
 from megatron_lite.planner.trace import Unit
 
@@ -44,6 +46,15 @@ class Zero:
         width = self.width if self.stage == 2 else FP32
         return self.bucket * width * (2 if self.overlaps and self.stage < 3 else 1)
 
+    @property
+    def keeps_gradients(self) -> bool:
+        """Whether all gradients have a buffer that stays."""
+        return self.stage == 1 and self.width < FP32
+
+    def gathered(self, unit: Unit) -> int:
+        """Bytes of a unit's weights as stage 3 computes with them; one rank has them already."""
+        return self.width * unit.numbers if self.ranks > 1 else 0
+
     def partition(self, numbers: int) -> int:
         """Bytes of this rank's fp32 part of `numbers` gradients."""
         return 0 if self.offload else FP32 * -(-numbers // self.ranks)
@@ -55,28 +66,26 @@ class Zero:
         return FP32 * (numbers if self.stage == 3 or self.width < FP32 else min(numbers, self.bucket))
 
 
-def zero_step(timeline: Timeline, units: list[Unit], zero: Zero) -> None:
+def zero_step(timeline: Timeline, units: list[Unit], zero: Zero, teacher: Frozen = NO_TEACHER) -> None:
     """A step of DeepSpeed."""
     if zero.stage == 3:
-        _gathering_step(timeline, units, zero)
+        _gathering_step(timeline, units, zero, teacher)
     else:
-        _partitioning_step(timeline, units, zero)
+        _partitioning_step(timeline, units, zero, teacher)
 
 
-def _partitioning_step(timeline: Timeline, units: list[Unit], zero: Zero) -> None:
+def _partitioning_step(timeline: Timeline, units: list[Unit], zero: Zero, teacher: Frozen) -> None:
     numbers = sum(unit.numbers for unit in units)
-    if zero.accumulates:
+    if zero.accumulates and not zero.keeps_gradients:
         timeline.hold("gradients", FP32 * numbers if zero.stage == 1 else zero.partition(numbers))
-    for unit in units:
-        timeline.at = f"forward of {unit.name}"
+    for unit in in_forward(timeline, units, teacher):
         forward(timeline, unit)
     timeline.hold("communication", zero.bucket_bytes)
     collected = partition = 0
-    for unit in reversed(units):
-        timeline.at = f"backward of {unit.name}"
+    for unit in in_backward(timeline, units):
         backward(timeline, unit)
         if zero.stage == 1:
-            timeline.hold("gradients", 0 if zero.accumulates else FP32 * unit.numbers)
+            timeline.hold("gradients", 0 if zero.accumulates or zero.keeps_gradients else FP32 * unit.numbers)
             continue
         collected += unit.numbers
         if collected >= zero.bucket:
@@ -84,11 +93,12 @@ def _partitioning_step(timeline: Timeline, units: list[Unit], zero: Zero) -> Non
             timeline.spike("communication", zero.reduction(min(collected, zero.bucket)))
             collected = 0
     timeline.at = "the reduction of gradients"
-    if zero.stage == 1:
+    releases = zero.stage == 1 and not zero.keeps_gradients
+    if releases:
         timeline.release("gradients", FP32 * min(numbers, zero.bucket))
     partition = _keep_partition(timeline, zero, numbers, partition)
     timeline.spike("communication", zero.reduction(min(numbers, zero.bucket)))
-    if zero.stage == 1:
+    if releases:
         timeline.release("gradients", FP32 * (numbers - min(numbers, zero.bucket)))
     timeline.at = "the update"
     timeline.spike("gradients", partition)  # in one flat tensor
@@ -103,24 +113,22 @@ def _keep_partition(timeline: Timeline, zero: Zero, numbers: int, already: int) 
     return partition
 
 
-def _gathering_step(timeline: Timeline, units: list[Unit], zero: Zero) -> None:
+def _gathering_step(timeline: Timeline, units: list[Unit], zero: Zero, teacher: Frozen) -> None:
     live: set[str] = set()
     numbers = collected = 0
-    for unit in units:
-        timeline.at = f"forward of {unit.name}"
-        timeline.hold("gathered", zero.width * unit.numbers)
+    for unit in in_forward(timeline, units, teacher):
+        timeline.hold("gathered", zero.gathered(unit))
         forward(timeline, unit)
         if numbers + unit.numbers <= _MOST_LIVE:
             live.add(unit.name)
             numbers += unit.numbers
         else:
-            timeline.release("gathered", zero.width * unit.numbers)
-    for unit in reversed(units):
-        timeline.at = f"backward of {unit.name}"
-        timeline.hold("gathered", 0 if unit.name in live else zero.width * unit.numbers)
+            timeline.release("gathered", zero.gathered(unit))
+    for unit in in_backward(timeline, units):
+        timeline.hold("gathered", 0 if unit.name in live else zero.gathered(unit))
         backward(timeline, unit)
         timeline.spike("gradients", zero.width * unit.numbers)  # on their way into the bucket
-        timeline.release("gathered", zero.width * unit.numbers)
+        timeline.release("gathered", zero.gathered(unit))
         collected += unit.numbers
         if collected >= zero.bucket or unit is units[0]:
             timeline.spike("communication", zero.reduction(min(collected, zero.bucket)))

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 # What delayed scaling keeps, as `<kind>.<layer>` in a checkpoint, and what it is before the first step.
 STATE = {"scale_fwd": 1.0, "amax_history_fwd": 0.0, "scale_bwd": 1.0, "amax_history_bwd": 0.0}
 
+EVENTS = "precision_events"  # the manifest's key for what made a run compute more exactly (see training/ladder.py)
+
 
 @dataclass(frozen=True)
 class Observation:

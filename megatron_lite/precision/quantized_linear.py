@@ -96,7 +96,7 @@ class _Linear(torch.autograd.Function):
             ctx.save_for_backward(x_MK, weight)
         if bias is not None:
             y_MN = y_MN + bias
-        return y_MN.to(x.dtype).view(*x.shape[:-1], -1)
+        return y_MN.to(x.dtype).view(*x.shape[:-1], y_MN.shape[1])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:

@@ -102,7 +102,7 @@ class Trackers:
     """The record and the observers as one tracker. Without any it does nothing.
 
     A run must not continue without its record, so the record is written at once and its errors are raised. An observer neither
-    ends nor delays a training: each works on a thread of its own, and one that raises or hangs is left out, which `on_loss` hears.
+    ends nor delays a training: each works on a thread of its own, and one that raises or hangs is left out and reported to `on_loss`.
     `close` waits `PATIENCE_SECONDS` for them.
     """
 
@@ -129,7 +129,7 @@ class Trackers:
         self._observe(lambda observer: observer.log(row))
 
     def drop_after(self, step: int) -> None:
-        """The run went back to `step`: the record marks its later rows; observers are told nothing and see the steps again."""
+        """The run went back to `step`: the record marks its later rows; observers are not notified and see the steps again."""
         if self.record:
             self.record.drop_after(step)
 

@@ -155,7 +155,7 @@ def validate_model(run: RunConfig, world_size: int) -> None:
     family_named(run.model.family)
     check_layout(run.model, run.parallel, seq_len=run.data.seq_len)
     if isinstance(run.precision, Fp8Config):
-        tokens = run.train.micro_batch_size * run.data.seq_len // run.parallel.cp
+        tokens = run.train.micro_batch_size * (run.model.meta_tokens + run.data.seq_len // run.parallel.cp)
         check_sizes(run.model, run.precision, tp=run.parallel.tp, tokens=tokens)
         degrees = run.parallel.degrees(world_size)
         sharding = 1 if run.engine.replicates else degrees.dp_shard * degrees.cp

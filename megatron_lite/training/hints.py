@@ -12,8 +12,8 @@ from megatron_lite.training.trainer import Trainer
 def how_to_lengthen(trainer: Trainer, directory: Path) -> str:
     """How to train the finished run in `directory` for twice its length.
 
-    Where the learning rate has decayed, a longer run goes on from the newest checkpoint at the peak: from the last one the rate would
-    jump up again.
+    Where the learning rate has decayed, a longer run continues from the newest checkpoint at the peak: from the last one the rate
+    would jump up again.
     """
     schedule, config = trainer.schedule, trainer.config
     if config.max_steps is not None:
@@ -41,7 +41,7 @@ def newest_at_peak(trainer: Trainer) -> Path | None:
     for step in reversed(store.steps()):
         try:
             there = progress_of(store.read_manifest(step))
-        except CheckpointError:  # a damaged one is no place to go on from
+        except CheckpointError:  # a damaged one cannot be continued
             continue
         if schedule.rate(there) >= schedule.lr.peak:
             return store.path(step)

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from megatron_lite.optim.spikes import Spikes
-from megatron_lite.precision.numerics import Numerics, Observation
+from megatron_lite.precision.numerics import EVENTS, Numerics, Observation
 
 OVERFLOW = 1e-3  # share of an operand beyond the largest number: a scale that lags behind saturates a few elements, not this many
 UNDERFLOW = 0.5  # share of an operand that became 0
@@ -84,12 +84,12 @@ class Ladder:
 
     def state(self) -> dict[str, Any]:
         """For the manifest."""
-        return {"precision_events": self.events} if self.events else {}
+        return {EVENTS: self.events} if self.events else {}
 
     def load_state(self, manifest: Mapping[str, Any]) -> None:
         """Add the events of a checkpoint to those at hand, which a rollback keeps, and go to the rung of the newest."""
         known = {(event["step"], event["end"]) for event in self.events}
-        loaded = manifest.get("precision_events", [])
+        loaded = manifest.get(EVENTS, [])
         self.events += [event for event in loaded if (event["step"], event["end"]) not in known]
         rungs = [event["rung"] for event in self.events if event["recipe"] == self.recipe]
         if rungs and self.after:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -25,27 +25,43 @@ from megatron_lite.runtime import Runtime
 from megatron_lite.tracking.memory import MEMORY_FILE
 from megatron_lite.training.config import RunConfig
 from megatron_lite.training.metrics import memory_gib
-from megatron_lite.training.planning import check_layout, job_of
+from megatron_lite.training.planning import check_layout, job_of, teacher_of
 
 # Growth of a process on a CPU from which on it is compared with the plan: less may be libraries.
 _LEAST_GIB = 0.5
 _LAYOUTS = 3
 
 
-class MemoryCheck:
-    """The plan of one job's memory, beside what it takes. `lost` collects failures."""
+@dataclass(frozen=True)
+class DeviceMemory:
+    """A GPU by torch's name, and its bytes."""
 
-    def __init__(self, run: RunConfig, runtime: Runtime, lost: Lost) -> None:
+    name: str
+    size: int
+
+    @classmethod
+    def of(cls, device: torch.device) -> DeviceMemory | None:
+        """That of this process; None on a CPU."""
+        if device.type != "cuda":
+            return None
+        properties = torch.cuda.get_device_properties(device)
+        return cls(properties.name, properties.total_memory)
+
+
+class MemoryCheck:
+    """The plan of one job's memory, beside what it takes. `lost` collects failures. gpu: which it must fit; None: this process's."""
+
+    def __init__(self, run: RunConfig, runtime: Runtime, lost: Lost, gpu: DeviceMemory | None = None) -> None:
         self.run, self.runtime, self.lost = run, runtime, lost
+        self.gpu = gpu or DeviceMemory.of(runtime.device)
         self.before = 0.0 if runtime.device.type == "cuda" else memory_gib(runtime.device)
 
     def warn(self) -> None:
         """Warn on the main process of a GPU whose memory the plan exceeds."""
-        if self.runtime.device.type != "cuda" or not self.runtime.is_main:
+        if self.gpu is None or not self.runtime.is_main:
             return
         try:
-            properties = torch.cuda.get_device_properties(self.runtime.device)
-            text = too_large(self.run, self.runtime.world_size, properties.total_memory, name=properties.name)
+            text = too_large(self.run, self.runtime.world_size, self.gpu)
         except Exception as error:
             self.lost(f"plan of the memory: {type(error).__name__}: {error}")
             return
@@ -72,29 +88,31 @@ class MemoryCheck:
         return f"memory of a rank: planned {gib:.2f} GiB, measured {measured:.2f} GiB {what} (plan {gib / measured - 1:+.0%})."
 
 
-def too_large(run: RunConfig, world_size: int, available: int, *, name: str) -> str:
-    """Why a rank of `run` does not fit into `available` bytes of a GPU of that name, and layouts that would; empty if it fits."""
+def too_large(run: RunConfig, world_size: int, gpu: DeviceMemory) -> str:
+    """Why a rank of `run` does not fit into the GPU, and layouts that would; empty if it fits."""
     planned = _planned(run, world_size, "cuda")
-    if planned.total + OUTSIDE <= available:
+    if planned.total + OUTSIDE <= gpu.size:
         return ""
     parts = ", ".join(f"{part} {size / 1e9:.1f}" for part, size in sorted(planned.parts.items(), key=lambda p: -p[1]))
     return (
         f"this layout is planned to take {planned.total / 1e9:.1f} GB of a rank ({parts}) and about {OUTSIDE / 1e9:.0f} outside of torch's "
-        f"allocator, but {name} has {available / 1e9:.1f} GB. {_that_would(run, world_size, name, available)}"
+        f"allocator, but {gpu.name} has {gpu.size / 1e9:.1f} GB. {_that_would(run, world_size, gpu)}"
     )
 
 
 def _planned(run: RunConfig, world_size: int, device: str) -> Memory:
-    return memory(job_of(run, world_size), device=device)
+    return memory(job_of(run, world_size, teacher=teacher_of(run)), device=device)
 
 
-def _that_would(run: RunConfig, world_size: int, name: str, available: int) -> str:
-    gpu = next((gpu for gpu in GPUS if re.search(gpu.pattern, name)), None)
-    if gpu is None:
+def _that_would(run: RunConfig, world_size: int, gpu: DeviceMemory) -> str:
+    known = next((row for row in GPUS if re.search(row.pattern, gpu.name)), None)
+    if known is None:
         return "Shard more (engine.shard=full, parallel.tp), recompute more, or lower train.micro_batch_size."
     try:
-        gpu = replace(gpu, memory=available)  # a data sheet's is a little more
-        found = search(job_of(run, world_size), gpu, check=partial(check_layout, run), show=_LAYOUTS)
+        known = replace(known, memory=gpu.size)  # a data sheet's is a round number
+        found = search(
+            job_of(run, world_size, teacher=teacher_of(run)), known, check=partial(check_layout, run), show=_LAYOUTS
+        )
     except ValueError as error:  # none does
         return f"{error}."
     return "These would fit: " + "; or ".join(overrides_of(one.job) for one in found.best)

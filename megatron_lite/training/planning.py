@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from megatron_lite.planner.job import Job
+from megatron_lite.models.config import ModelConfig
+from megatron_lite.parallel.distillation_loss import DistillationWeights
+from megatron_lite.parallel.sequence_length import check_layout as check_division
+from megatron_lite.planner.job import Job, Teacher
+from megatron_lite.ranks import Ranks
 from megatron_lite.training.config import RunConfig, validate, validate_model
+from megatron_lite.weights import model_config
 
 
-def job_of(run: RunConfig, world_size: int) -> Job:
-    """`run` on `world_size` processes, as the planner sees it."""
+def job_of(run: RunConfig, world_size: int, *, teacher: ModelConfig | None = None) -> Job:
+    """`run` on `world_size` processes, as the planner sees it. teacher: see `teacher_of`."""
     return Job(
         run.model,
         run.parallel,
@@ -20,7 +25,24 @@ def job_of(run: RunConfig, world_size: int) -> Job:
         micro_batch=run.train.micro_batch_size,
         global_batch=run.train.global_batch_size,
         masked=run.data.reset_attention,
+        teacher=None if teacher is None else _teacher(run, teacher),
     )
+
+
+def teacher_of(run: RunConfig) -> ModelConfig | None:
+    """The model of the run's teacher, of which no weight is read; None where it has none. Raises ValueError where it is not there."""
+    path = run.objective.teacher_path
+    return None if path is None else model_config(path, Ranks())
+
+
+def _teacher(run: RunConfig, model: ModelConfig) -> Teacher:
+    if model.padded_vocab != run.model.padded_vocab:
+        raise ValueError(
+            f"the teacher has an output embedding of {model.padded_vocab} rows and the model one of {run.model.padded_vocab}; a teacher "
+            "must have the model's vocabulary: give another one, or set model.vocab_size and model.vocab_multiple"
+        )
+    weights = DistillationWeights(run.objective.temperature, run.objective.cross_entropy)
+    return Teacher(model, run.objective.teacher_dtype or run.precision.dtype, weights)
 
 
 def check_layout(run: RunConfig, job: Job) -> None:
@@ -32,3 +54,8 @@ def check_layout(run: RunConfig, job: Job) -> None:
     validate(run, job.gpus)
     if run.takes_model_of_source:
         validate_model(run, job.gpus)
+    if job.teacher is not None:
+        try:
+            check_division(job.teacher.model, job.parallel, seq_len=job.seq_len)
+        except ValueError as error:
+            raise ValueError(f"the teacher cannot be divided like the student: {error}") from error

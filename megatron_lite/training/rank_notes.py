@@ -27,7 +27,6 @@ class RankNotes:
         store: Any = dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
         store.set_timeout(timedelta(seconds=5))
         self._store = dist.PrefixStore(f"watchdog/{next(_jobs)}", store)
-        self._before: dict[int, tuple[int, float]] = {}
 
     def publish(self, kind: str, note: dict[str, Any]) -> bool:
         """Publish this rank's note. Returns False if the store does not answer."""
@@ -95,16 +94,6 @@ class RankNotes:
             return self._store.add("reported", 0) > 0
         except RuntimeError:  # the store is gone
             return False
-
-    def own_times(self) -> dict[int, float]:
-        """rank -> own seconds per step since the last call, of ranks that have done a step."""
-        times = {}
-        for rank, note in self.read("beat").items():
-            steps, own = self._before.get(rank, (0, 0.0))
-            if note["steps"] > steps:
-                times[rank] = (note["own"] - own) / (note["steps"] - steps)
-                self._before[rank] = (note["steps"], note["own"])
-        return times
 
 
 class Others:

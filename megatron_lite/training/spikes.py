@@ -2,13 +2,14 @@
 
     ignore      nothing; only updates that are not finite are left out
     skip        the update of a spike is left out
-    rollback    skip, and once the host reads of it the run goes back to a checkpoint of before and reads on behind the spike's samples
-    stop        skip, and once the host reads of it the run fails
+    rollback    skip; once the host has read of it, the run returns to an earlier checkpoint and continues after the spike's samples
+    stop        skip; once the host has read of it, the run fails
 
-The host reads with the row that is logged anyway, at multiples of `train.log_every`, which do not depend on where a run was stopped.
-A rollback goes to the newest checkpoint at least `spike.window` steps older than the spike, so that the weights are of before whatever
-led to it. Its position, with `consumed_samples` behind the last spiking sample, is saved before the next step in place of that
-checkpoint. Whenever the job is killed, the next one either finds that, or comes to the same spike again.
+The device decides whether a step is a spike. The host reads this with the row that is logged anyway, at multiples of
+`train.log_every`, which do not depend on where a run was stopped. A rollback returns to the newest checkpoint at least
+`spike.window` steps older than the spike, so that the weights are older than whatever led to it. Before the next step, that
+checkpoint is replaced by one whose `consumed_samples` is after the last spiking sample. So a job that is killed at any moment is
+followed by one that finds this checkpoint, or meets the same spike again.
 """
 
 from __future__ import annotations
@@ -124,12 +125,12 @@ def act_on_spikes(trainer: Trained, spikes: Spikes | None) -> bool:
 
 
 def _is_hopeless(trainer: Trained) -> bool:
-    """Whether so many updates in a row were left out that the run must not go on like this."""
+    """Whether so many updates in a row were skipped that the run must not continue."""
     return bool(trainer.skips.item() >= trainer.config.max_skipped_steps)
 
 
 def roll_back(trainer: Trained, spikes: Spikes) -> bool:
-    """Go back to before the spikes and on behind them. False where there is no checkpoint to go back to: training goes on.
+    """Return to a checkpoint before the spikes and continue with the samples after them. False if there is no such checkpoint.
 
     Raises TrainingDivergedError after too many rollbacks.
     """

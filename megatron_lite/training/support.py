@@ -124,11 +124,6 @@ UNSUPPORTED: tuple[Unsupported, ...] = (
         "set parallel.cp=1",
     ),
     Unsupported(
-        {"command": ("prune",), "cp": ("several",)},
-        "importance is measured over whole sequences",
-        "set parallel.cp=1; the processes then share the samples",
-    ),
-    Unsupported(
         {"command": ("generate",), "dp": ("several",)},
         "generate divides a model by tensor parallelism only",
         "set parallel.tp to the number of processes, or start parallel.tp processes",
@@ -162,11 +157,6 @@ UNSUPPORTED: tuple[Unsupported, ...] = (
         {"all_gather": ("fp8",), "offload": ("on",)},
         "FSDP2 moves offloaded shards to the GPU as they are",
         "set precision.all_gather=bf16, or drop the offload",
-    ),
-    Unsupported(
-        {"command": ("prune",), "precision": ("fp8_delayed",)},
-        "a model that was cut has no scales of delayed scaling yet",
-        "set precision=bf16, which needs none, or precision=fp8_current",
     ),
     Unsupported(
         {"command": ("convert",), "processes": ("several",)}, "convert runs in one process", "start one process"

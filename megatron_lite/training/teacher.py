@@ -4,8 +4,8 @@ Notable features:
 - It comes from wherever weights come from, and may have any width and family; what it must share with the run is the
   tokenizer (by its fingerprint) and the rows of the output embedding.
 - It is sharded by FSDP2 over the same ranks under every engine (see `parallel/frozen.py`); DeepSpeed does not see it.
-- Its identity is in every checkpoint: a run does not go on with another teacher, such as a newer checkpoint of a run that is
-  still trained.
+- Its identity is in every checkpoint: a run does not continue with another teacher, such as a newer checkpoint of a run that is
+  still training.
 """
 
 from __future__ import annotations
@@ -87,8 +87,8 @@ def _check(run: RunConfig, weights: Weights, tokenizer: TokenizerIdentity) -> No
     model = weights.config
     if weights.tokenizer_fingerprint is None:
         raise ValueError(
-            f"{named} has no tokenizer beside it, so nothing says that it speaks of the same words; copy the files of its tokenizer "
-            "into the folder"
+            f"{named} has no tokenizer beside it, so it is unknown whether its vocabulary is the run's; copy the files of its "
+            "tokenizer into the folder"
         )
     if weights.tokenizer_fingerprint != tokenizer.fingerprint:
         raise ValueError(

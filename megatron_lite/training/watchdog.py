@@ -12,9 +12,8 @@ Notable features:
   in a kernel. So a rank that is still running a few seconds later exits, naming the rank that failed first.
 - A rank whose interpreter is stuck (so that its watchdog thread cannot run either) is ended by faulthandler's C thread, stacks to
   stderr.
-- Slow: a rank's own time is the time that it does not spend waiting in a collective, sampled from its stack at every tick. If
-  one rank's own time per step is `slow_factor` times the median, rank 0 prints a warning. This only measures the host: a
-  slow GPU whose host runs ahead becomes visible where the host waits for it.
+- Slow: if a rank's own time per step, which it does not wait for others, is `slow_factor` times the median, rank 0 prints a
+  warning (see `slow`).
 - No collective is used and nothing waits for the device. A single process has no watchdog.
 """
 
@@ -33,13 +32,12 @@ from functools import partial
 from pathlib import Path
 from types import FrameType, TracebackType
 
-import torch
-
 from megatron_lite.background import within
 from megatron_lite.errors import error_text
 from megatron_lite.runtime import Runtime
 from megatron_lite.training.hang import has_unfinished_collective, place, verdict, waits_for_others
 from megatron_lite.training.rank_notes import BEAT_SECONDS, GONE, Others, RankNotes, failure_text
+from megatron_lite.training.slow import Comparison, GpuOwnTime, OwnTime, flight_record, slow_ranks
 from megatron_lite.training.status import Status
 
 logger = logging.getLogger(__name__)
@@ -92,7 +90,10 @@ class Watchdog:
         self.enabled = config.timeout_seconds > 0 and runtime.world_size > 1
         self._tick = min(0.1, config.timeout_seconds / 20)
         self._where = (0, _START, time.monotonic())
-        self._entered, self._steps, self._own = 0, 0, 0.0
+        self._entered, self._steps = 0, 0
+        on_gpu, record = runtime.device.type == "cuda", partial(flight_record, runtime.device)
+        self._own = GpuOwnTime(record, every=config.report_seconds / 2) if on_gpu else OwnTime()
+        self._comparison = Comparison()
         self._leaving = False
         self._loop = threading.get_ident()
         self._ended = threading.Event()
@@ -155,7 +156,7 @@ class Watchdog:
             faulthandler.cancel_dump_traceback_later()
             self._thread.join(timeout=10)
         if self._notes is not None and error is None:
-            self._notes.publish("beat", {"phase": GONE, "step": 0, "own": 0.0, "steps": 0})
+            self._notes.publish("beat", {"phase": GONE, "step": 0, **OwnTime().note()})
 
     def _arm(self) -> None:
         """Set faulthandler's timer, which ends the process if this thread cannot: it needs no interpreter lock."""
@@ -174,14 +175,14 @@ class Watchdog:
         while not self._ended.wait(self._tick):
             now = time.monotonic()
             step, phase, since = self._where
-            if phase in _COUNTED and not waits_for_others(self._frame()):
-                self._own += now - last
+            if phase in _COUNTED:
+                self._own.add(now - last, frame=self._frame(), steps=self._steps)
             last = now
             if now - since > self.config.timeout_seconds:
                 self._end_the_job(notes, now - since)
             if now - published > min(BEAT_SECONDS, self.config.timeout_seconds / 4, self.config.report_seconds / 2):
                 number += 1
-                beat = {"step": step, "phase": phase, "own": self._own, "steps": self._steps, "number": number}
+                beat = {"step": step, "phase": phase, "number": number, **self._own.note()}
                 heard = now if notes.publish("beat", beat) else heard
                 published = now
                 self._arm()
@@ -197,7 +198,7 @@ class Watchdog:
         return sys._current_frames().get(self._loop)
 
     def _compare(self, notes: RankNotes) -> None:
-        times = notes.own_times()
+        times = self._comparison.own_times(notes.read("beat"))
         slow = slow_ranks(times, self.config.slow_factor)
         if slow:
             typical = statistics.median(times.values())
@@ -278,9 +279,7 @@ class Watchdog:
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / f"rank_{rank:05}.txt").open("w") as file:
             faulthandler.dump_traceback(file, all_threads=True)
-        recorder = "nccl" if self.runtime.device.type == "cuda" else "fr"  # NCCL keeps a recorder of its own
-        record = getattr(torch._C._distributed_c10d, f"_dump_{recorder}_trace_json", None)
-        recorded = record() if record is not None else None
+        recorded = flight_record(self.runtime.device)
         if recorded is None:
             return []
         (folder / f"rank_{rank:05}.flight.json").write_bytes(recorded)
@@ -291,11 +290,3 @@ def _say(text: str) -> None:
     """Print to standard error itself, which must not keep this process either."""
     shown = partial(print, f"watchdog: {text}", file=sys.__stderr__ or sys.stderr, flush=True)
     within(_SAY_SECONDS, shown, name="standard error", on_loss=lambda reason: None)
-
-
-def slow_ranks(times: dict[int, float], factor: float) -> list[int]:
-    """Ranks whose own time is more than `factor` times the median, the slowest first."""
-    if len(times) < 2:
-        return []
-    typical = statistics.median_low(times.values())  # of two ranks, the faster one
-    return sorted((rank for rank, own in times.items() if own > factor * max(typical, 1e-3)), key=lambda r: -times[r])

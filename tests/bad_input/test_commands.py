@@ -80,7 +80,7 @@ COMMANDS = {"generate": GENERATE, "evaluate": EVALUATE, "convert": CONVERT}
 @pytest.mark.parametrize(
     ("command", "typed", "says"), [(command, *case) for command, cases in COMMANDS.items() for case in cases]
 )
-def test_a_door_refuses(tour, straight, command, typed, says):
+def test_a_wrong_command_line_is_refused(tour, straight, command, typed, says):
     (tour.home / "empty").mkdir()
     for name, value in (("$RUN", straight), ("$EMPTY", tour.home / "empty"), ("$DATA", tour.data)):
         typed = typed.replace(name, str(value))

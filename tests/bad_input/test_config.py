@@ -49,6 +49,7 @@ CHOICES = [
     ("parallel.recompute=some", r"parallel\.recompute=some is unknown; choose one of none, selective, full"),
     ("model.family=gpt", r"model\.family='gpt' is not one of .*nemotron4"),
     ("model.mlp.activation=gelu", r"model\.mlp\.activation='gelu' is not one of"),
+    ("tracking=[wandb,tensorbord]", r"tracking=\[wandb,tensorbord\]: tensorbord is unknown; .*choices of tracking"),
     ("model=5", r"model=5: a group's choice is a name"),
     ("experiment=foo", r"experiment=foo is unknown; choose one of .*smoke"),
     ("init_from=x init_from.model=mine", r"init_from\.model=mine is unknown; choose source or config"),

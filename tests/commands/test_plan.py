@@ -92,6 +92,11 @@ def test_the_layouts_of_a_search(capsys):
         (["gpus=0", "gpu=h100"], "gpus=0"),
         (["gpus=2", "gpu=h1000"], "gpu=h1000 .*h100"),
         (["gpus=2", "gpu=h100", "price=-1"], "price=-1"),
+        (["gpus=2", "gpu=h100", "teacher=llama_tiny"], "teacher=llama_tiny .*objective=distillation"),
+        (
+            ["gpus=2", "gpu=h100", "objective=distillation", "objective.teacher=nowhere"],
+            "nowhere does not exist.*teacher=",
+        ),
         (["gpus=2", "gpu=h100", "seq_len=64"], r"data\.seq_len=64"),
         (["gpus=3", "gpu=h100"], "global batch of 16 .*24 would do"),
         (["gpus=2", "gpu=h100", "parallel.tp=3"], r"parallel\.tp"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest.mock import patch
+
 import numpy as np
 import pytest
 import torch
@@ -32,19 +34,21 @@ def calibration():
     return tokens, mask
 
 
-def measured(decoder, mesh=None, *, micro_batch=2, options=OPTIONS, ignore_mask=False) -> dict[str, torch.Tensor]:
+def measured(probe, mesh=None, *, micro_batch=2, options=OPTIONS, ignore_mask=False, documents=None):
     """The sums over the calibration data; data-parallel ranks take samples in turn."""
     mesh = mesh or Mesh()
-    meter = Meter(decoder, mesh, options)
+    meter = Meter(probe.decoder, mesh, options)
     tokens, mask = calibration()
-    mask |= ignore_mask
+    whole = {"tokens": tokens, "loss_mask": mask | ignore_mask} | (
+        {} if documents is None else {"documents": documents}
+    )
     sums: dict[str, torch.Tensor] = {}
     with torch.no_grad(), meter.reading():
         for start in range(0, SAMPLES, micro_batch * mesh.data_parallel_size):
             first = start + mesh.data_parallel_rank * micro_batch
-            batch = {"tokens": tokens[first : first + micro_batch], "loss_mask": mask[first : first + micro_batch]}
+            batch = mesh.place({key: value[first : first + micro_batch] for key, value in whole.items()})
             meter.begin(batch)
-            decoder.hidden(batch["tokens"])
+            probe(batch, states=True)
             for place, total in meter.take().items():
                 sums[place] = sums.get(place, 0.0) + total
     return sums
@@ -59,7 +63,7 @@ def near(ours: torch.Tensor, theirs, *, rel=1e-5) -> bool:
 def test_scores_are_those_of_a_float64_loop(kind, tmp_path):
     folder = make_folder(tmp_path / "hf", kind)
     decoder, _ = load(folder)
-    scores = Scores({}, SAMPLES, measured(decoder))
+    scores = Scores({}, SAMPLES, measured(Probe(decoder)))
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
     expected = readings(model, *calibration())
     hidden = 0.0
@@ -92,7 +96,7 @@ def test_aggregations(tmp_path):
     inputs = []
     decoder.layers[1].mixer.down.register_forward_pre_hook(lambda _, args: inputs.append(args[0].double()))
     options = ImportanceConfig(batch="mean", sequence="l2")
-    scores = Scores({}, SAMPLES, measured(decoder, options=options))
+    scores = Scores({}, SAMPLES, measured(Probe(decoder), options=options))
     values = torch.cat(inputs) * calibration()[1][..., None]
     expected = values.square().sum(dim=1).sqrt().mean(dim=0)
     assert near(scores.root("layers.1.mixer", "mean"), expected)
@@ -116,7 +120,18 @@ LAYOUTS = {
     "tp2 sp, dp2": (ParallelConfig(tp=2, sequence_parallel=True), 2),
     "tp2, dp2": (ParallelConfig(tp=2), 1),
     "hsdp": (ParallelConfig(dp_replicate=2), 2),
+    "cp2, dp2": (ParallelConfig(cp=2), 1),
+    "cp2, tp2 sp": (ParallelConfig(cp=2, tp=2, sequence_parallel=True), 4),
 }
+BUGS = {  # what is planted at a layout
+    "tp2 sp, dp2": ("_whole", lambda meter, x: x.view(*meter._mask_BT.shape, -1)),  # slices as they are in memory
+    "cp2, dp2": ("_over_slices", lambda meter, x: x),  # squared before a sample's mean is complete
+}
+
+
+def documents() -> torch.Tensor:
+    """Of the calibration data: borders anywhere, documents of one token among them."""
+    return (torch.rand(SAMPLES, LENGTH, generator=torch.Generator().manual_seed(4)) < 0.3).cumsum(1)
 
 
 def at_layouts(rank: int, world_size: int, path: str) -> dict[str, dict[str, torch.Tensor]]:
@@ -124,47 +139,38 @@ def at_layouts(rank: int, world_size: int, path: str) -> dict[str, dict[str, tor
     for name, (parallel, micro_batch) in LAYOUTS.items():
         mesh = build_mesh(parallel.degrees(world_size), device=CPU)
         probe = assembled(path, mesh, parallel)
-        found[name] = measured(Through(probe), mesh, micro_batch=micro_batch)
-        if parallel.sequence_parallel:
-            original = Meter._whole
-            Meter._whole = lambda self, x: x.view(*self._mask_BT.shape, -1)  # planted: slices as they are in memory
-            found["bug"] = measured(Through(probe), mesh, micro_batch=micro_batch)
-            Meter._whole = original
+        found[name] = measured(probe, mesh, micro_batch=micro_batch, documents=documents())
+        if name in BUGS:
+            with patch.object(Meter, *BUGS[name]):
+                found[f"bug at {name}"] = measured(probe, mesh, micro_batch=micro_batch, documents=documents())
     return found
-
-
-class Through:
-    """A decoder whose forward passes go through the module that the engine sharded."""
-
-    def __init__(self, probe) -> None:
-        self.hidden = lambda tokens: probe({"tokens": tokens}, states=True)
-        self.config, self.layers, self.final_norm = probe.decoder.config, probe.decoder.layers, probe.decoder.final_norm
 
 
 @pytest.mark.parametrize("kind", ["nemotron", "nemotron_h"])
 def test_scores_do_not_depend_on_the_layout(kind, tmp_path):
     folder = make_folder(tmp_path / "hf", kind)
-    decoder, _ = load(folder)
-    alone = measured(decoder, micro_batch=8)
+    alone = measured(assembled(folder, Mesh(), ParallelConfig()), micro_batch=8, documents=documents())
     everyone = run_ranks(4, at_layouts, str(folder))
     for layout in LAYOUTS:
         for rank, found in enumerate(everyone):
             assert found[layout].keys() == alone.keys()
             wrong = [place for place, total in alone.items() if not near(found[layout][place].sqrt(), total.sqrt())]
             assert wrong == [], (layout, rank)
-    assert not near(everyone[0]["bug"]["layers.1.mixer"].sqrt(), alone["layers.1.mixer"].sqrt())
+    for layout in BUGS:
+        found = everyone[0][f"bug at {layout}"]
+        assert not near(found["layers.1.mixer"].sqrt(), alone["layers.1.mixer"].sqrt()), layout
 
 
 def test_what_does_not_count_is_not_read(tmp_path):
-    decoder, _ = load(make_folder(tmp_path / "hf", "llama"))
-    assert not near(measured(decoder, ignore_mask=True)["layers.1.mixer"], measured(decoder)["layers.1.mixer"])
+    probe = Probe(load(make_folder(tmp_path / "hf", "llama"))[0])
+    assert not near(measured(probe, ignore_mask=True)["layers.1.mixer"], measured(probe)["layers.1.mixer"])
 
 
 def removal(path, mesh, parallel, *, loss: bool) -> list[int]:
     probe = assembled(path, mesh, parallel)
     tokens, mask = calibration()
     rows = slice(mesh.data_parallel_rank, None, mesh.data_parallel_size)
-    batch = {"tokens": tokens[rows], "targets": tokens[rows].roll(-1, 1), "loss_mask": mask[rows]}
+    batch = mesh.place({"tokens": tokens[rows], "targets": tokens[rows].roll(-1, 1), "loss_mask": mask[rows]})
     removed: list[int] = []
 
     def forward(*arguments, **options):
@@ -177,9 +183,9 @@ def removal(path, mesh, parallel, *, loss: bool) -> list[int]:
 
 
 def removal_at_layout(rank: int, world_size: int, path: str) -> list[list[int]]:
-    parallel = ParallelConfig(tp=2, sequence_parallel=True)
-    mesh = build_mesh(parallel.degrees(world_size), device=CPU)
-    return [removal(path, mesh, parallel, loss=loss) for loss in (True, False)]
+    layouts = ParallelConfig(tp=2, sequence_parallel=True), ParallelConfig(tp=2, cp=2)
+    meshes = [build_mesh(parallel.degrees(world_size), device=CPU) for parallel in layouts]
+    return [removal(path, meshes[loss], layouts[loss], loss=loss) for loss in (True, False)]
 
 
 def test_iterative_removal_takes_what_hurts_least(tmp_path):

@@ -14,11 +14,13 @@ from megatron_lite.commands.plan import PlanConfig
 from megatron_lite.commands.prune import compose_prune, cut
 from megatron_lite.commands.prune_session import Progress
 from megatron_lite.commands.train import train
+from megatron_lite.compress.scores import Scores
 from megatron_lite.compress.target import TargetConfig, embedded
 from megatron_lite.config.compose import compose_config
 from megatron_lite.errors import CheckpointError
+from megatron_lite.tensor_files import read_whole
 from megatron_lite.training.config import compose_run
-from megatron_lite.weights import open_weights
+from megatron_lite.weights import SCALES, open_weights
 from tests import runs
 from tests.commands.test_on_ranks import place
 from tests.distributed import run_ranks
@@ -111,16 +113,44 @@ def refused_on_ranks(rank: int, world_size: int, *words: str) -> str:
 
 
 def test_ranks_cut_what_one_process_cuts(tiny_data, straight, tmp_path, capsys):
-    words = ["--config-dir", str(tiny_data), f"checkpoint={straight}", *SMALL, *FEW]
+    """Also to sizes that their tensor-parallel ranks cannot share."""
+    words = ["--config-dir", str(tiny_data), f"checkpoint={straight}", *SMALL, *FEW, "target.ffn_size=47"]
     alone = prune(capsys, *words, f"output={tmp_path}/alone")
-    layout = ["parallel.tp=2", "parallel.sequence_parallel=true", "micro_batch_size=2"]
+    layout = ["parallel.tp=2", "parallel.sequence_parallel=true", "parallel.cp=2", "micro_batch_size=2"]
     reports = run_ranks(4, on_ranks, *words, *layout, f"output={tmp_path}/ranks")
     steps = [tmp_path / name / "checkpoints" / "step_00000000" for name in ("alone", "ranks")]
     assert runs.digest(steps[0]) == runs.digest(steps[1])
+    assert not any("measured with" in line for line in alone["warnings"])
     for report in reports:
         assert report["loss_after"] == pytest.approx(alone["loss_after"], rel=1e-6)
+        assert any("measured with parallel.tp=1" in line for line in report["warnings"])
     errors = run_ranks(4, refused_on_ranks, *words, f"output={tmp_path}/c", "target.heads=3")
     assert all("target.heads=3 must be a multiple of 2" in error for error in errors)
+
+
+def test_the_scales_of_an_fp8_run_stay(tiny_data, tmp_path, capsys):
+    """Delayed scaling: the pruned model computes with the scales of the layers that it is made of."""
+    words = ["--config-dir", str(tiny_data), *runs.TINY, "precision=fp8_delayed", "train.max_steps=4"]
+    assert train(compose_run([*words, f"run.dir={tmp_path}/run"])) == 0
+    cut_words = ["--config-dir", str(tiny_data), f"checkpoint={tmp_path}/run", *FEW, "target.ffn_size=48"]
+    report = prune(capsys, *cut_words, f"output={tmp_path}/out", "target.layers=[2,3]")
+    before, after = (open_weights(tmp_path / name, more=SCALES).more["scale_fwd"] for name in ("run", "out"))
+    assert {name.replace("layers.", "") for name in after.names()} == {
+        f"{layer}.mixer.{part}" for layer, parts in enumerate((("qkv", "out"), ("up", "down"))) for part in parts
+    }
+    for name in after.names():
+        _, layer, rest = name.split(".", 2)
+        expected = read_whole(before, f"layers.{int(layer) + 2}.{rest}")
+        assert torch.equal(read_whole(after, name), expected)
+        assert (expected != 1).all()  # what a layer without one would compute with
+    for path, key in (("run", "loss_before"), ("out", "loss_after")):
+        assert report[key] == pytest.approx(losses(capsys, tmp_path / path), rel=1e-6)
+    plain = prune(capsys, *cut_words, f"output={tmp_path}/bf16", "target.layers=[2,3]", "precision=bf16")
+    assert plain["loss_after"] == pytest.approx(report["loss_after"], rel=5e-3)
+    assert plain["loss_after"] != report["loss_after"]
+    measured = [Scores.load(tmp_path / f"{name}-scores").sums for name in ("out", "bf16")]
+    for read, fp8 in measured[0].items():  # off by the roundings of FP8, 2^-4 of an operand
+        assert (fp8.sqrt() - measured[1][read].sqrt()).norm() < 0.1 * fp8.sqrt().norm(), read
 
 
 def test_a_folder_is_pruned_without_data(tmp_path, capsys):
@@ -197,6 +227,10 @@ def test_layers_that_spell_a_pattern():
         (["target.hidden_size=24", "output=DIR"], r"output=.* exists and is not an empty folder"),
         (["target.hidden_size=24", "importance.batch=var"], r"importance\.batch=var is unknown"),
         (["target.hidden_size=24", "engine=deepspeed"], "engine=deepspeed only trains"),
+        (
+            ["target.hidden_size=24", "head_residual=true", "precision=fp8_delayed"],
+            r"head_residual=true with .*fp8_delayed",
+        ),
     ],
 )
 def test_what_is_refused_before_anything_is_read(words, says, straight, tmp_path):

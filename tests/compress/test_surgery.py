@@ -20,7 +20,7 @@ from megatron_lite.config.compose import compose_config
 from megatron_lite.models.flops import parameter_count
 from megatron_lite.models.huggingface import expected_shapes, export_folder
 from megatron_lite.tensor_files import WholeTensors, read_whole
-from megatron_lite.weights import Weights, open_weights, save_weights
+from megatron_lite.weights import Weights, load, open_weights, save_weights
 from tests.compress.reference import head_rows, sliced
 from tests.hf_folders import make_folder
 
@@ -31,7 +31,8 @@ TARGETS = {
         (2, 3),
         {"hidden_size": 24, "intermediate_size": 31, "num_attention_heads": 2, "num_hidden_layers": 1},
     ),
-    "llama": ({"hidden_size": 36}, (0, 1, 2, 3), {"hidden_size": 36, "head_dim": 10}),
+    "llama": ({"hidden_size": 36}, (0, 1, 2, 3), {"hidden_size": 36, "head_dim": 10, "model_type": "llama"}),
+    "llama, odd": ({"hidden_size": 37}, (0, 1, 2, 3), {"hidden_size": 37, "head_dim": 10, "model_type": "mistral"}),
     "mistral": ({"ffn_size": 20, "heads": 4}, (0, 1, 2, 3), {"intermediate_size": 20}),
     "nemotron_h": (
         {"hidden_size": 33, "ffn_size": 17, "heads": 2, "mamba_heads": 4, "mamba_head_dim": 5},
@@ -58,7 +59,7 @@ def pruned(path, sizes, layers, **options):
 @pytest.mark.parametrize("kind", TARGETS)
 def test_what_is_exported_are_the_slices(kind, dtype, tmp_path):
     sizes, layers, changes = TARGETS[kind]
-    folder = make_folder(tmp_path / "hf", kind, dtype=dtype)
+    folder = make_folder(tmp_path / "hf", kind.removesuffix(", odd"), dtype=dtype)
     weights, selection, tensors = pruned(folder, sizes, layers)
     export_folder(tmp_path / "out", config=tensors.config, tensors=WholeTensors(tensors), extra=weights.extra)
     ours = load_file(tmp_path / "out" / "model.safetensors")
@@ -76,10 +77,11 @@ def test_what_is_exported_are_the_slices(kind, dtype, tmp_path):
     same = [key for key in changes if key != "hybrid_override_pattern"]
     assert {key: getattr(made, key) for key in same} == {key: changes[key] for key in same}
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
-    assert model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=3, min_new_tokens=3, do_sample=False).shape == (
-        1,
-        6,
-    )
+    tokens = torch.tensor([[5, 6, 7]])
+    assert model.generate(tokens, max_new_tokens=3, min_new_tokens=3, do_sample=False).shape == (1, 6)
+    decoder, _ = load(tmp_path / "out")
+    with torch.no_grad():  # the values of bf16 in fp32, at 1e-6 of logits of size 10
+        assert torch.allclose(model(tokens).logits, decoder(tokens)[..., :384], atol=2e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["nemotron_h", "llama"])

@@ -41,7 +41,7 @@ def tokenizer(folder):
     return load_tokenizer(folder)
 
 
-# Every Unicode string can be encoded but lone surrogates, which are no characters (category Cs).
+# Every Unicode string can be encoded but lone surrogates, which are not characters (category Cs).
 characters = st.characters(exclude_categories=["Cs"])
 astral = st.integers(0x10000, 0x10FFFF).map(chr)
 spaces = st.sampled_from([" ", "\t", "\n", "\r\n", "\u00a0", "\u3000", "\u200d", END_OF_TEXT, "7", "a"])

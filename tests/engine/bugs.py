@@ -49,9 +49,11 @@ def _unreduced_norm_gradients(engine: Any) -> Callable[[], None]:
 
 
 def _swapped_decay(engine: Any) -> Callable[[], None]:
-    adamw = engine.optimizer._torch if hasattr(engine, "optimizer") else engine.adamw
-    for group in adamw.param_groups:
-        group["weight_decay"] = 0.5 - group["weight_decay"]
+    if hasattr(engine, "optimizer"):
+        engine.optimizer.groups = [(0.5 - decay, names) for decay, names in engine.optimizer.groups]
+    else:
+        for group in engine.adamw.param_groups:
+            group["weight_decay"] = 0.5 - group["weight_decay"]
     return lambda: None
 
 

@@ -99,8 +99,9 @@ def test_as_one_process(name: str) -> None:
 @pytest.mark.slow
 def test_random_layouts() -> None:
     """More of them: python -m tests.engine.context_draw."""
-    seeds = [seed for seed in range(24) if context_draw.draw(seed).world_size in (2, 4)]
-    assert {seed: wrong for seed, wrong in context_draw.compare(seeds).items() if wrong} == {}
+    # shared keys, a window, meta tokens; a hybrid; cp 4, Hymba; cp x tp, sequence parallel; cp x replicas, slices of one token
+    wrong = context_draw.compare([215, 255, 100, 114, 128])
+    assert not any(wrong.values()), wrong
 
 
 def first_step(rank: int, world_size: int, cases: list[Case]) -> list[tuple[float, float]]:

@@ -127,6 +127,26 @@ def test_slurm():
     assert {"--no-kill", "--nnodes=2:4", "--rdzv-backend=c10d"} <= set(run)
 
 
+def test_where_nodes_may_be_lost_they_are_in_slurms_order(tmp_path):
+    """torchrun sorts them by --local-addr, and takes the first one's for the address of rank 0."""
+    _, run = dry_run("slurm", "NODES=12", "MIN_NODES=2", "experiment=smoke")
+    shell = run.index("bash")
+    agent = tmp_path / "node.sh"
+    agent.write_text("printf '%s\\n' \"$@\"\n")
+    said = {}
+    for node in (0, 1, 2, 10):
+        command = [*run[shell : shell + 3], str(agent), *run[shell + 4 :]]
+        environment = {**os.environ, "SLURM_NODEID": str(node)}
+        said[node] = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.split(
+            "\n"
+        )
+        assert f"--rdzv-conf=is_host={int(node == 0)},read_timeout=1200,join_timeout=1200" in said[node]
+    names = {node: next(word for word in words if word.startswith("--local-addr=")) for node, words in said.items()}
+    assert names[0] == "--local-addr=<first node>"
+    first = "--local-addr=zeta9.example.org"  # a name behind most others
+    assert sorted([first, *list(names.values())[1:]]) == [first, names[1], names[2], names[10]]
+
+
 def test_a_settings_file_gives_way_to_the_command_line(tmp_path):
     (tmp_path / "site.env").write_text("# ours\nACCOUNT=llm\nexport PARTITION='big one'\nTIME=01:00:00\n")
     submit, _ = dry_run("slurm", f"SETTINGS={tmp_path}/site.env", "TIME=02:00:00", "experiment=smoke")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
@@ -52,6 +53,9 @@ def test_goes_on_without_a_node(slurm, tiny_data, tmp_path, straight):
         slurm.start_node("node2")
         wait_for(slurm.idle, seconds=600, what=slurm.logs)
     assert job.restarts == 0
+    assert re.search(
+        r"^ *0: resuming from .*step_000000\d\d: step", job.output(), re.MULTILINE
+    )  # rank 0 is on the first node
     checkpoints = run / "checkpoints"
     ranks = [
         json.loads((checkpoints / f"step_000000{n}" / "manifest.json").read_text())["world_size"] for n in ("08", "20")

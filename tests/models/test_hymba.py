@@ -131,7 +131,7 @@ def any_pattern(seed: int) -> tuple[ModelConfig, list[int]]:
     config.attention.window = pick(None, 1, 5, 40)
     if config.attention.window is not None:
         config.attention.always_visible = pick(0, config.meta_tokens, config.meta_tokens + 2)
-        config.attention.global_layers = pick([], [0], [attending - 1])
+        config.attention.global_layers = pick([], [0], [attending - 1])  # two or more attend
     config.attention.kv_groups = pick([], [[0, 1]], [[0, attending - 1]])
     config.attention.qk_norm = pick(False, True)
     config.attention.qkv_bias = "H" not in pattern and pick(False, True)
@@ -282,6 +282,7 @@ def test_published_cache():
         ("attention.window", 0, r"model\.attention\.window=0"),
         ("attention.always_visible", -1, r"model\.attention\.always_visible=-1"),
         ("attention.global_layers", [3], r"model\.attention\.global_layers=\[3\] .*has 3"),
+        ("attention.global_layers", [2, 0, 1], r"window=\d+ has no effect.*global_layers=\[2, 0, 1\]"),
         ("attention.global_layers", [0, 0], r"global_layers=\[0, 0\] names a layer twice"),
         ("attention.kv_groups", [[1]], r"kv_groups=\[\[1\]\]"),
         ("attention.kv_groups", [[2, 1]], r"kv_groups=\[\[2, 1\]\].*rising"),

@@ -25,7 +25,7 @@ from megatron_lite.models.pattern import LayerSpec
 from megatron_lite.parallel import context_attention, context_tiles
 from megatron_lite.parallel.context_attention import ContextParallelAttention
 from megatron_lite.parallel.context_kernels import CpuFlash, CudaFlash, Efficient, Math, Part, PartKernel, attend
-from megatron_lite.parallel.context_tiles import META, Rule, Tile, View, tiles, view
+from megatron_lite.parallel.context_tiles import META, Rule, Tile, View, routes, tiles, view
 from megatron_lite.parallel.reclass import reclass
 from megatron_lite.parallel.recompute import recompute_layer
 from megatron_lite.parallel.sequence_slices import ContextParallel, cut, shard_sequence
@@ -256,6 +256,27 @@ def test_planted_bugs_are_found() -> None:
         assert max(found[name] for found in ranks) > 1e-3, name
 
 
+def strides(rank: int, world_size: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """What the operators return, and what they say on the meta device that they do."""
+    name, rule = dist.group.WORLD.group_name, [-1, 0, 0]
+    query, grad, kv = torch.randn(2, 8, 3, 4).transpose(1, 2), torch.randn(2, 3, 8, 4), torch.randn(2, 8, 1, 8)
+    found = []
+    for x in (query, query.contiguous()):
+        here = x, kv.transpose(1, 2), None
+        there = tuple(None if y is None else torch.empty_strided(y.shape, y.stride(), device="meta") for y in here)
+        real, said = (context_attention.context_attention(*of, rule, name) for of in (here, there))
+        gradients = context_attention.context_attention_backward
+        real += gradients(grad, *here, *real, rule, name)
+        said += gradients(grad.to("meta"), *there, *said, rule, name)
+        found += [(a.stride(), b.stride()) for a, b in zip(real, said)]
+    return found
+
+
+def test_operators_say_what_they_return() -> None:
+    """A compiled layer relies on it."""
+    assert all(real == said for real, said in run_ranks(2, strides)[0])
+
+
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if not case.lengths])
 def test_no_mask_where_none_is_needed(name: str) -> None:
     case = CASES[name]
@@ -274,6 +295,23 @@ def test_no_mask_where_none_is_needed(name: str) -> None:
             else:
                 expected = View.ALL if seen.all() else View.SOME
             assert view(query, key, rule) is expected, (query, key)
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if not case.lengths])
+def test_a_key_is_sent_to_those_who_see_it(name: str) -> None:
+    """And no other is, but for tokens that share a tile with those that are always visible."""
+    case = CASES[name]
+    rule = Rule(Visibility(case.window, case.always_visible), case.prefix, documents=False)
+    for size in (2, 3):
+        mask = dense_mask(case, 2 * size * SLICE)[0]
+        for rank in range(size):
+            cp = ContextParallel(rank, size, None)
+            own = {case.prefix + number * SLICE + i for number in cp.slices for i in range(SLICE)}
+            seen = set(mask[sorted(own)].any(0).nonzero().flatten().tolist()) - own - set(range(case.prefix))
+            received = [tile for route in routes(rank, size, SLICE, rule) for tile in route.received]
+            sent = [place for tile in received for place in range(tile.first, tile.last + 1)]
+            assert len(sent) == len(set(sent))
+            assert seen == set(sent) if case.always_visible <= case.prefix else seen <= set(sent)
 
 
 @pytest.mark.parametrize("size", [2, 4, 16])

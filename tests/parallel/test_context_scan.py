@@ -312,6 +312,16 @@ def test_shapes_on_the_meta_device(kind: str) -> None:
         assert outputs(case, leaves, None, cp).shape == leaves["x"][:, : 5 + 14].shape
 
 
+def test_every_part_is_scanned_from_a_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The prefix too, whose last state gets gradients: a scan without a state may be a kernel's that has none of these."""
+    monkeypatch.setattr(context_scan, "entering_states", lambda decays, states, cp: torch.zeros_like(states))
+    case, pasts = Case("mamba1", prefix=5, packed=False), []
+    right = SelectiveStateSpace.scan
+    monkeypatch.setattr(SelectiveStateSpace, "scan", lambda self, o, past: pasts.append(past) or right(o, past))
+    outputs(case, leaves_of(case, 2, 4 * case.length), None, ContextParallel(0, 2, None))
+    assert [past.state is not None for past in pasts] == [True] * 3
+
+
 def test_a_slice_shorter_than_the_halo_is_refused() -> None:
     case = Case("conv", TAPS - 2)
     with pytest.raises(ValueError, match=r"parallel\.cp=2 .* 2 tokens.*model\.mamba\.conv=4"):

@@ -101,12 +101,43 @@ def test_one_constant_is_fitted_on_one_row_and_predicts_the_others():
         assert predicted(row) == pytest.approx(row.speed, rel=0.10)
 
 
+TINY = ["model=nemotron4_tiny", "precision=bf16", "data.seq_len=64", "data.reset_attention=false", "train.max_steps=1"]
+TINY += ["train.micro_batch_size=1", "train.global_batch_size=8"]
+
+
+def test_a_teacher_runs_forward():
+    """A third of its training FLOPs, as training's MFU counts it, before every micro-batch; what it gathers travels too."""
+    run = compose_run([*TINY, "objective=distillation", "objective.teacher=given"])
+    job = job_of(run, 2, teacher=replace(run.model, num_layers=run.model.num_layers + 2))
+    alone, clock = replace(job, teacher=None), Clock(H100)
+    there, before = (clock.step(one, units_of(one)) for one in (job, alone))
+    assert there.parts["forward of the teacher"] > 0
+    assert there.seconds > before.seconds + there.parts["forward of the teacher"]  # the loss multiplies with its head
+    theirs = clock.flops_per_token(replace(alone, model=job.teacher.model))
+    assert clock.flops_per_token(job) == pytest.approx(clock.flops_per_token(alone) + theirs / 3)
+    units = units_of(job)
+    rows = {flow.what: flow.link for flow in flows(job, units, 8)}
+    gathered = sum(unit.gathered for unit in units if unit.frozen) / 2
+    assert rows["weights of the teacher gathered"] == pytest.approx(4 * gathered)  # four micro-batches
+
+
+@pytest.mark.parametrize("words", [["engine.shard=full"], ["engine=deepspeed"]])
+def test_offloading_takes_time(words):
+    job = job_of(compose_run([*TINY, *words]), 2)
+    key = "offload_optimizer" if job.engine.name == "deepspeed" else "cpu_offload"
+    offloaded = replace(job, engine=replace(job.engine, **{key: True}))
+    there, on_cpu = (Clock(H100).step(one, units_of(one)) for one in (job, offloaded))
+    numbers = sum(unit.numbers for unit in units_of(job)) / 2
+    assert on_cpu.parts["update"] >= 0.999 * 40 * numbers / DEFAULT.host_memory
+    assert on_cpu.seconds - there.seconds > on_cpu.parts["update"] - there.parts["update"] - 1e-9
+
+
 @pytest.mark.slow
 def test_published_trainings_are_predicted_as_documented():
-    """20 % is more than the largest error, and less than what separates the layouts that one would choose between."""
+    """22 % is more than the largest error, and less than what separates the layouts that one would choose between."""
     speeds = predictions()
     errors = [abs(error(row, speeds[row.name])) for row in PUBLISHED[1:]]
-    assert statistics.median(errors) < 12
-    assert max(errors) < 20
+    assert statistics.median(errors) < 8
+    assert max(errors) < 22
     page = (Path(__file__).parents[2] / "docs" / "plan.md").read_text()
     assert [line for line in lines(speeds) if line not in page] == []

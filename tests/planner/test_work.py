@@ -88,6 +88,9 @@ def test_fp8_products_are_those_of_the_recipe():
     planned = job("model=nemotron4_tiny", "precision=fp8_current", "precision.bf16_last_layers=1")
     counts, bf16 = flops(planned), flops(job("model=nemotron4_tiny"))
     assert counts["matmul bf16"] + counts["matmul fp8"] == bf16["matmul bf16"]
+    again = flops(job("model=nemotron4_tiny", "precision=fp8_current", "parallel.recompute=selective"))
+    everything = flops(job("model=nemotron4_tiny", "precision=fp8_current"))
+    assert again["matmul fp8"] > everything["matmul fp8"]  # its kernels are no operators whose output could be kept
     last = 6 * 2 * planned.model.hidden_size * planned.model.mlp.ffn_size * 2 * 64
     head = 6 * planned.model.padded_vocab * planned.model.hidden_size * 2 * 64
     assert counts["matmul bf16"] == last + head

@@ -191,6 +191,19 @@ def test_rungs(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", RECIPES)
+def test_a_micro_batch_without_tokens(name: str) -> None:
+    linear, numerics = build(RECIPES[name]())
+    for rung in numerics.rungs:
+        numerics.rung = rung
+        with numerics.micro_batch():
+            found = results(linear, torch.zeros(2, 0, INPUTS).bfloat16(), torch.zeros(2, 0, OUTPUTS).bfloat16())
+        assert [found[key].shape[1] for key in ("y", "dx", "dw")] == [0, 0, INPUTS]
+        assert not found["dw"].any()
+        assert not found["db"].any()
+    assert all(tensor.isfinite().all() for tensor in numerics.tensors().values())
+
+
+@pytest.mark.parametrize("name", RECIPES)
 def test_observations(name: str) -> None:
     linear, numerics = build(RECIPES[name]())
     x, grad = operands()

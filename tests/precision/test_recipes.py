@@ -46,6 +46,10 @@ def test_values_that_are_refused(name: str, numbers: dict[str, object], says: st
         (["precision=nvfp4"], "nvfp4.*mxfp8"),
         (["precision=fp8_delayed", "parallel.recompute=full"], "fp8_delayed.*recompute=full.*fp8_current"),
         (["precision=fp8_delayed", "parallel.compile=true"], "fp8_delayed.*compile=true.*fp8_current"),
+        (
+            ["precision=fp8_current", "model=hymba_tiny", "model.meta_tokens=3", "train.micro_batch_size=1"],
+            r"259 tokens.*16.*meta_tokens",
+        ),
         (["precision=fp8_block", "model.mlp.ffn_size=1992"], r"1992 does not divide by 16.*bf16_modules.*emulated"),
     ],
 )

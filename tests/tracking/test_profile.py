@@ -26,10 +26,10 @@ def test_a_profiled_run_is_the_same_run(tiny_data, straight, tmp_path):
     assert len(spans(folder / TRACE, "step")) == 3
     table = (folder / TABLE).read_text()
     assert table.startswith("3 steps after the first 4 of the job")
-    for row in ("aten::mm", "Optimizer.step#AdamW.step", "wait for data", "Self CPU %"):
+    for row in ("aten::mm", "AdamW.step", "wait for data", "Self CPU %"):
         assert row in table
     # what a step did lies inside it: one optimizer update each
-    steps, updates = spans(folder / TRACE, "step"), spans(folder / TRACE, "Optimizer.step#AdamW.step")
+    steps, updates = spans(folder / TRACE, "step"), spans(folder / TRACE, "AdamW.step")
     inside = [any(s["ts"] <= u["ts"] <= s["ts"] + s["dur"] for s in steps) for u in updates]
     assert inside == [True] * 3
 

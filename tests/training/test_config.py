@@ -53,7 +53,7 @@ def test_help_names_groups_and_keys():
     assert "max_steps:" in text
 
 
-def test_help_lists_the_groups_that_the_door_takes_and_no_others():
+def test_help_lists_the_groups_that_the_command_takes_and_no_others():
     groups = {
         command: re.findall(r"^  (\w+)=", help_text(command, schema, "purpose"), re.MULTILINE)
         for command, schema in (("train", RunConfig), ("evaluate", EvaluateConfig), ("generate", GenerateConfig))
@@ -65,7 +65,7 @@ def test_help_lists_the_groups_that_the_door_takes_and_no_others():
 
 
 def test_help_may_be_cut_off_by_the_reader():
-    command = f"{sys.executable} -m megatron_lite generate --help | true"
+    command = f"{sys.executable} -m megatron_lite inspect --help | true"
     ended = subprocess.run(
         ["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, timeout=PATIENCE_SECONDS
     )

@@ -59,7 +59,7 @@ def note(entered: int, *, waits: bool = False, phase: str = "train_step", at: st
 
 
 def test_backward_of_a_gpu_runs_in_another_thread_and_its_stack_does_not_tell():
-    """The main thread's frames are torch's own, above our train_step, which is no collective."""
+    """The main thread's frames are torch's own, above our train_step, which is not a collective."""
     seen = []
 
     class Look(torch.autograd.Function):

@@ -6,9 +6,6 @@ import json
 import os
 import re
 import signal
-import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,21 +14,17 @@ import pytest
 import torch
 
 from megatron_lite.errors import TrainingFailedError
-from megatron_lite.runtime import Runtime
+from megatron_lite.runtime import Runtime, start
+from megatron_lite.training import watchdog
 from megatron_lite.training.rank_notes import Others
 from megatron_lite.training.reporting import reported
 from megatron_lite.training.status import Status
 from megatron_lite.training.trainer import Position
-from megatron_lite.training.watchdog import Watchdog, WatchdogConfig, slow_ranks
+from megatron_lite.training.watchdog import Watchdog, WatchdogConfig
 from tests import runs
+from tests.forked import PROCESSES
 from tests.launch import forked_run, local_run
-
-
-def test_slow_ranks():
-    assert slow_ranks({0: 1.0, 1: 1.1, 2: 4.0, 3: 2.0}, 1.5) == [2, 3]
-    assert slow_ranks({0: 1.0, 1: 1.6}, 1.5) == [1]
-    assert slow_ranks({0: 1.0}, 1.5) == []
-    assert slow_ranks({0: 0.0, 1: 0.0005}, 1.5) == []  # below a millisecond nobody is slow
+from tests.launch.slurm_cluster import free_ports
 
 
 def test_on_a_gpu_the_flight_recorder_is_that_of_nccl(tmp_path, monkeypatch):
@@ -121,49 +114,38 @@ def test_a_job_that_was_suspended_accuses_nobody():
     assert notes.told is None
 
 
-# Two ranks: one ends in the way that is asked for, the other sits in the phase train_step, as on a GPU, where nothing raises.
-SCRIPT = """
-import os, sys, time
-from pathlib import Path
-from megatron_lite import runtime
-from megatron_lite.training import watchdog
-watchdog._SECONDS_TO_FOLLOW = 1.0
-here = runtime.start()
-config = watchdog.WatchdogConfig(timeout_seconds=300, report_seconds=1, lost_seconds=3)
-with watchdog.Watchdog(config, runtime=here, run_dir=Path(sys.argv[1])) as dog:
-    dog.enter("train_step", 7)
-    time.sleep(2.0)
-    if here.rank == 0:
-        time.sleep(100)
-    elif sys.argv[2] == "failed":
-        dog.fail("ValueError: a bad sample")
+def rank_that_is_left(environment: dict[str, str], run_dir: Path, end: str) -> None:
+    """One of two ranks: rank 1 ends as `end` says, rank 0 sits in the phase train_step, as on a GPU, where nothing raises."""
+    os.environ |= environment
+    watchdog._SECONDS_TO_FOLLOW = 1.0
+    here = start()
+    config = WatchdogConfig(timeout_seconds=300, report_seconds=1, lost_seconds=3)
+    with Watchdog(config, runtime=here, run_dir=run_dir) as dog:
+        dog.enter("train_step", 7)
+        time.sleep(1.0)
+        if here.rank == 1 and end == "killed":
+            os._exit(9)
+        elif here.rank == 1:
+            dog.fail("ValueError: a bad sample")
         time.sleep(100)  # an exit that waits for the others
-    elif sys.argv[2] == "killed":
-        os._exit(9)
-"""
 
 
 @pytest.mark.parametrize(("end", "says"), [("failed", "ValueError: a bad sample"), ("killed", "no heartbeat for 3 s")])
 def test_a_rank_that_is_lost_ends_the_others_with_its_name(tmp_path, end, says):
-    command = [sys.executable, "-c", SCRIPT, str(tmp_path), end]
-    shared = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    ranks = [subprocess.Popen(command, env={**shared, "RANK": str(rank)}) for rank in range(2)]
-    try:
-        assert ranks[0].wait(60) == 3
-    finally:
-        for process in ranks:
-            process.kill()
-            process.wait()
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_ports(1)[0])}
+    environments = [shared | {"RANK": str(rank)} for rank in range(2)]
+    ranks = [PROCESSES.Process(target=rank_that_is_left, args=(each, tmp_path, end)) for each in environments]
+    for process in ranks:
+        process.start()
+    ranks[0].join(60)
+    for process in ranks:
+        process.kill()
+        process.join()
+    assert ranks[0].exitcode == watchdog.EXIT_CODE
     status = runs.status(tmp_path)
     assert status["state"] == "failed"
     assert status["reason"].startswith("rank 1 failed in step 7, train_step: ")
     assert says in status["reason"]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.mark.slow

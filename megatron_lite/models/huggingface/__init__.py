@@ -11,6 +11,7 @@ from megatron_lite.models.huggingface.folder import (
     open_folder,
     read_config,
 )
+from megatron_lite.models.huggingface.llama import exportable
 from megatron_lite.models.huggingface.registry import FAMILIES, family_named, family_of
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "NativeTensors",
     "expected_shapes",
     "export_folder",
+    "exportable",
     "family_named",
     "family_of",
     "is_folder",

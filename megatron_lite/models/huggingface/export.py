@@ -19,6 +19,7 @@ from torch import Tensor
 from megatron_lite.atomic import whole_folder
 from megatron_lite.models.config import ModelConfig
 from megatron_lite.models.decoder import Decoder
+from megatron_lite.models.huggingface.llama import exportable
 from megatron_lite.models.huggingface.registry import family_named
 from megatron_lite.models.huggingface.rules import Rule
 from megatron_lite.tensor_files import WholeTensors, write_safetensors
@@ -46,7 +47,7 @@ def export_folder(
     target = Path(path)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"target={str(path)!r} exists and is not an empty folder; choose another or remove it")
-    extra = extra or {}
+    config, extra = exportable(config), extra or {}
     # Explicit nulls: where they are absent transformers would put the token numbers of the published model.
     others = dict.fromkeys(TOKEN_IDS) | dict(extra.get("config", {}))
     hf_config = family_named(config.family).with_extra(config, others)

@@ -97,7 +97,11 @@ def read_config(hf: Mapping[str, Any]) -> ModelConfig:
     ):
         if not is_so:
             raise ValueError(f"config.json: {key}={hf[key]!r} is not supported")
-    rank, window = hf.get("mamba_dt_rank"), hf.get("sliding_window")
+    rank, window, without = hf.get("mamba_dt_rank"), hf.get("sliding_window"), []
+    if window is not None:
+        window, without = integer(hf, "sliding_window"), _numbers(hf, "global_attn_idx")
+        if set(without) == set(range(layers)):  # a window that no layer has
+            window, without = None, []
     return ModelConfig(
         family="hymba",
         pattern=BLOCK * layers,
@@ -110,9 +114,9 @@ def read_config(hf: Mapping[str, Any]) -> ModelConfig:
             kv_heads=integer(hf, "num_key_value_heads"),
             head_dim=head_dim,
             value_head_dim=value_dim,
-            window=None if window is None else integer(hf, "sliding_window"),
+            window=window,
             always_visible=0 if window is None else meta,
-            global_layers=[] if window is None else _numbers(hf, "global_attn_idx"),
+            global_layers=without,
             kv_groups=_groups(hf, "kv_reuse_group"),
         ),
         rope=_rope(hf),

@@ -8,6 +8,7 @@ sliding window in all layers. It counts the keys that a query sees, itself inclu
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -41,13 +42,16 @@ SHARED_DEFAULTS: dict[str, Any] = {
 }
 
 
+def exportable(config: ModelConfig) -> ModelConfig:
+    """The same model in a family whose class can hold it: LlamaForCausalLM refuses a hidden size that is not a multiple of the number of
+    heads, which pruned models have. MistralForCausalLM computes the same."""
+    if config.family == "llama" and config.hidden_size % config.attention.heads:
+        return replace(config, family="mistral")
+    return config
+
+
 def write_llama(config: ModelConfig) -> dict[str, Any]:
     """config.json's fields for LlamaForCausalLM."""
-    if config.hidden_size % config.attention.heads:
-        raise ValueError(
-            f"model.hidden_size={config.hidden_size} does not divide by model.attention.heads={config.attention.heads}, which "
-            "LlamaForCausalLM insists on; model.family=mistral writes the same model as MistralForCausalLM"
-        )
     biases = {"attention_bias": False, "mlp_bias": False}
     return written_sizes(config) | _common(config) | biases
 

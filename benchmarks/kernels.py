@@ -1,0 +1,396 @@
+"""The operations of a training step on a CPU, beside their floors and beside their plain forms.
+
+    python -m benchmarks.kernels
+    python -m benchmarks.kernels --only attention Mamba-2 --turns 9
+    python -m benchmarks.kernels --size tiny --turns 2            a look at the output, in seconds
+
+Each operation runs forward and backward in fp32, in the form that training uses and in the form that its formula suggests. First both
+must give the same values and gradients. Then they take turns, and each turn measures two rates of the machine as well:
+
+    matmul rate   FLOP/s of a product of two square matrices
+    byte rate     bytes/s, read and written, of a tensor that no cache holds: the faster of a copy and of an addition in place, which
+                  writes where it has read (norm and optimizer run on as much)
+    floor         max(FLOPs / matmul rate, bytes / byte rate) of the same turn
+
+The FLOPs are those of the matrix products without what is computed twice, causal attention half of the square; the bytes are those of the
+operation's inputs, outputs and their gradients, each read or written once where forward or backward needs it. Everything is the
+median over the turns; a ratio is taken within each turn. Read the result with benchmarks/README.md.
+
+Shapes: B batch, T sequence, H heads, K head dim, C channels, P head dim of a scan, N state, W words, D hidden.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.summary import heading, markdown
+from megatron_lite.models.attention_kernel import attend
+from megatron_lite.models.attention_mask import Visibility
+from megatron_lite.models.cache import KeyValue
+from megatron_lite.models.context import LayerContext
+from megatron_lite.models.norm import LayerNorm1p
+from megatron_lite.models.scan import Operands
+from megatron_lite.models.selective_scan import selective_scan
+from megatron_lite.models.ssd import CHUNK, ssd
+from megatron_lite.optim.optimizer import AdamW, OptimConfig
+from megatron_lite.parallel.cross_entropy import cross_entropy_sum
+
+Form = Callable[[], list[Tensor]]
+"""Runs an operation once; what it computed, to be compared with another form."""
+
+FP32 = 4  # bytes of a number
+
+
+@dataclass(frozen=True)
+class Size:
+    """tokens: of the batch, in sequences of `length`. square: side of the matrices that measure the matmul rate. large: MB that no cache
+    holds, for the byte rate and for operations that only move bytes."""
+
+    tokens: int
+    length: int
+    hidden: int
+    words: int
+    square: int
+    large: int
+
+    @property
+    def batch(self) -> int:
+        """Sequences."""
+        return self.tokens // self.length
+
+
+SIZES = {
+    "tiny": Size(tokens=128, length=64, hidden=64, words=256, square=128, large=1),
+    "small": Size(tokens=2048, length=256, hidden=256, words=8192, square=1024, large=128),
+    "long": Size(tokens=2048, length=2048, hidden=512, words=16384, square=1024, large=128),
+}
+
+
+@dataclass(frozen=True)
+class Operation:
+    """An operation in both forms. flops, bytes: of forward and backward, see the head of this file."""
+
+    name: str
+    shape: str
+    ours: Form
+    plain: Form
+    flops: float
+    bytes: float
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Seconds of one turn."""
+
+    ours: float
+    plain: float
+    flops: float  # at the matmul rate
+    bytes: float  # at the byte rate
+
+    @property
+    def floor(self) -> float:
+        """What the operation cannot be faster than."""
+        return max(self.flops, self.bytes)
+
+
+def attention(size: Size) -> Operation:
+    """Causal self-attention of heads of 64 numbers."""
+    K, T, B = 64, size.length, size.batch
+    H = size.hidden // K
+    query, key, value = (torch.randn(B, H, T, K) for _ in range(3))
+    context, visibility = LayerContext(torch.arange(T)[None]), Visibility()
+    hidden_TS = torch.ones(T, T, dtype=torch.bool).triu(1)
+
+    def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attend(q, KeyValue(k, v), context, visibility)
+
+    def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = (q @ k.mT / K**0.5).masked_fill(hidden_TS, -torch.inf)
+        return scores.softmax(-1) @ v
+
+    return Operation(
+        "attention",
+        f"B {B}, T {T}, H {H}, K {K}",
+        *_both(ours, plain, query, key, value),
+        flops=3 * 2 * B * H * T * T * K,
+        bytes=12 * query.numel() * FP32,  # 3 in, 1 out; backward reads these and the gradient of 1, writes those of 3
+    )
+
+
+def mamba2(size: Size) -> Operation:
+    """The scan of a Mamba-2 layer of twice the hidden width, one group."""
+    B, T, P, N = size.batch, size.length, 64, 64
+    H = 2 * size.hidden // P
+    x, dt = torch.randn(B, T, H, P), F.softplus(torch.randn(B, T, H) - 2)
+    B_BTGN, C_BTGN = torch.randn(B, T, 1, N), torch.randn(B, T, 1, N)
+    A_H = -torch.rand(H) - 0.5
+
+    def ours(x: Tensor, dt: Tensor, b: Tensor, c: Tensor) -> Tensor:
+        return ssd(Operands(x, dt, A_H, b, c))[0]
+
+    def plain(x: Tensor, dt: Tensor, b: Tensor, c: Tensor) -> Tensor:
+        state, outputs = x.new_zeros(B, H, P, N), []
+        for t in range(T):
+            added = (dt[:, t, :, None] * x[:, t])[..., None] * b[:, t, :, None]
+            state = torch.exp(dt[:, t] * A_H)[..., None, None] * state + added
+            outputs.append((state @ c[:, t, 0, None, :, None])[..., 0])
+        return torch.stack(outputs, dim=1)
+
+    a_token = (
+        CHUNK * (N + H * P) + 4 * H * P * N
+    )  # causal scores and products of a chunk; its state, and from the state before
+    return Operation(
+        "Mamba-2 scan",
+        f"B {B}, T {T}, H {H}, P {P}, N {N}",
+        *_both(ours, plain, x, dt, B_BTGN, C_BTGN),
+        flops=3 * B * T * a_token,
+        bytes=5 * FP32 * (x.numel() + 2 * B_BTGN.numel()),
+    )
+
+
+def mamba1(size: Size) -> Operation:
+    """The scan of a Mamba-1 layer of twice the hidden width."""
+    B, T, C, N = size.batch, size.length, 2 * size.hidden, 16
+    x, dt = torch.randn(B, T, C), F.softplus(torch.randn(B, T, C) - 2)
+    B_BTN, C_BTN = torch.randn(B, T, N), torch.randn(B, T, N)
+    A_CN = -torch.rand(C, N) - 0.5
+
+    def ours(x: Tensor, dt: Tensor, b: Tensor, c: Tensor) -> Tensor:
+        return selective_scan(Operands(x, dt, A_CN, b, c))[0]
+
+    def plain(x: Tensor, dt: Tensor, b: Tensor, c: Tensor) -> Tensor:
+        state, outputs = x.new_zeros(B, C, N), []
+        for t in range(T):
+            added = (dt[:, t] * x[:, t])[..., None] * b[:, t, None]
+            state = torch.exp(dt[:, t, :, None] * A_CN) * state + added
+            outputs.append((state @ c[:, t, :, None])[..., 0])
+        return torch.stack(outputs, dim=1)
+
+    return Operation(
+        "Mamba-1 scan",
+        f"B {B}, T {T}, C {C}, N {N}",
+        *_both(ours, plain, x, dt, B_BTN, C_BTN),
+        flops=3 * 6 * B * T * C * N,  # exp, decay, input and their sum, and the product with C
+        bytes=5 * FP32 * 2 * (x.numel() + B_BTN.numel()),
+    )
+
+
+def cross_entropy(size: Size) -> Operation:
+    """The output matrix and the loss."""
+    N, D, W = size.tokens, size.hidden, size.words
+    x, weight, targets = torch.randn(N, D), 0.02 * torch.randn(W, D), torch.randint(0, W, (N,))
+    counted = torch.ones(N, dtype=torch.bool)
+
+    def ours(x: Tensor, weight: Tensor) -> Tensor:
+        return cross_entropy_sum(x, weight, targets, counted, vocab_size=W)
+
+    def plain(x: Tensor, weight: Tensor) -> Tensor:
+        return F.cross_entropy(x @ weight.T, targets, reduction="sum")
+
+    return Operation(
+        "linear cross-entropy",
+        f"{N:,} tokens, D {D}, W {W:,}",
+        *_both(ours, plain, x, weight),
+        flops=3 * 2 * N * D * W,
+        bytes=3 * FP32 * (x.numel() + weight.numel()),
+    )
+
+
+def norm(size: Size) -> Operation:
+    """LayerNorm1p."""
+    module = LayerNorm1p(size.hidden, eps=1e-5)
+    torch.nn.init.normal_(module.weight, std=0.1)
+    torch.nn.init.normal_(module.bias, std=0.1)
+    tokens = size.large * 2**20 // FP32 // size.hidden
+    gain, bias, x = module.weight.detach(), module.bias.detach(), torch.randn(tokens, size.hidden)
+
+    def plain(x: Tensor) -> Tensor:
+        centered = x - x.mean(-1, keepdim=True)
+        return (1 + gain) * centered * torch.rsqrt(centered.square().mean(-1, keepdim=True) + 1e-5) + bias
+
+    return Operation(
+        "LayerNorm1p",
+        f"{tokens:,} tokens, D {size.hidden}",
+        *_both(module, plain, x),
+        flops=0.0,
+        bytes=5 * FP32 * x.numel(),  # x and y; backward: x and the gradient of y, that of x
+    )
+
+
+def optimizer(size: Size) -> Operation:
+    """AdamW over the matrices of as many blocks as the moments need to be large; the plain form is torch's loop over the parameters."""
+    D = size.hidden
+    block = {"qkv": (3 * D, D), "out": (D, D), "up": (4 * D, D), "down": (D, 4 * D)}
+    blocks = max(1, size.large * 2**20 // (2 * FP32 * 12 * D * D))
+    shapes = {f"{i}.{name}": shape for i in range(blocks) for name, shape in block.items()}
+    gradients = {name: torch.randn(shape) for name, shape in shapes.items()}
+    mine, theirs = ({name: torch.ones(shape) for name, shape in shapes.items()} for _ in range(2))
+    config = OptimConfig(lr=1e-3)
+    fused = AdamW(mine, config, dict.fromkeys(shapes, "matrix"))
+    skip = torch.zeros(())
+
+    def ours() -> list[Tensor]:
+        fused.step(gradients, lr=config.lr, skip=skip)
+        return list(mine.values())
+
+    for name, tensor in theirs.items():
+        tensor.grad = gradients[name]
+    loop = torch.optim.AdamW(
+        list(theirs.values()),
+        lr=config.lr,
+        betas=(config.betas[0], config.betas[1]),
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        foreach=False,
+    )
+
+    def plain() -> list[Tensor]:
+        loop.step()
+        return list(theirs.values())
+
+    numbers = sum(tensor.numel() for tensor in mine.values())
+    reads, writes = 4, 3  # weight, gradient and two moments; all but the gradient
+    return Operation(
+        "AdamW", f"{numbers / 1e6:.1f} M parameters", ours, plain, flops=0.0, bytes=(reads + writes) * FP32 * numbers
+    )
+
+
+OPERATIONS = {
+    "attention": attention,
+    "Mamba-2": mamba2,
+    "Mamba-1": mamba1,
+    "cross-entropy": cross_entropy,
+    "norm": norm,
+    "optimizer": optimizer,
+}
+
+
+def _both(ours: Callable[..., Tensor], plain: Callable[..., Tensor], *inputs: Tensor) -> tuple[Form, Form]:
+    """Forward and backward of two functions of the same inputs, from the same gradient of the output."""
+    leaves = [tensor.requires_grad_() for tensor in inputs]
+    with torch.no_grad():
+        gradient = torch.randn_like(ours(*leaves))
+
+    def form(function: Callable[..., Tensor]) -> Form:
+        def run() -> list[Tensor]:
+            y = function(*leaves)
+            return [y.detach(), *torch.autograd.grad(y, leaves, gradient)]
+
+        return run
+
+    return form(ours), form(plain)
+
+
+COLUMNS = ("operation", "shape", "ours, ms", "floor, ms", "ours / floor", "limit", "plain, ms", "plain / ours")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print one table."""
+    options = parse(arguments)
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    where = heading(threads=options.threads)
+    size = SIZES[options.size]
+    operations = [OPERATIONS[name](size) for name in options.only]
+    for operation in operations:
+        check(operation)
+    machine = Machine(size)
+    turns = [[*measured(operations, machine)] for _ in range(options.turns)]
+    rows = [row(operation, [turn[i] for turn in turns]) for i, operation in enumerate(operations)]
+    print(where, markdown(COLUMNS, rows), sep="\n\n")
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=SIZES, default="small")
+    parser.add_argument("--only", nargs="+", choices=OPERATIONS, default=list(OPERATIONS), metavar="OPERATION")
+    parser.add_argument("--turns", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args(arguments)
+    for key in ("turns", "threads"):
+        if getattr(options, key) < 1:
+            parser.error(f"--{key}={getattr(options, key)} must be at least 1")
+    return options
+
+
+def check(operation: Operation) -> None:
+    """Raises ValueError if the two forms do not compute the same. Also warms them up.
+
+    The bound is 1e-3 of the largest entry: the forms sum up to some thousand fp32 numbers in other orders.
+    """
+    for mine, theirs in zip(operation.ours(), operation.plain(), strict=True):
+        off = ((mine - theirs).abs().max() / theirs.abs().max()).item()
+        if not off < 1e-3:
+            raise ValueError(f"{operation.name}: the two forms differ by {off:.1e} of the largest entry")
+
+
+class Machine:
+    """Measures the two rates; its tensors are made once, so that no copy waits for fresh memory."""
+
+    def __init__(self, size: Size) -> None:
+        self.square = torch.randn(size.square, size.square)
+        self.source, self.target = (torch.ones(size.large * 2**20 // FP32) for _ in range(2))
+
+    def matmul_rate(self) -> float:
+        """FLOP/s."""
+        return 2 * len(self.square) ** 3 / seconds(lambda: self.square @ self.square)
+
+    def byte_rate(self) -> float:
+        """Bytes/s, read and written."""
+        copied, added = 2 * self.source.nbytes, 3 * self.source.nbytes
+        return max(
+            copied / seconds(lambda: self.target.copy_(self.source)),
+            added / seconds(lambda: self.target.add_(self.source)),
+        )
+
+
+def measured(operations: Sequence[Operation], machine: Machine) -> Iterator[Turn]:
+    """One turn of each operation, with the rates of this turn."""
+    matmul_rate, byte_rate = machine.matmul_rate(), machine.byte_rate()
+    for operation in operations:
+        yield Turn(
+            seconds(operation.ours),
+            seconds(operation.plain),
+            flops=operation.flops / matmul_rate,
+            bytes=operation.bytes / byte_rate,
+        )
+
+
+def seconds(action: Callable[[], object], *, least: float = 0.02) -> float:
+    """Seconds of a call: the mean over so many that they take `least` seconds together."""
+    calls, began = 0, time.perf_counter()
+    while (passed := time.perf_counter() - began) < least or not calls:
+        action()
+        calls += 1
+    return passed / calls
+
+
+def row(operation: Operation, turns: Sequence[Turn]) -> list[str]:
+    """A line of the table."""
+    ours, floor, plain = (statistics.median(getattr(turn, key) for turn in turns) for key in ("ours", "floor", "plain"))
+    over_floor = statistics.median(turn.ours / turn.floor for turn in turns)
+    over_ours = statistics.median(turn.plain / turn.ours for turn in turns)
+    by_flops = statistics.median(turn.flops - turn.bytes for turn in turns) > 0
+    return [
+        operation.name,
+        operation.shape,
+        f"{1e3 * ours:.3g}",
+        f"{1e3 * floor:.3g}",
+        f"{over_floor:.1f}",
+        "FLOPs" if by_flops else "bytes",
+        f"{1e3 * plain:.3g}",
+        f"{over_ours:.1f}",
+    ]
+
+
+if __name__ == "__main__":
+    main()
