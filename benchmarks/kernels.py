@@ -39,7 +39,7 @@ from megatron_lite.models.context import LayerContext
 from megatron_lite.models.norm import LayerNorm1p
 from megatron_lite.models.scan import Operands
 from megatron_lite.models.selective_scan import selective_scan
-from megatron_lite.models.ssd import ssd
+from megatron_lite.models.ssd import CHUNK_CPU, ssd
 from megatron_lite.optim.optimizer import AdamW, OptimConfig
 from megatron_lite.parallel.cross_entropy import cross_entropy_sum
 
@@ -145,7 +145,7 @@ def mamba2(size: Size) -> Operation:
         return torch.stack(outputs, dim=1)
 
     a_token = (
-        CHUNK * (N + H * P) + 4 * H * P * N
+        CHUNK_CPU * (N + H * P) + 4 * H * P * N
     )  # causal scores and products of a chunk; its state, and from the state before
     return Operation(
         "Mamba-2 scan",
