@@ -348,10 +348,11 @@ def test_mistral_has_its_window_in_every_layer(llama, loud, tmp_path):
         export_folder(tmp_path / "hf", config=config, tensors=native(loud(config)))
 
 
-def test_llama_that_transformers_would_refuse_names_mistral(llama, loud, tmp_path):
+def test_a_llama_that_transformers_would_refuse_is_written_as_mistral(llama, loud, tmp_path):
     config = llama(hidden_size=50)
-    with pytest.raises(ValueError, match=r"model.family=mistral"):
-        export_folder(tmp_path / "hf", config=config, tensors=native(loud(config)))
+    export_folder(tmp_path / "hf", config=config, tensors=native(loud(config)))
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["architectures"] == ["MistralForCausalLM"]
+    assert open_folder(tmp_path / "hf").config.hidden_size == 50
 
 
 def test_wrong_tensors_and_taken_targets_leave_nothing_behind(nemotron, loud, tmp_path):
