@@ -144,9 +144,8 @@ def mamba2(size: Size) -> Operation:
             outputs.append((state @ c[:, t, 0, None, :, None])[..., 0])
         return torch.stack(outputs, dim=1)
 
-    a_token = (
-        CHUNK_CPU * (N + H * P) + 4 * H * P * N
-    )  # causal scores and products of a chunk; its state, and from the state before
+    # causal scores and products of a chunk; its state, and from the state before
+    a_token = CHUNK_CPU * (N + H * P) + 4 * H * P * N
     return Operation(
         "Mamba-2 scan",
         f"B {B}, T {T}, H {H}, P {P}, N {N}",

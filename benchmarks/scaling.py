@@ -61,8 +61,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--size", choices=SIZES, default="small")
-    parser.add_argument("--turns", type=int, default=7)
-    parser.add_argument("--steps", type=int, default=2, help="of a turn")
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=1, help="of a turn")
     parser.add_argument("--batch", type=int, default=8, help="sequences of a rank")
     options = parser.parse_args(arguments)
     for key in ("turns", "steps", "batch"):
