@@ -43,12 +43,14 @@ def test_a_wrong_config_is_not_requeued(slurm, tiny_data, tmp_path):
 def test_two_jobs_on_one_run_directory(slurm, tiny_data, tmp_path, uninterrupted):
     """The second one is refused and leaves the first alone."""
     run = tmp_path / "both"
-    first = Job(slurm, tiny_data, run, SLOW_STEP="1", NODES="1", RANKS_PER_NODE="2")
+    go = tmp_path / "go"
+    first = Job(slurm, tiny_data, run, HANG_STEP="3", HANG_UNTIL=str(go), NODES="1", RANKS_PER_NODE="2")
     first.wait_for_step(2)
     second = Job(slurm, tiny_data, run, NODES="1", RANKS_PER_NODE="2")
     assert second.wait() == "FAILED", second.story()
     assert second.restarts == 0
     assert "is in use by" in second.output()
+    go.touch()
     assert first.wait() == "COMPLETED", first.story()
     assert runs.curve(run) == runs.curve(uninterrupted)
 

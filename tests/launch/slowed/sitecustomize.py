@@ -4,6 +4,7 @@ SLOW_STEP=0.5        every training step takes that many seconds more
 SLOW_SAVE=32         writing the tensors of a checkpoint takes that many seconds more
 SLOW_RANK=1          only that rank (default: all)
 HANG_STEP=7          the step that never ends (Python sleeps), on SLOW_RANK
+HANG_UNTIL=/tmp/go   HANG_STEP ends when that file is there
 HANG_IN=runtime:stop  that function never ends (Python sleeps), on SLOW_RANK; also checkpoint.store:CheckpointStore.load
 STOP_STEP=7          the step in which the process is stopped (as by SIGSTOP), on SLOW_RANK
 A job that Slurm restarted, or a group that torchrun restarted, runs at full speed.
@@ -22,6 +23,11 @@ def _slow(function, seconds):
         return function(*args, **kwargs)
 
     return slowed
+
+
+def _hang(until):
+    while not os.path.exists(until):
+        time.sleep(0.1)
 
 
 def _at_step(function, step, act):
@@ -54,7 +60,8 @@ def apply(settings):
     if "SLOW_STEP" in settings:
         FsdpEngine.train_step = _slow(FsdpEngine.train_step, float(settings["SLOW_STEP"]))
     if "HANG_STEP" in settings:
-        FsdpEngine.train_step = _at_step(FsdpEngine.train_step, int(settings["HANG_STEP"]), lambda: time.sleep(10_000))
+        hang = lambda: _hang(settings.get("HANG_UNTIL", ""))  # noqa: E731
+        FsdpEngine.train_step = _at_step(FsdpEngine.train_step, int(settings["HANG_STEP"]), hang)
     if "STOP_STEP" in settings:
         stop = lambda: os.kill(os.getpid(), signal.SIGSTOP)  # noqa: E731
         FsdpEngine.train_step = _at_step(FsdpEngine.train_step, int(settings["STOP_STEP"]), stop)
