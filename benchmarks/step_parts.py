@@ -61,7 +61,7 @@ def groups(work: Work) -> list[Group]:
         Group("norms", ("layer_norm", "LayerNorm"), numbers=5.0 * tokens * D * (2 * layers + 1)),
         Group("residual sums", ("aten::add",), numbers=2 * 3.0 * tokens * D * 2 * layers),
         Group("gradient norm, clipping", ("vector_norm", "foreach_mul"), numbers=3.0 * (weights + V * D)),
-        Group("AdamW", ("Optimizer.step",), numbers=7.0 * (weights + V * D)),
+        Group("AdamW", ("AdamW.step",), numbers=7.0 * (weights + V * D)),
         Group("embedding", ("embedding", "Embedding"), numbers=2.0 * tokens * D + V * D),
         Group("copies", ("aten::cat", "aten::copy_", "aten::clone", "aten::contiguous")),
         Group("other operators", ("aten::",)),
