@@ -5,7 +5,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check install -q --no-compi
 # Of a demo: `make fp8 SMALL=1` for a look, `TINY=1` to see that every part of it runs.
 SIZE   := $(if $(TINY),tiny,$(if $(SMALL),small,full))
 
-.PHONY: help smoke fp8 families retrieval minitron minitron-smollm2 test test-slow test-launch test-long test-gpu soak lint format env env-dev clean
+.PHONY: help smoke fp8 families retrieval minitron minitron-smollm2 test test-slow test-gpu soak lint format env env-dev clean
 
 help:            ## show this list
 	@grep -hE '^[a-z0-9-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 18
@@ -26,15 +26,9 @@ retrieval: env   ## does a short extension on 4 ranks let a model find keys 8 ti
 test: env-dev    ## set up .venv with [dev] and run the tests
 	$(BIN)/python -m pytest -n 3 --dist loadfile -m "not slow and not gpu"
 
-test-slow: test-launch test-long  ## the long tests: random layouts, kills, a real Slurm where it is installed
-
-# Whole files for a process here too; the launchers' mostly wait, so that CI runs them beside the others.
-test-launch: env-dev
-	$(BIN)/python -m pytest -n 6 --dist loadfile -m "slow and not gpu" tests/launch
-
-test-long: env-dev
-	$(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder -m "slow and not gpu" --ignore tests/launch \
-	  tests/training tests/test_wheel.py tests/data_tools tests  # the longest files first
+# Five at a time and launchers first: those mostly wait.
+test-slow: env-dev  ## the long tests: random layouts, kills, a real Slurm where it is installed
+	$(BIN)/python -m pytest -n 5 --dist loadfile --no-loadscope-reorder -m "slow and not gpu" tests/launch tests
 
 test-gpu: env-dev  ## what GPUs can show, as many as there are; skips what needs more
 	$(BIN)/python -m pytest -m gpu
