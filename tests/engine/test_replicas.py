@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -49,7 +50,7 @@ def test_a_larger_difference_fails_on_every_rank_with_the_name(engine: str) -> N
     with pytest.raises(RanksFailed) as caught:
         run_ranks(2, train_apart, CASES[engine], WRONG)
     assert str(caught.value).count("RuntimeError: ") == 2
-    assert "norm" in str(caught.value)
+    assert re.search(r"'layers\.\S+(norm\.weight|bias)' differed", str(caught.value))  # all copies are off by as much
     assert "1.0e-02" in str(caught.value)
 
 
