@@ -186,7 +186,7 @@ def test_a_rank_that_does_not_end_is_ended(tiny_data, tmp_path):
     """All is done and saved: the run stays finished."""
     run = tmp_path / "endless"
     job = local_run.start(  # under torchrun, whose store outlives rank 0
-        tiny_data, run, "watchdog.timeout_seconds=15",
+        tiny_data, run, "watchdog.timeout_seconds=30",
         RANKS_PER_NODE="2", HANG_IN="runtime:stop", SLOW_RANK="1", SHUTDOWN_TIMEOUT="5",
     )  # fmt: skip
     local_run.finish(job)
