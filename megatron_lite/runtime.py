@@ -29,10 +29,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = (
-    -1,
-    -4,
-)  # of glibc's malloc.h: free memory at the heap's end that is kept (-1: all); pieces outside it
+# of glibc's malloc.h: how much free memory the heap's end keeps (-1: all), and how many pieces may lie outside the heap
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
 
 @dataclass(frozen=True)

@@ -176,7 +176,7 @@ class FsdpEngine:
     def _set_training(self, training: bool) -> None:
         if (
             self.objective.training != training
-        ):  # a walk over all modules, at every step of a tiny model a measurable one
+        ):  # `train` walks over all modules, which a tiny model's step would notice
             self.objective.train(training)
 
     def _begin_micro_batch(self, *, last: bool) -> None:

@@ -8,14 +8,14 @@ import pytest
 
 from megatron_lite.training.slow import Comparison, GpuOwnTime, OwnTime, share_in_collectives, slow_ranks
 
-STEPS, TRANSFER = 20, 0.05  # seconds of a collective that nobody waits for
+STEPS, TRANSFER = 20, 0.05  # seconds that a collective takes when all ranks come at once
 
 
 def test_slow_ranks():
     assert slow_ranks({0: 1.0, 1: 1.1, 2: 4.0, 3: 2.0}, 1.5) == [2, 3]
     assert slow_ranks({0: 1.0, 1: 1.6}, 1.5) == [1]
     assert slow_ranks({0: 1.0}, 1.5) == []
-    assert slow_ranks({0: 0.0, 1: 0.0005}, 1.5) == []  # below a millisecond nobody is slow
+    assert slow_ranks({0: 0.0, 1: 0.0005}, 1.5) == []  # differences below a millisecond do not count
 
 
 def records(compute: list[float], *, beside: float = 0.0) -> tuple[list[bytes], float]:
