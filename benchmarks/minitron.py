@@ -1,6 +1,6 @@
 """Does pruning and distilling a trained model save tokens, compared with training the small model from scratch?
 
-    python -m benchmarks.minitron                              # about 90 minutes on 2 quiet cores
+    python -m benchmarks.minitron                              # about an hour on 2 quiet cores
     python -m benchmarks.minitron --size small                 # one seed, two arms: for a look
     python -m benchmarks.minitron -- model=nano2_tiny          # a Mamba-2/attention hybrid
 
@@ -79,7 +79,7 @@ class Plan:
 
 PLANS = {
     "full": Plan(
-        tuple(LABELS), 3, 4_000_000, 3_000_000, 240_000, ((1e-3, 2e-3, 4e-3), (5e-4, 1e-3, 2e-3)), candidates=8
+        tuple(LABELS), 3, 3_000_000, 1_800_000, 160_000, ((1e-3, 2e-3, 4e-3), (5e-4, 1e-3, 2e-3)), candidates=8
     ),
     "small": Plan(("distilled", "scratch"), 1, 500_000, 360_000, 40_000, ((2e-3, 4e-3), (1e-3, 2e-3)), samples=256),
     "tiny": Plan(
