@@ -119,17 +119,25 @@ def options_of(
     parser.add_argument(
         "--folder", type=Path, help=f"default: runs/{name}/<size>; run again with the same one to continue"
     )
-    parser.add_argument("--jobs", type=int, help="runs at the same time, one thread each; default: the number of cores")
+    parser.add_argument(
+        "--jobs", type=count, help="runs at the same time, one thread each; default: the number of cores"
+    )
     if arms[0]:
         parser.add_argument("--arms", nargs="+", choices=arms[0], default=arms[1], help="which runs to compare")
     parser.add_argument("overrides", nargs="*", help="after `--`: overrides for every run")
     found = parser.parse_args(arguments)
     jobs = found.jobs or (1 if found.size == "tiny" else (os.cpu_count() or 1))
-    if jobs < 1:
-        parser.error(f"--jobs={jobs} must be at least 1")
     folder = found.folder or Path("runs") / name / found.size
     chosen = tuple(found.arms) if arms[0] else ()
     return Options(found.size, folder, jobs, arms=chosen, overrides=tuple(found.overrides))
+
+
+def count(text: str) -> int:
+    """A whole number of at least 1, as the `type` of an argument."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
+    return number
 
 
 def machine() -> dict[str, Any]:

@@ -31,9 +31,8 @@ def main() -> None:
     asked = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if asked in COMMANDS:
         del sys.argv[1]
-        if asked != "launch" and {"-h", "--help"} & set(
-            sys.argv[1:]
-        ):  # launch imports no torch, and looks at its other words
+        # launch imports no torch, and looks at its other words
+        if asked != "launch" and {"-h", "--help"} & set(sys.argv[1:]):
             _show(kept_help(asked) or _composed_help(asked))
         else:
             _run(asked)

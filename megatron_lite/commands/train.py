@@ -57,12 +57,8 @@ def train(run: RunConfig) -> int:
         if runtime.device.type == "cpu":
             keep_freed_memory()
         store = CheckpointStore.with_own_group(Path(run.run.dir) / "checkpoints", run.checkpoint)
-        store.ranks.first(
-            "lock run.dir",
-            lambda: (
-                stack.enter_context(FileLock(Path(run.run.dir) / "run.lock", key="run.dir", value=run.run.dir)) and None
-            ),
-        )
+        lock = FileLock(Path(run.run.dir) / "run.lock", key="run.dir", value=run.run.dir)
+        store.ranks.first("lock run.dir", lambda: stack.enter_context(lock) and None)
         stack.enter_context(_named(run.run.dir))
         watchdog.enter("check run.dir", 0)
         store.check_shared()

@@ -26,6 +26,7 @@ from megatron_lite.parallel.parallelize import Recipe
 from megatron_lite.parallel.sequence_length import check_layout
 from megatron_lite.ranks import Ranks
 from megatron_lite.training.config import RunConfig
+from megatron_lite.training.resume import is_allowed
 from megatron_lite.weights import Weights, open_weights
 
 KEY = "objective.teacher"
@@ -59,7 +60,7 @@ def open_teacher(run: RunConfig, tokenizer: TokenizerIdentity, ranks: Ranks) -> 
 def check_same_teacher(manifest: Mapping[str, Any], run: RunConfig, teacher: Teacher | None) -> None:
     """Raise ValueError if a checkpoint's run had another teacher, unless `resume_allow` names the key."""
     before = manifest["teacher"]
-    if teacher is None or not before or before["identity"] == teacher.identity or _allowed(run.resume_allow):
+    if teacher is None or not before or before["identity"] == teacher.identity or is_allowed(KEY, run.resume_allow):
         return
     raise ValueError(
         f"{KEY}={run.objective.teacher_path} is {teacher.weights.path} with the hash {teacher.identity}, but run.dir={run.run.dir} "
@@ -117,7 +118,3 @@ def _identity(weights: Weights, ranks: Ranks) -> str:
     if weights.manifest is not None:
         return manifests.identity(weights.manifest)
     return hash_of_files(weights.path, ("config.json", "*.safetensors"), ranks)[:16]
-
-
-def _allowed(allow: list[str]) -> bool:
-    return any(name in (KEY, "objective") for name in allow)

@@ -213,7 +213,7 @@ def _tokenizer_text(parts: list[Part]) -> Iterator[str]:
 
 
 def _tokenize(building: Path, parts: list[Part]) -> dict[str, dict[str, Any]]:
-    """Write `.bin/.idx` and their manifest for both splits of every source; the summary for `corpus.json`."""
+    """Write `.bin/.idx` and their sidecars for both splits of every source; the summary for `corpus.json`."""
     tokenizer = load_tokenizer(building / "tokenizer")
     identity = fingerprint(tokenizer)
     summary: dict[str, dict[str, Any]] = {}
@@ -230,7 +230,7 @@ def _tokenize(building: Path, parts: list[Part]) -> dict[str, dict[str, Any]]:
             with IndexedWriter(prefix, best_dtype(vocabulary_size(tokenizer))) as writer:
                 for ids in encode_documents(tokenizer, (d.text for d in documents)):
                     writer.add_document(ids)
-            manifest = Sidecar(
+            sidecar = Sidecar(
                 tokenizer=identity,
                 tokenizer_name="sample",
                 eod=tokenizer.eos_token_id,
@@ -240,7 +240,7 @@ def _tokenize(building: Path, parts: list[Part]) -> dict[str, dict[str, Any]]:
                 languages=sorted({d.language for d in documents}),
                 licenses=sorted({d.license for d in documents}),
             )
-            write_sidecar(prefix, manifest)
+            write_sidecar(prefix, sidecar)
             entry["documents"][split], entry["tokens"][split] = len(documents), writer.num_tokens
         entry["languages"] = sorted({d.language for d in part.documents})
         entry["licenses"] = sorted({d.license for d in part.documents})
