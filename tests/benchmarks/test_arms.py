@@ -57,6 +57,10 @@ def test_arms_are_ordinary_runs_and_a_second_call_reads_them(study, monkeypatch,
 
     options = options_of("", name="x", arguments=["--folder", str(tmp_path / "out"), "--", "optim.lr=1e-3"])
     assert (options.size, options.overrides) == ("full", ("optim.lr=1e-3",))
+    for more, seeds in (([], 3), (["--seeds", "2"], 2)):
+        assert options_of("", name="x", seeds={"full": 3}, arguments=more).seeds == seeds
+    with pytest.raises(SystemExit):
+        options_of("", name="x", seeds={"full": 3}, arguments=["--seeds", "0"])
     plot(
         options.folder / "x.png", {n: [r.held_out() for r in rs] for n, rs in results.items()}, title="", ylabel="loss"
     )
