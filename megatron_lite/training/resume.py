@@ -48,7 +48,7 @@ def choose_checkpoint(run: RunConfig, store: CheckpointStore) -> ResumePoint | N
     """
     if store.directory.exists() and not store.directory.is_dir():
         raise ValueError(
-            f"{store.directory} is a file, where the checkpoints would lie; move it away, or give another run.dir"
+            f"{store.directory} is a file, where the checkpoints belong; move it away, or give another run.dir"
         )
     if run.resume == "never":
         left = [name for name in ("metrics.jsonl", "checkpoints") if (Path(run.run.dir) / name).exists()]

@@ -19,6 +19,7 @@ from megatron_lite.checkpoint import manifest as manifests
 from megatron_lite.checkpoint.opening import hash_of_files
 from megatron_lite.data.sidecar import TokenizerIdentity
 from megatron_lite.engine.fsdp import FsdpConfig
+from megatron_lite.errors import CheckpointError
 from megatron_lite.parallel.assemble import assemble, from_tensors
 from megatron_lite.parallel.frozen import FrozenDecoder
 from megatron_lite.parallel.mesh import Mesh
@@ -27,7 +28,7 @@ from megatron_lite.parallel.sequence_length import check_layout
 from megatron_lite.ranks import Ranks
 from megatron_lite.training.config import RunConfig
 from megatron_lite.training.resume import is_allowed
-from megatron_lite.weights import Weights, open_weights
+from megatron_lite.weights import Weights, model_config, open_weights
 
 KEY = "objective.teacher"
 
@@ -42,6 +43,17 @@ class Teacher:
     def state(self) -> dict[str, str]:
         """What a checkpoint's manifest says about it."""
         return {"path": str(self.weights.path), "identity": self.identity}
+
+
+def find_teacher(run: RunConfig) -> None:
+    """Raise ValueError naming the key if the objective names a teacher that is not there. Reads no weights, so that it can be called
+    before data is prepared."""
+    if run.objective.teacher_path is None:
+        return
+    try:
+        model_config(run.objective.teacher_path, Ranks())
+    except (ValueError, CheckpointError) as error:
+        raise ValueError(f"{KEY}: {error}") from error
 
 
 def open_teacher(run: RunConfig, tokenizer: TokenizerIdentity, ranks: Ranks) -> Teacher | None:

@@ -11,7 +11,7 @@ Notable features:
 - exact duplicates are dropped over all sources, then documents are held out by the hash of their own text
 - built in a hidden folder beside the final one and renamed when it is on the disk, so it is whole or not
   there; a lock makes several processes that start at once build it once
-- a finished corpus is kept, whatever versions built it; delete its folder to build it anew
+- a finished corpus is kept, whatever versions built it; delete its folder to build it again
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def _marker(folder: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except ValueError as error:
-        raise ValueError(f"{folder / 'corpus.json'} is damaged; delete {str(folder)!r} to build it anew") from error
+        raise ValueError(f"{folder / 'corpus.json'} is damaged; delete {str(folder)!r} to build it again") from error
 
 
 def _is_finished(folder: Path, settings: dict[str, Any]) -> bool:
@@ -139,13 +139,13 @@ def _is_finished(folder: Path, settings: dict[str, Any]) -> bool:
         if marker.get(key) != wanted:
             raise ValueError(
                 f"the sample corpus in {str(folder)!r} has {key}={marker.get(key)}, asked for is {wanted}; "
-                "delete the folder to build it anew, or name another one with data.sample_corpus=..."
+                "delete the folder to build it again, or name another one with data.sample_corpus=..."
             )
     for name, size in marker["files"].items():
         path = folder / name
         if not path.is_file() or path.stat().st_size != size:
             raise ValueError(
-                f"{path} is missing or does not have its {size} bytes; delete {str(folder)!r} to build it anew"
+                f"{path} is missing or does not have its {size} bytes; delete {str(folder)!r} to build it again"
             )
     return True
 
