@@ -36,7 +36,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from benchmarks.summary import heading, markdown
+from benchmarks.summary import count, heading, markdown
 from megatron_lite.checkpoint.store import CheckpointConfig, CheckpointStore
 from megatron_lite.engine.base import Engine
 from megatron_lite.parallel.mesh import Mesh
@@ -213,15 +213,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="20m")
-    parser.add_argument("--saves", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=8, help="after each save is whole")
+    parser.add_argument("--saves", type=count, default=5)
+    parser.add_argument("--steps", type=count, default=8, help="after each save is whole")
     parser.add_argument("--disk-seconds", type=float, default=0.0, help="what a checkpoint's writes wait; default: not")
     parser.add_argument("--folder", type=Path, help="on the disk to be measured; default: the one for temporary files")
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=count, default=1)
     options = parser.parse_args(arguments)
-    for key in ("saves", "steps", "threads"):
-        if getattr(options, key) < 1:
-            parser.error(f"--{key}={getattr(options, key)} must be at least 1")
     if not 0 <= options.disk_seconds < 3600:
         parser.error(f"--disk-seconds={options.disk_seconds} must be between 0 and 3600")
     return options

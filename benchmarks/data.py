@@ -30,7 +30,7 @@ import torch
 
 from benchmarks.peers.ours import overrides
 from benchmarks.peers.serving import Work
-from benchmarks.summary import heading, markdown
+from benchmarks.summary import count, heading, markdown
 from benchmarks.throughput import MODELS
 from benchmarks.train_step import SIZES as STEP_SIZES
 from megatron_lite.data.blend import Blend, open_blend
@@ -212,14 +212,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="full")
-    parser.add_argument("--turns", type=int, default=7)
+    parser.add_argument("--turns", type=count, default=7)
     parser.add_argument("--folder", type=Path, help="of the files; default: the one for temporary files")
-    parser.add_argument("--threads", type=int, default=1)
-    options = parser.parse_args(arguments)
-    for key in ("turns", "threads"):
-        if getattr(options, key) < 1:
-            parser.error(f"--{key}={getattr(options, key)} must be at least 1")
-    return options
+    parser.add_argument("--threads", type=count, default=1)
+    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":

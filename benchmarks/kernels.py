@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.summary import heading, markdown
+from benchmarks.summary import count, heading, markdown
 from megatron_lite.models.attention_kernel import attend
 from megatron_lite.models.attention_mask import Visibility
 from megatron_lite.models.cache import KeyValue
@@ -41,6 +41,7 @@ from megatron_lite.models.scan import Operands
 from megatron_lite.models.selective_scan import selective_scan
 from megatron_lite.models.ssd import CHUNK_CPU, ssd
 from megatron_lite.optim.optimizer import AdamW, OptimConfig
+from megatron_lite.parallel.chunked_loss import VocabularyShard
 from megatron_lite.parallel.cross_entropy import cross_entropy_sum
 
 Form = Callable[[], list[Tensor]]
@@ -189,7 +190,7 @@ def cross_entropy(size: Size) -> Operation:
     counted = torch.ones(N, dtype=torch.bool)
 
     def ours(x: Tensor, weight: Tensor) -> Tensor:
-        return cross_entropy_sum(x, weight, targets, counted, vocab_size=W)
+        return cross_entropy_sum(x, weight, targets, counted, shard=VocabularyShard(W))
 
     def plain(x: Tensor, weight: Tensor) -> Tensor:
         return F.cross_entropy(x @ weight.T, targets, reduction="sum")
@@ -312,13 +313,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument("--only", nargs="+", choices=OPERATIONS, default=list(OPERATIONS), metavar="OPERATION")
-    parser.add_argument("--turns", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=1)
-    options = parser.parse_args(arguments)
-    for key in ("turns", "threads"):
-        if getattr(options, key) < 1:
-            parser.error(f"--{key}={getattr(options, key)} must be at least 1")
-    return options
+    parser.add_argument("--turns", type=count, default=7)
+    parser.add_argument("--threads", type=count, default=1)
+    return parser.parse_args(arguments)
 
 
 def check(operation: Operation) -> None:

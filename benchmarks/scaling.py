@@ -32,7 +32,7 @@ import torch.multiprocessing as mp
 
 from benchmarks.peers.ours import overrides
 from benchmarks.peers.serving import Work
-from benchmarks.summary import heading, markdown
+from benchmarks.summary import count, heading, markdown
 from benchmarks.train_step import SIZES
 from megatron_lite.engine.base import Engine
 from megatron_lite.parallel.mesh import Mesh
@@ -61,13 +61,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--size", choices=SIZES, default="small")
-    parser.add_argument("--turns", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=1, help="of a turn")
-    parser.add_argument("--batch", type=int, default=8, help="sequences of a rank")
+    parser.add_argument("--turns", type=count, default=5)
+    parser.add_argument("--steps", type=count, default=1, help="of a turn")
+    parser.add_argument("--batch", type=count, default=8, help="sequences of a rank")
     options = parser.parse_args(arguments)
-    for key in ("turns", "steps", "batch"):
-        if getattr(options, key) < 1:
-            parser.error(f"--{key}={getattr(options, key)} must be at least 1")
     if not all(1 <= ranks <= 64 for ranks in options.ranks):
         parser.error(f"--ranks={options.ranks} must be between 1 and 64")
     return options

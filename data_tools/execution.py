@@ -84,9 +84,8 @@ class LocalExecutor(LocalPipelineExecutor):
 def _start_worker(log: str, command: int, workers: int) -> None:
     # A tokenizer starts one thread per core; several workers would compete for the same cores.
     os.environ["RAYON_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // workers))
-    with contextlib.suppress(
-        OSError
-    ):  # the task reports a full disk; the pool restarts a worker that fails here forever
+    # the task reports a full disk; the pool would restart a worker that fails here forever
+    with contextlib.suppress(OSError):
         sys.stderr = open(log, "a", buffering=1)  # noqa: SIM115  (for the life of the process)
 
     def watch() -> None:
@@ -109,10 +108,8 @@ def run_step(step: Step, executor: ExecutorConfig, console: Console) -> float:
     if (step.folder / DONE).exists():
         return 0.0
     step.folder.mkdir(parents=True, exist_ok=True)
-    for stale in [
-        *step.folder.glob("refused/*.txt"),
-        *step.folder.rglob(".*.tmp-*"),
-    ]:  # of a run that was stopped or killed
+    # of a run that was stopped or killed
+    for stale in [*step.folder.glob("refused/*.txt"), *step.folder.rglob(".*.tmp-*")]:
         stale.unlink(missing_ok=True)
     tasks = step.tasks()
     start = time.monotonic()

@@ -45,6 +45,14 @@ class InspectConfig:
     characters: int = 400
     picture: str = "blend.png"
 
+    def validate(self) -> None:
+        """Raises ValueError naming the key if a value is invalid."""
+        for key in ("tokens", "max_epochs", "samples", "places", "characters"):
+            if getattr(self, key) < 0:
+                raise ValueError(f"{key}={getattr(self, key)} must not be negative")
+        if self.picture:
+            _require_own_picture(Path(self.picture))
+
 
 def inspect_command(config: InspectConfig) -> int:
     """`mlite inspect`; returns the exit code."""
@@ -58,7 +66,8 @@ def inspect(config: InspectConfig, console: Console | None = None) -> list[str]:
     Raises:
         ValueError: the data cannot be used, with the way out.
     """
-    console = console or Console()
+    config.validate()
+    console = console or Console(width=None if Console().is_terminal else 160)
     data = config.data
     if not data.tokenizer:
         raise ValueError(
@@ -87,7 +96,6 @@ def inspect(config: InspectConfig, console: Console | None = None) -> list[str]:
     for i in range(config.samples):
         _sample(blend, i, tokenizer, config.characters, console)
     if config.picture:
-        _require_own_picture(Path(config.picture))
         draw(blend, rows, Path(config.picture))
         console.print(f"picture: {config.picture}", highlight=False)
     return warnings
@@ -151,8 +159,10 @@ def document_lengths(source: Source) -> dict[str, list[float]]:
 
 def _length_table(blend: Blend) -> Table:
     names = {0.5: "median", 1.0: "longest"}
-    headings = [names.get(quantile, f"{quantile:.0%} up to") for quantile in QUANTILES]
-    table = Table("source", title="tokens of a document; share of the tokens that are in documents of at least so many")
+    headings = [names.get(quantile, f"{quantile:.0%}") for quantile in QUANTILES]
+    table = Table(
+        "source", title="tokens of a document by quantile; share of the tokens in documents of at least so many"
+    )
     for heading in (*headings, *(f"{least // 1024}k" for least in LONG)):
         table.add_column(heading, justify="right")
     for name, source in blend.sources.items():
@@ -179,10 +189,10 @@ def _sample(blend: Blend, i: int, tokenizer: Any, characters: int, console: Cons
     source = blend.sources[place.source]
     start = place.window * blend.config.seq_len
     stop = start + blend.config.seq_len
-    edges = [start, *source.dataset.documents_in(start, stop), stop]
+    edges = [start, *source.documents.documents_in(start, stop), stop]
     console.rule(f"sample {i}: {place.source}, window {place.window}, {len(edges) - 1} document(s)", style="dim")
     for number, (first, last) in enumerate(itertools.pairwise(edges)):
-        text = tokenizer.decode(source.dataset.tokens(first, last).astype(int).tolist())
+        text = tokenizer.decode(source.documents.tokens(first, last).astype(int).tolist())
         shown = text if len(text) <= characters else f"{text[: characters // 2]} [...] {text[-characters // 2 :]}"
         console.print(f"--- document {number}, tokens {first - start} to {last - start}", style="bold", highlight=False)
         console.print(shown, markup=False, highlight=False)

@@ -66,6 +66,7 @@ def prepare(config: PrepareConfig, console: Console | None = None) -> Path:
     console = console or Console(stderr=True)
     recipe = config.data_recipe
     recipe.validate()
+    config.executor.validate()
     _check_stages(config.stages)
     for name in IMPORTED_BY_TASKS:  # a missing one is reported now, not after hours
         importlib.import_module(name)

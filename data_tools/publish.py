@@ -47,7 +47,8 @@ def publish(pipeline: Pipeline, output: OutputFolder, *, cores: int, console: Co
     tokens = sum(facts["tokens"] for facts in report["datasets"].values())
     for line in left_out(report["datasets"]):
         console.print(line, style="yellow", highlight=False, markup=False, soft_wrap=True)
-    console.print(f"{len(report['datasets'])} datasets, {tokens:,} tokens in {folder}; see report.md", highlight=False)
+    line = f"{len(report['datasets'])} datasets, {tokens:,} tokens in {folder}; see report.md"
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def _is_dataset_file(path: Path) -> bool:

@@ -137,6 +137,15 @@ class ExecutorConfig:
     poll_seconds: float = 5.0
     arguments: dict[str, Any] = field(default_factory=dict)
 
+    def validate(self) -> None:
+        """Raises ValueError naming the key if a value is invalid."""
+        if self.workers < 1 and (
+            self.workers != -1 or self.kind == "local"
+        ):  # -1 is datatrove's word for all tasks at once
+            raise ValueError(f"executor.workers={self.workers} must be at least 1")
+        if not self.poll_seconds > 0:
+            raise ValueError(f"executor.poll_seconds={self.poll_seconds} must be above 0")
+
 
 @dataclass
 class RecipeConfig:
@@ -165,11 +174,15 @@ class RecipeConfig:
             _validate_source(name, source)
         near, read = self.near, self.read
         _require("near.threshold", near.threshold, 0.5 <= near.threshold <= 1, "0.5 to 1")
-        _require("near.bands", near.bands, near.bands >= 1, "at least 1")
-        _require("near.rows", near.rows, near.rows >= 1, "at least 1")
-        _require("near.ngram", near.ngram, near.ngram >= 1, "at least 1")
-        _require("decontaminate.ngram", self.decontaminate.ngram, self.decontaminate.ngram >= 3, "at least 3")
-        _require("read.shard_bytes", read.shard_bytes, read.shard_bytes >= 1000, "at least 1000")
+        for key, number, least in (
+            ("near.bands", near.bands, 1), ("near.rows", near.rows, 1), ("near.ngram", near.ngram, 1),
+            ("decontaminate.ngram", self.decontaminate.ngram, 3), ("read.shard_bytes", read.shard_bytes, 1000),
+            ("read.max_document_bytes", read.max_document_bytes, 1),
+            ("tokenizer.sample_bytes", self.tokenizer.sample_bytes, 1),
+            ("tokenizer.vocab_size", self.tokenizer.vocab_size, 257),  # the bytes and the end of a text
+            ("tokenize.merge_bytes", self.tokenize.merge_bytes, 1),
+        ):  # fmt: skip
+            _require(key, number, number >= least, f"at least {least}")
         _require("read.max_bad_share", read.max_bad_share, 0 <= read.max_bad_share <= 1, "0 to 1")
         modes = ("stop", "keep_rows")
         _require("read.on_damaged_file", read.on_damaged_file, read.on_damaged_file in modes, " or ".join(modes))

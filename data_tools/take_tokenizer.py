@@ -40,7 +40,7 @@ def take_tokenizer(path: Path, folder: Path) -> None:
             shutil.copyfile(neighbor, folder / neighbor.name)
     else:
         raise ValueError(
-            f"data_tools: data_recipe.tokenizer.path={path} does not exist; name a folder with tokenizer.json, that file, or a "
+            f"data_recipe.tokenizer.path={path} does not exist; name a folder with tokenizer.json, that file, or a "
             "SentencePiece .model (a hub name is not looked up: download it first)"
         )
     if not (folder / "tokenizer.json").is_file():

@@ -4,6 +4,26 @@
 # Settings are environment variables; a file named by SETTINGS is read first (NAME=value lines; what is exported already wins).
 # `--dry-run` as the first word, or DRY_RUN=1, prints what would run and runs nothing.
 
+# What every script does first. Sets DRY_RUN, the settings, COMMAND (what the ranks run: `check=true` asks for `mlite preflight` instead of
+# training) and OVERRIDES (the other words).
+# shellcheck disable=SC2034  # read by the scripts
+read_command_line() { # the words of the script
+  if [[ ${1:-} == --dry-run ]]; then
+    DRY_RUN=1
+    shift
+  fi
+  read_settings
+  local word
+  COMMAND=train OVERRIDES=()
+  for word in "$@"; do
+    case $word in
+      check=true) COMMAND=preflight ;;
+      check=*) fail "$word: check takes true; leave it out to train" ;;
+      *) OVERRIDES+=("$word") ;;
+    esac
+  done
+}
+
 # The settings file fills in what the environment leaves open. Lines are NAME=value as a shell reads them, comments, or empty.
 read_settings() {
   [[ -n ${SETTINGS:-} ]] || return 0
@@ -90,17 +110,16 @@ given_settings() { # further names
   if [[ -n ${SETTINGS:-} ]]; then settings[0]=SETTINGS=$(cd "$(dirname "$SETTINGS")" && pwd)/$(basename "$SETTINGS"); fi
 }
 
-# Which command the ranks run, COMMAND, and its OVERRIDES: `check=true` asks for `mlite preflight` in the place of training.
+# Runs a command as the process `child` and waits for it; `code` is then its exit status. A trap ends `wait` before the child has ended.
 # shellcheck disable=SC2034  # read by the scripts
-what_to_run() { # overrides
-  local word
-  COMMAND=train OVERRIDES=()
-  for word in "$@"; do
-    case $word in
-      check=true) COMMAND=preflight ;;
-      check=*) fail "$word: check takes true; leave it out to train" ;;
-      *) OVERRIDES+=("$word") ;;
-    esac
+run_child() { # command
+  "$@" &
+  child=$!
+  code=0
+  wait "$child" || code=$?
+  while kill -0 "$child" 2>/dev/null; do
+    code=0
+    wait "$child" || code=$?
   done
 }
 

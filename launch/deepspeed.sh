@@ -18,12 +18,7 @@ set -euo pipefail
 LAUNCH_DIR=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source-path=SCRIPTDIR source=common.sh
 source "$LAUNCH_DIR/common.sh"
-if [[ ${1:-} == --dry-run ]]; then
-  DRY_RUN=1
-  shift
-fi
-read_settings
-what_to_run "$@"
+read_command_line "$@"
 set -- ${OVERRIDES[@]+"${OVERRIDES[@]}"}
 PYTHON=${PYTHON:-${MLITE_PYTHON:-python3}}
 [[ -n ${HOSTFILE:-} ]] || fail "HOSTFILE is not set: name a file with lines 'host slots=8'"
@@ -85,14 +80,7 @@ pass_on() {
 trap pass_on USR1 TERM INT
 before=$(cat "$directory/status.json" 2>/dev/null || true)
 # A session of its own: a Ctrl-C in the terminal must not reach DeepSpeed's launcher, which would kill the ranks.
-setsid "${command[@]}" &
-child=$!
-code=0
-wait "$child" || code=$?
-while kill -0 "$child" 2>/dev/null; do
-  code=0
-  wait "$child" || code=$?
-done
+run_child setsid "${command[@]}"
 [[ $COMMAND == train ]] || exit "$code"
 case $(settled_outcome "$directory" "$MLITE_JOB" "$before") in
   finished | stopped) exit 0 ;;

@@ -25,12 +25,7 @@ set -euo pipefail
 LAUNCH_DIR=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source-path=SCRIPTDIR source=common.sh
 source "$LAUNCH_DIR/common.sh"
-if [[ ${1:-} == --dry-run ]]; then
-  DRY_RUN=1
-  shift
-fi
-read_settings
-what_to_run "$@"
+read_command_line "$@"
 set -- ${OVERRIDES[@]+"${OVERRIDES[@]}"}
 gpus() { # those that the ranks will see
   if [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then
@@ -115,14 +110,7 @@ for name in USR1 TERM INT; do
   trap "pass_on SIG$name" "$name"
 done
 before=$(cat "$directory/status.json" 2>/dev/null || true)
-"${command[@]}" &
-child=$!
-code=0
-wait "$child" || code=$?
-while kill -0 "$child" 2>/dev/null; do # a trap ends `wait` before the child has ended
-  code=0
-  wait "$child" || code=$?
-done
+run_child "${command[@]}"
 
 [[ $COMMAND == train ]] || exit "$code"
 case $(settled_outcome "$directory" "$MLITE_JOB" "$before") in

@@ -23,12 +23,8 @@ LAUNCH_DIR=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 export LAUNCH_DIR
 # shellcheck source-path=SCRIPTDIR source=common.sh
 source "$LAUNCH_DIR/common.sh"
-if [[ ${1:-} == --dry-run ]]; then
-  DRY_RUN=1
-  shift
-fi
-read_settings
-what_to_run "$@"
+read_command_line "$@"
+[[ ${1:-} != --dry-run ]] || shift
 if [[ $COMMAND == preflight ]]; then
   TIME=${TIME:-00:15:00} SIGNAL_SECONDS=${SIGNAL_SECONDS:-60}
 fi

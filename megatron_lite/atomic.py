@@ -27,9 +27,10 @@ def whole_file(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
-        yield temporary
-        fsync(temporary)
-        temporary.replace(path)
+        with _errors_about(path, temporary):
+            yield temporary
+            fsync(temporary)
+            temporary.replace(path)
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -42,11 +43,23 @@ def whole_folder(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)  # left by a process of this number that was killed
     try:
-        temporary.mkdir()
-        yield temporary
-        os.replace(temporary, path)
+        with _errors_about(path, temporary):
+            temporary.mkdir()
+            yield temporary
+            os.replace(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+@contextmanager
+def _errors_about(path: Path, temporary: Path) -> Iterator[None]:
+    """An OSError about the temporary name is one about the name that the user gave."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename == str(temporary):
+            error.filename, error.filename2 = str(path), None
         raise
 
 

@@ -18,7 +18,7 @@ COMMANDS = {
     "convert": ("megatron_lite.commands.convert", "to and from Hugging Face folders"),
     "prune": ("megatron_lite.commands.prune", "cut a smaller model out of a trained one"),
     "preflight": ("megatron_lite.commands.preflight", "check the nodes of a run before it starts"),
-    "plan": ("megatron_lite.commands.plan", "how large a model is, and what a rank holds of it"),
+    "plan": ("megatron_lite.commands.plan", "how large a model is, and what it costs to train"),
     "launch": ("megatron_lite.commands.launch", "start a run here, on Slurm, on a list of hosts or on Kubernetes"),
     "prepare": ("data_tools.prepare", "from raw text to a tokenized corpus"),
     "inspect": ("data_tools.inspect", "what a run will read: shares, epochs, decoded samples"),
@@ -31,9 +31,8 @@ def main() -> None:
     asked = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if asked in COMMANDS:
         del sys.argv[1]
-        if asked != "launch" and {"-h", "--help"} & set(
-            sys.argv[1:]
-        ):  # launch imports no torch, and looks at its other words
+        # launch imports no torch, and looks at its other words
+        if asked != "launch" and {"-h", "--help"} & set(sys.argv[1:]):
             _show(kept_help(asked) or _composed_help(asked))
         else:
             _run(asked)

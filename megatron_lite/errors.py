@@ -30,7 +30,9 @@ _WAYS_OUT = {
     errno.ENOTDIR: "a part of this path is a file: name another place",
     errno.EEXIST: "something else is there: move it away, or name another place",
     errno.EISDIR: "it is a directory: name a file, or move it away",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
 }
+_CHECK = "check the path, or name another place"
 
 
 def error_text(error: BaseException) -> str:
@@ -40,6 +42,6 @@ def error_text(error: BaseException) -> str:
         return str(error)
     if isinstance(error, OSError) and error.strerror:
         names = [str(name) for name in (error.filename, error.filename2) if name is not None]
-        way_out = _WAYS_OUT.get(error.errno or 0)
+        way_out = _WAYS_OUT.get(error.errno or 0, _CHECK if names else "")
         return ": ".join([" -> ".join(names) or "the disk", error.strerror]) + (f"; {way_out}" if way_out else "")
     return f"{type(error).__name__}: {error}"

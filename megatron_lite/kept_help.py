@@ -1,8 +1,8 @@
 """The text of `mlite <command> --help`, kept in `~/.cache/megatron_lite` from the first time on.
 
-It is composed from the config classes, which stand beside what they configure and so import torch: two seconds, for a text that changes
-only with the sources. It is used while every source has the size and time that it had when the text was made, the rule by which Python uses
-compiled modules. Where the folder cannot be written, nothing is kept.
+To compose it takes two seconds, because a config class is in the module that it configures, which imports torch. The kept text is used as
+long as every source file has the same size and time as when the text was composed, which is also how Python decides whether a compiled
+module is current. Nothing is kept if the folder cannot be written.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def kept_help(command: str) -> str | None:
 
 
 def keep_help(command: str, text: str) -> None:
-    """Keep `text`, the current one, for the next time. A folder that cannot be written is no error."""
+    """Keep `text` for the next time. Does nothing if the folder cannot be written."""
     with suppress(OSError, RuntimeError):
         file = _file(command)
         unfinished = file.with_suffix(f".{os.getpid()}")

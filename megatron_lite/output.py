@@ -77,17 +77,17 @@ class Output(io.TextIOBase):
         """Once: later the number may be that of another file."""
         descriptor, self._descriptor = self._descriptor, None
         if descriptor is not None:
-            _lead_nowhere(descriptor)
+            _redirect_to_devnull(descriptor)
 
 
 @contextmanager
-def unhurried_output(on_loss: Callable[[str], None]) -> Iterator[None]:
+def output_in_background(on_loss: Callable[[str], None]) -> Iterator[None]:
     """Inside, standard output and error are `Output`s."""
     for descriptor in (1, 2):  # closed when the job began (`>&-`): the next opened file must not get its number
         try:
             os.fstat(descriptor)
         except OSError:
-            _lead_nowhere(descriptor)
+            _redirect_to_devnull(descriptor)
     before = sys.stdout, sys.stderr
     names = ("standard output", "standard error")
     after = [
@@ -103,7 +103,7 @@ def unhurried_output(on_loss: Callable[[str], None]) -> Iterator[None]:
         sys.stdout, sys.stderr = before
 
 
-def _lead_nowhere(descriptor: int) -> None:
+def _redirect_to_devnull(descriptor: int) -> None:
     nowhere = os.open(os.devnull, os.O_WRONLY)
     if nowhere != descriptor:
         os.dup2(nowhere, descriptor)

@@ -51,9 +51,8 @@ class Runtime:
         """The largest of each value over all ranks; one all-reduce over all hosts, without the device."""
         if self.world_size == 1:
             return values
-        largest = torch.tensor(
-            values, dtype=torch.float64
-        )  # on the CPU: gloo carries it, no GPU has to finish its step
+        # on the CPU: gloo carries it, and no GPU has to finish its step
+        largest = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
         return largest.tolist()
 
@@ -166,11 +165,6 @@ def ensure_process_group() -> None:
     if not dist.is_initialized():
         backend = "cuda:nccl,cpu:gloo" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-
-
-def default_device() -> torch.device:
-    """The device of a single process: the first GPU, else the CPU."""
-    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def stop() -> None:

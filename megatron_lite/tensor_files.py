@@ -72,7 +72,7 @@ def read_whole(source: TensorSource, name: str) -> Tensor:
 
 
 class WholeTensors(Mapping[str, Tensor]):
-    """The whole tensors of a source by name, read anew each time they are asked for; in another dtype if one is given.
+    """The whole tensors of a source by name, read again each time they are asked for; in another dtype if one is given.
 
     A tensor whose values do not fit that dtype raises ValueError (`narrow`).
     """

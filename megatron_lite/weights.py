@@ -136,7 +136,7 @@ def _check_shapes(checkpoint: Path, config: ModelConfig, entries: Mapping[str, A
     try:
         config.validate()
         shapes = expected_shapes(config)
-    except (ValueError, RuntimeError) as error:  # RuntimeError: sizes beyond all measure
+    except (ValueError, RuntimeError) as error:  # RuntimeError: sizes that no tensor can have
         raise CheckpointError(f"{checkpoint} does not describe a model that can be built: {error}") from error
     found = {name.removeprefix("model."): e["shape"] for name, e in entries.items() if name.startswith("model.")}
     wrong = sorted(name for name in shapes.keys() | found.keys() if list(shapes.get(name, ())) != found.get(name))

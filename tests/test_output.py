@@ -9,7 +9,7 @@ import pytest
 
 from megatron_lite import output
 from megatron_lite.background import Lost
-from megatron_lite.output import Output, unhurried_output
+from megatron_lite.output import Output, output_in_background
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def test_a_closed_pipe_is_said_once_and_harms_nobody(monkeypatch, recwarn):
     lost = Lost()
     with os.fdopen(writing, "w") as stream:
         monkeypatch.setattr(sys, "stdout", stream)
-        with unhurried_output(lost):
+        with output_in_background(lost):
             for _ in range(3):
                 print("unheard", flush=True)
         stream.write("Python's own flush at its end")
@@ -60,6 +60,6 @@ def test_a_closed_pipe_is_said_once_and_harms_nobody(monkeypatch, recwarn):
 
 def test_a_stream_that_was_closed_from_the_start(monkeypatch):
     monkeypatch.setattr(sys, "stdout", None)
-    with unhurried_output(Lost()):
+    with output_in_background(Lost()):
         print("unheard")
     assert sys.stdout is None

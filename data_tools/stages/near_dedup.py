@@ -30,9 +30,8 @@ from data_tools.text.hashing import mix, ngram_hashes, word_hashes
 from megatron_lite.atomic import write_array
 
 SHINGLES_A_BLOCK = 2_048
-FULL_COMPARISON = (
-    48  # in larger buckets documents are compared with leaders only: 10^4 copies must not cost 10^8 comparisons
-)
+# In larger buckets documents are compared with leaders only: 10^4 copies must not cost 10^8 comparisons.
+FULL_COMPARISON = 48
 
 
 class MinHash:

@@ -158,7 +158,7 @@ class MergeStep(Step):
             for document in merge_sorted([self.encoded / m for m in facts["members"]], self.settings.merge_bytes):
                 writer.add_document(document)
                 progress.add(document.nbytes)
-        manifest = Sidecar(
+        sidecar = Sidecar(
             tokenizer=identity["fingerprint"],
             tokenizer_name=identity["name"],
             eod=identity["eod"],
@@ -168,7 +168,7 @@ class MergeStep(Step):
             languages=facts["languages"],
             licenses=facts["licenses"],
         )
-        write_sidecar(prefix, manifest)
+        write_sidecar(prefix, sidecar)
 
 
 def merge_sorted(folders: list[Path], memory_bytes: int) -> Iterator[np.ndarray]:

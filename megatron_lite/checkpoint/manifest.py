@@ -14,7 +14,7 @@ would lead out of the directory are refused.
 
 Format 1 had no groups (the files' headers say where each shard begins), `adam_step` instead of `counters`
 and the SHA-256 of whole files (`sha256`) instead of that of their blocks (`tensor_files.BlockHash`); it is
-read as if it had been written today, but for `format_version`.
+read as if it had been written in format 2, except for `format_version`.
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ def encode(manifest: dict[str, Any]) -> bytes:
 
 
 def read_manifest(path: str | Path) -> dict[str, Any]:
-    """Read and check the manifest of a checkpoint directory; no tensor file is opened. Its config has the keys of today.
+    """Read and check the manifest of a checkpoint directory; no tensor file is opened. Its config has the current keys.
 
     Raises CheckpointError naming the file and what is wrong with it.
     """
@@ -174,7 +174,7 @@ def identity(manifest: dict[str, Any]) -> str:
 
 
 def _check_manifest(file: Path, manifest: dict[str, Any]) -> None:
-    """Raise CheckpointError for what no version of this software wrote; bring format 1 into today's form."""
+    """Raise CheckpointError for what no version of this software wrote; bring format 1 into the form of format 2."""
     if manifest.get("format", FORMAT) != FORMAT:
         raise CheckpointError(f"{file} has format {manifest['format']!r}, not {FORMAT!r}")
     version = manifest.get("format_version", FORMAT_VERSION)

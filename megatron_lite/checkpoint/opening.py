@@ -194,7 +194,10 @@ def find_checkpoint(path: str | Path) -> Path:
 
 def not_found(path: Path) -> str:
     """The error message if `path` is none of the things that `Verifier.find` looks for."""
-    return f"{path} is not a checkpoint and not a run directory with a valid one in checkpoints/"
+    return (
+        f"{path} is not a checkpoint and not a run directory with a valid one in checkpoints/; check the path (a Hugging Face folder "
+        "would have a config.json)"
+    )
 
 
 def newest_manifest(path: str | Path) -> dict[str, Any] | None:

@@ -267,7 +267,7 @@ def _is_left(name: str, piece: Piece, found: CheckpointTensors, optional: Collec
 
 
 def as_pieces(tensors: Tensors, *, ranks: int) -> dict[str, Piece]:
-    """Plain tensors stand for themselves in a single process; several ranks must say what they hold."""
+    """In a single process plain tensors are whole tensors; several ranks must say what they hold."""
     plain = [name for name, value in tensors.items() if not isinstance(value, Piece)]
     if plain and ranks > 1:
         raise TypeError(f"{plain[:5]} are plain tensors; on {ranks} ranks every tensor must be a Piece")

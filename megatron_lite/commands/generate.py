@@ -48,8 +48,9 @@ class GenerateConfig:
     def validate(self, world_size: int = 1) -> None:
         """Raise ValueError naming the key if a value is invalid."""
         self.sampling.validate()
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size={self.batch_size} must be at least 1")
+        for key in ("max_new_tokens", "batch_size"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key}={getattr(self, key)} must be at least 1")
         self.parallel.validate(world_size)
         refuse_unsupported("generate", parallel=self.parallel, world_size=world_size)
 

@@ -15,8 +15,16 @@ from megatron_lite.background import Lost, within
 from megatron_lite.checkpoint.store import CheckpointStore
 from megatron_lite.commands.command import run_command
 from megatron_lite.file_lock import FileLock
-from megatron_lite.output import unhurried_output
-from megatron_lite.runtime import keep_freed_memory, launched_ranks, set_deterministic, set_threads, start, stop
+from megatron_lite.output import output_in_background
+from megatron_lite.runtime import (
+    Runtime,
+    keep_freed_memory,
+    launched_ranks,
+    set_deterministic,
+    set_threads,
+    start,
+    stop,
+)
 from megatron_lite.tracking import write_loss_plot, write_report
 from megatron_lite.training.build import build_schedule, build_trainer, check_batch_sizes, prepare_data, run_info
 from megatron_lite.training.config import RunConfig, validate, validate_model
@@ -24,6 +32,7 @@ from megatron_lite.training.hints import how_to_lengthen
 from megatron_lite.training.memory_check import MemoryCheck
 from megatron_lite.training.resume import choose_checkpoint, choose_model
 from megatron_lite.training.run_directory import keep_tokenizer, write_config
+from megatron_lite.training.teacher import find_teacher
 from megatron_lite.training.trainer import Trainer
 from megatron_lite.training.watchdog import Watchdog
 
@@ -45,7 +54,7 @@ def train(run: RunConfig) -> int:
     runtime = start(timeout_seconds=run.watchdog.group_seconds)
     lost = Lost()
     with ExitStack() as stack:
-        stack.enter_context(unhurried_output(lost))
+        stack.enter_context(output_in_background(lost))
         watchdog = stack.enter_context(Watchdog(run.watchdog, runtime=runtime, run_dir=Path(run.run.dir)))
         stack.callback(stop)
         stack.callback(watchdog.end)
@@ -57,42 +66,44 @@ def train(run: RunConfig) -> int:
         if runtime.device.type == "cpu":
             keep_freed_memory()
         store = CheckpointStore.with_own_group(Path(run.run.dir) / "checkpoints", run.checkpoint)
-        store.ranks.first(
-            "lock run.dir",
-            lambda: (
-                stack.enter_context(FileLock(Path(run.run.dir) / "run.lock", key="run.dir", value=run.run.dir)) and None
-            ),
-        )
+        lock = FileLock(Path(run.run.dir) / "run.lock", key="run.dir", value=run.run.dir)
+        store.ranks.first("lock run.dir", lambda: stack.enter_context(lock) and None)
         stack.enter_context(_named(run.run.dir))
-        watchdog.enter("check run.dir", 0)
-        store.check_shared()
-        point = choose_checkpoint(run, store)
-        checkpoint = point.checkpoint if point else None
-        run = choose_model(run, store, checkpoint)
-        validate_model(run, runtime.world_size)
-        watchdog.enter("prepare data", 0)
-        prepare_data(run.data, vocab_size=run.model.vocab_size, report=print if runtime.is_main else None)
-        watchdog.enter("build", 0)
-        memory_check = MemoryCheck(run, runtime, lost)
-        memory_check.warn()
-        trainer = build_trainer(run, runtime, store=store, watchdog=watchdog, point=point, lost=lost)
-        if trainer.is_finished:
-            _close_finished(run, trainer, checkpoint)
-            return 0
-        _check_stop(run, trainer)
-        if checkpoint and runtime.is_main:
-            position = trainer.position
-            print(f"resuming from {checkpoint}: step {position.step}, {position.consumed_samples} samples consumed")
-        store.ranks.first("write run.dir", lambda: _describe(run))
-        if checkpoint:
-            store.abandon_after(trainer.position.step)
-        trainer.tracker.start(run_info(run, trainer))
-        outcome = trainer.fit()
-        if runtime.is_main:
-            if off := memory_check.conclude():
-                print(off)
-            _report(run, trainer, outcome)
+        _train(run, runtime, store=store, watchdog=watchdog, lost=lost)
     return 0
+
+
+def _train(run: RunConfig, runtime: Runtime, *, store: CheckpointStore, watchdog: Watchdog, lost: Lost) -> None:
+    """The job, alone in its run directory."""
+    watchdog.enter("check run.dir", 0)
+    store.check_shared()
+    point = choose_checkpoint(run, store)
+    checkpoint = point.checkpoint if point else None
+    run = choose_model(run, store, checkpoint)
+    validate_model(run, runtime.world_size)
+    store.ranks.attempt("look for the teacher", partial(find_teacher, run))
+    watchdog.enter("prepare data", 0)
+    prepare_data(run.data, vocab_size=run.model.vocab_size, report=print if runtime.is_main else None)
+    watchdog.enter("build", 0)
+    memory_check = MemoryCheck(run, runtime, lost)
+    memory_check.warn()
+    trainer = build_trainer(run, runtime, store=store, watchdog=watchdog, point=point, lost=lost)
+    if trainer.is_finished:
+        _close_finished(run, trainer, checkpoint)
+        return
+    _check_stop(run, trainer)
+    if checkpoint and runtime.is_main:
+        position = trainer.position
+        print(f"resuming from {checkpoint}: step {position.step}, {position.consumed_samples} samples consumed")
+    store.ranks.first("write run.dir", lambda: _describe(run))
+    if checkpoint:
+        store.abandon_after(trainer.position.step)
+    trainer.tracker.start(run_info(run, trainer))
+    outcome = trainer.fit()
+    if runtime.is_main:
+        if off := memory_check.conclude():
+            print(off)
+        _report(run, trainer, outcome)
 
 
 def validate_only(run: RunConfig, *, world_size: int) -> int:
@@ -142,7 +153,7 @@ def _check_stop(run: RunConfig, trainer: Trainer) -> None:
     step, stop = trainer.position.step, run.train.stop_at
     if stop is not None and stop < step:
         raise ValueError(
-            f"train.stop_at={stop} is behind run.dir={run.run.dir}, which stands at step {step}; raise it, drop it, or go back with "
+            f"train.stop_at={stop} is behind run.dir={run.run.dir}, which is at step {step}; raise it, drop it, or go back with "
             "resume=<a checkpoint of an earlier step>"
         )
 

@@ -36,9 +36,8 @@ def register_schema(name: str, schema: Any, *, group: str | None = None) -> None
     """Let the YAML files of `group` name `schema` in their defaults, as `<name>_schema`."""
     store = ConfigStore.instance()
     known = None if group else store.repo.get(f"{name}_schema.yaml")
-    if (
-        known is None or OmegaConf.get_type(known.node) is not schema
-    ):  # a class need not be read again for every command line
+    # a class need not be read again for every command line
+    if known is None or OmegaConf.get_type(known.node) is not schema:
         store.store(f"{name}_schema", schema, group=group)
 
 
@@ -105,16 +104,16 @@ def help_text(name: str, schema: type, purpose: str) -> str:
     defaults: Any = OmegaConf.to_container(OmegaConf.load(config_dir() / f"{name}.yaml").defaults)
     groups = {group: choice for entry in defaults if not isinstance(entry, str) for group, choice in entry.items()}
     choices = "[group=choice ...] " if groups else ""
-    lines = [
-        f"{purpose.strip()}\n",
-        f"usage: mlite {name} [--config-dir DIR] {choices}[key=value ...]\n",
-        *["groups:"] * bool(groups),
-    ]
+    lines = [f"{purpose.strip()}\n", f"usage: mlite {name} [--config-dir DIR] {choices}[key=value ...]\n"]
+    if groups:
+        lines.append("groups:")
     for group in sorted(groups):
         files = {path.stem for path in (config_dir() / group).glob("*.yaml")}
         chosen = {groups[group]} - {None, "???"}  # it may be a choice that no file has: see `register_choice`
         lines.append(f"  {group}={'|'.join(sorted(files | chosen))}")
-    lines += [*[""] * bool(groups), "keys and their values (as composed without overrides):", ""]
+    if groups:
+        lines.append("")
+    lines += ["keys and their values (as composed without overrides):", ""]
     register_schema(name, schema)
     with initialize_config_dir(str(config_dir().resolve()), version_base="1.3"):
         lines.append(OmegaConf.to_yaml(_tree(name, schema, [])))

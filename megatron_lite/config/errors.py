@@ -151,7 +151,7 @@ def _unknown_choice(error: MissingConfigException, own_folder: Path | None) -> s
 
 
 def _in_own_folder(folder: Path | None, group: str, choice: str) -> str:
-    """What is wrong with the folder of `--config-dir`, if something is: choices lie in a folder of their group's name."""
+    """What is wrong with the folder of `--config-dir`, if something is: choices are in a folder with the name of their group."""
     if folder is None or (folder / group).is_dir():
         return ""
     if not (folder / f"{choice}.yaml").is_file():

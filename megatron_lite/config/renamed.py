@@ -41,7 +41,7 @@ DROPPED: dict[str, str] = {
 
 
 def upgraded(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """A whole config as an older version stored it, under the keys of today; `tree` itself stays as it is."""
+    """A whole config as an older version stored it, under the current keys; `tree` itself is not changed."""
     new = _copied(tree)
     for old, name in RENAMED.items():
         section, key = _section(new, old)

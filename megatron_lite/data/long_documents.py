@@ -4,7 +4,7 @@ Long documents follow one another as if the shorter ones were not in the file. A
 that stream; a window is found in it by binary search.
 
 The index is made once, by reading the lengths of all documents (20 bytes each, in pieces), and kept beside the token file as
-`<prefix>.at_least_<L>.npy`, so that later runs open it in O(1). Where it cannot be written, it is made anew at every start.
+`<prefix>.at_least_<L>.npy`, so that later runs open it in O(1). Where it cannot be written, it is made again at every start.
 """
 
 from __future__ import annotations

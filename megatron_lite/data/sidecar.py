@@ -51,11 +51,11 @@ def sidecar_path(prefix: str | Path) -> Path:
     return Path(f"{prefix}.json")
 
 
-def write_sidecar(prefix: str | Path, manifest: Sidecar) -> None:
+def write_sidecar(prefix: str | Path, sidecar: Sidecar) -> None:
     """Write the sidecar, whole or not at all."""
     path = sidecar_path(prefix)
     with whole_file(path) as temporary:
-        temporary.write_text(json.dumps(asdict(manifest), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(asdict(sidecar), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def read_sidecar(prefix: str | Path) -> Sidecar | None:
@@ -70,9 +70,8 @@ def read_sidecar(prefix: str | Path) -> Sidecar | None:
     known = {entry.name for entry in fields(Sidecar)}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        content = {
-            {"licences": "licenses"}.get(key, key): value for key, value in content.items()
-        }  # before version 0.2
+        # `licences`: before version 0.2
+        content = {{"licences": "licenses"}.get(key, key): value for key, value in content.items()}
         return Sidecar(**{key: value for key, value in content.items() if key in known})
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is damaged ({error}); tokenize the source again") from None

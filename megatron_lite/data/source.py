@@ -32,7 +32,7 @@ class Source:
         min_document_tokens: shorter documents are left out; 0 = none are.
 
     Attributes: name, documents (what is read), num_tokens and num_documents (of those), num_windows (`data.seq_len` tokens
-    each), fingerprint (a hash that changes with what is read), manifest (None for a file without sidecar).
+    each), fingerprint (a hash that changes with what is read), sidecar (None for a file without one).
 
     Raises:
         ValueError: the files are damaged, too short for one window, written with another tokenizer, or lack
@@ -50,13 +50,13 @@ class Source:
     ) -> None:
         self.name = name
         self.dataset = IndexedDataset(prefix)
-        self.manifest = read_sidecar(prefix)
+        self.sidecar = read_sidecar(prefix)
         self._seq_len = config.seq_len
         self._vocab_size = tokenizer.vocab_size
         eod = tokenizer.eod if config.eod_id is None else config.eod_id
         self._options = PackingOptions(eod, config.reset_attention, config.mask_eod_loss)
-        if self.manifest is not None:
-            self._check_manifest(self.manifest, tokenizer)
+        if self.sidecar is not None:
+            self._check_sidecar(self.sidecar, tokenizer)
         self._check_eod(eod)
         self.fingerprint = self._fingerprint()
         self.documents: IndexedDataset | LongDocuments = self.dataset
@@ -102,19 +102,19 @@ class Source:
         """What a checkpoint keeps of the source, to recognize it by."""
         return {"fingerprint": self.fingerprint, "tokens": self.num_tokens, "windows": self.num_windows}
 
-    def _check_manifest(self, manifest: Sidecar, tokenizer: TokenizerIdentity) -> None:
+    def _check_sidecar(self, sidecar: Sidecar, tokenizer: TokenizerIdentity) -> None:
         path = sidecar_path(self.dataset.prefix)
-        if tokenizer.fingerprint and manifest.tokenizer and manifest.tokenizer != tokenizer.fingerprint:
+        if tokenizer.fingerprint and sidecar.tokenizer and sidecar.tokenizer != tokenizer.fingerprint:
             raise ValueError(
                 f"{self.name}: {path} says that the file was written with tokenizer "
-                f"{manifest.tokenizer_name} ({manifest.tokenizer}), but the run has {tokenizer.name} "
+                f"{sidecar.tokenizer_name} ({sidecar.tokenizer}), but the run has {tokenizer.name} "
                 f"({tokenizer.fingerprint}); set data.tokenizer to the first, or tokenize the source with "
                 "the second"
             )
         found = (self.dataset.num_documents, self.dataset.num_tokens)
-        if found != (manifest.documents, manifest.tokens):
+        if found != (sidecar.documents, sidecar.tokens):
             raise ValueError(
-                f"{self.name}: {path} names {manifest.documents} documents and {manifest.tokens} tokens, "
+                f"{self.name}: {path} names {sidecar.documents} documents and {sidecar.tokens} tokens, "
                 f"the files hold {found[0]} and {found[1]}; the sidecar belongs to another file: tokenize "
                 "the source again"
             )
@@ -136,7 +136,7 @@ class Source:
 
     def _fingerprint(self) -> str:
         """Hash of the counts, the tokenizer and both ends of both files: O(1)."""
-        tokenizer = self.manifest.tokenizer if self.manifest else ""
+        tokenizer = self.sidecar.tokenizer if self.sidecar else ""
         counts = [self.dataset.num_tokens, self.dataset.num_documents, str(self.dataset.dtype), tokenizer]
         digest = hashlib.blake2b(json.dumps(counts).encode(), digest_size=16)
         for end in self.dataset.ends(_SAMPLED_BYTES):

@@ -162,17 +162,16 @@ def encode_documents(
     tokenizer: PreTrainedTokenizerBase,
     texts: Iterable[str],
     *,
-    append_end: bool = True,
     chunk: int = 256,
     dtype: np.dtype | None = None,
 ) -> Iterator[np.ndarray]:
-    """Token ids of each text as a 1-D array, in order. `dtype`: by default the smallest that holds every id.
+    """Token ids of each text and the end token (the EOD) as a 1-D array, in order. No beginning token is added.
 
-    `append_end` puts the end token (the EOD) behind every text. No beginning token is added. `chunk` texts
-    are encoded at a time, by the tokenizer's own threads where it has them.
+    `dtype`: by default the smallest that holds every id. `chunk` texts are encoded at a time, by the tokenizer's own threads
+    where it has them.
     """
     dtype = dtype or best_dtype(vocabulary_size(tokenizer))
-    end = np.array([tokenizer.eos_token_id] if append_end else [], dtype=dtype)
+    end = np.array([tokenizer.eos_token_id], dtype=dtype)
     texts = iter(texts)
     while batch := list(itertools.islice(texts, chunk)):
         for ids in _encode(tokenizer, batch):

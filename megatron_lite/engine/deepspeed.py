@@ -255,7 +255,7 @@ class DeepSpeedEngine:
             zero._lazy_init_hp_params_optimizer_state()
 
     def _show_master_weights(self) -> None:
-        """Give the modules that compute in fp32 the weights of today: a collective for each of their parameters."""
+        """Give the modules that compute in fp32 the current weights: a collective for each of their parameters."""
         for module in self.fp32_modules:
             for name, parameter in module.named_parameters():
                 module.master_weights[name] = self.fragments.safe_get_full_fp32_param(parameter)
@@ -323,7 +323,7 @@ def _deepspeed() -> ModuleType:
 def _ds_config(
     config: DeepSpeedConfig, dtype: torch.dtype, *, clip_grad: float = 0.0, bucket: int = BUCKET
 ) -> dict[str, Any]:
-    """What DeepSpeed reads. Batch sizes stand for nothing: the engine says itself when a global batch is complete."""
+    """What DeepSpeed reads. Batch sizes are placeholders: the engine itself says when a global batch is complete."""
     zero: dict[str, Any] = {
         "stage": config.zero_stage,
         "reduce_bucket_size": bucket,

@@ -63,9 +63,8 @@ class FsdpConfig:
         """See `EngineConfig`: the layers and then the objective are sharded on the meta device, only shards get memory."""
         if mesh.device_mesh is None:
             return undivided
-        from megatron_lite.engine.fsdp_sharding import (
-            sharding,  # late: one process needs no FSDP2, which takes long to import
-        )
+        # late: one process needs no FSDP2, which takes long to import
+        from megatron_lite.engine.fsdp_sharding import sharding
 
         return sharding(mesh, dtype, reshard=self.shard == "full", cpu_offload=self.cpu_offload)
 
@@ -174,9 +173,8 @@ class FsdpEngine:
         self.optimizer.adam_step = state.counters["adam_step"]
 
     def _set_training(self, training: bool) -> None:
-        if (
-            self.objective.training != training
-        ):  # `train` walks over all modules, which a tiny model's step would notice
+        # `train` walks over all modules, which a tiny model's step would notice
+        if self.objective.training != training:
             self.objective.train(training)
 
     def _begin_micro_batch(self, *, last: bool) -> None:

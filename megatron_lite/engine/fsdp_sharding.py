@@ -28,7 +28,7 @@ from megatron_lite.precision.numerics import numerics_of
 
 
 def sharding(mesh: Mesh, dtype: torch.dtype, *, reshard: bool, cpu_offload: bool) -> Distribute:
-    """Shards over `mesh.sharding`, for computation in `dtype`. reshard: a layer is gathered anew for backward."""
+    """Shards over `mesh.sharding`, for computation in `dtype`. reshard: a layer is gathered again for backward."""
     in_fp32 = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
     mixed = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     policy = in_fp32 if dtype is torch.float32 else mixed

@@ -114,7 +114,7 @@ class StateSpace(nn.Module):
     def forward(
         self, x_BTHP: Tensor, dt_BTH: Tensor, B_BTGN: Tensor, C_BTGN: Tensor, past: Past
     ) -> tuple[Tensor, Tensor]:
-        """(y (B, T, H, P) in x's dtype, state after it (B, H, P, N) in float32 at least).
+        """(y (B, T, H, P) in x's dtype, state after it (B, H, P, N) in float32 at least and without a gradient).
 
         dt: as projected, without bias and softplus.
         """
@@ -123,7 +123,8 @@ class StateSpace(nn.Module):
             dt_BTH = dt_BTH.clamp(*self.dt_limits)
         A_H = -at_least_float32(self.A_log).exp()
         y_BTHP, state_BHPN = self.scan(Operands(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN), past)
-        return (y_BTHP + at_least_float32(self.D)[:, None] * x_BTHP).to(x_BTHP.dtype), state_BHPN
+        # The state is for a cache. FSDP2 would put a backward hook on it, and warns because it is a view.
+        return (y_BTHP + at_least_float32(self.D)[:, None] * x_BTHP).to(x_BTHP.dtype), state_BHPN.detach()
 
     scan = staticmethod(ssd_kernel.scan)  # what a sequence that is cut over ranks replaces
 

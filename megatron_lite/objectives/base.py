@@ -41,7 +41,7 @@ class Objective(nn.Module):
     def __init__(self, decoder: Decoder) -> None:
         super().__init__()
         self.decoder = decoder
-        self.vocab_start, self.group = vocabulary_shard(decoder)
+        self.shard = vocabulary_shard(decoder)
 
     def forward(self, batch: dict[str, Tensor]) -> Loss:
         """A batch (tokens, targets, loss_mask, maybe documents and positions, each (B, T)) to its sums in fp32."""
@@ -68,9 +68,7 @@ class Objective(nn.Module):
                 weight_VD,
                 batch["targets"].flatten(),
                 batch["loss_mask"].flatten(),
-                vocab_size=self.decoder.config.vocab_size,
-                vocab_start=self.vocab_start,
-                group=self.group,
+                shard=self.shard,
             )
 
         return self.decoder.with_head_weight(loss, x_BTD.flatten(0, 1))

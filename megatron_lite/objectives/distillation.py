@@ -14,7 +14,6 @@ from torch import Tensor
 
 from megatron_lite.models.decoder import Decoder
 from megatron_lite.objectives.base import Loss, Objective, ObjectiveConfig
-from megatron_lite.parallel.chunked_loss import VocabularyShard
 from megatron_lite.parallel.distillation_loss import DistillationWeights, Projection, distillation_sum
 from megatron_lite.parallel.frozen import FrozenDecoder
 from megatron_lite.precision.dtypes import DTYPES
@@ -84,7 +83,6 @@ class Distillation(Objective):
         """See `Objective`."""
         teacher_x_BTE = self.teacher(batch["tokens"], batch.get("documents"), batch.get("positions"))
         x_BTD = self.hidden(batch)
-        shard = VocabularyShard(self.decoder.config.vocab_size, self.vocab_start, self.group)
 
         def loss(x_ND: Tensor, weight_VD: Tensor) -> tuple[Tensor, ...]:
             with self.teacher.head_weight() as teacher_weight_VE:
@@ -94,7 +92,7 @@ class Distillation(Objective):
                     batch["targets"].flatten(),
                     batch["loss_mask"].flatten(),
                     weights=self.weights,
-                    shard=shard,
+                    shard=self.shard,
                 )
 
         total, kl, ce, teacher_ce = self.decoder.with_head_weight(loss, x_BTD.flatten(0, 1))

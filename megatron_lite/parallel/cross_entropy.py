@@ -3,7 +3,7 @@
 For hidden state x_n and target t_n,  loss = sum_n m_n (log sum_v exp(x_n . w_v) - x_n . w_{t_n}),  and
 d loss / d logit_nv = m_n (softmax(logit_n)_v - [v = t_n]).
 
-Vocabulary-parallel (Megatron-LM, Shoeybi et al. 2019, section 3): each rank holds rows `vocab_start..` of the weight; a
+Vocabulary-parallel (Megatron-LM, Shoeybi et al. 2019, section 3): each rank holds consecutive rows of the weight; a
 maximum, a sum of exponentials and the target's logit travel, three numbers a token, never the logits. The chunks are those
 of `chunked_loss`.
 
@@ -13,7 +13,6 @@ Shapes: N tokens, C tokens of a chunk, D hidden, V local rows of the output embe
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megatron_lite.parallel.chunked_loss import VocabularyShard, chunked_loss_sum
@@ -25,18 +24,14 @@ def cross_entropy_sum(
     targets_N: Tensor,
     mask_N: Tensor,
     *,
-    vocab_size: int,
-    vocab_start: int = 0,
-    group: dist.ProcessGroup | None = None,
+    shard: VocabularyShard,
     chunk_tokens: int | None = None,
 ) -> Tensor:
     """Sum of the losses of the tokens where `mask_N` is true: a scalar in fp32 (in nats, not divided by anything).
 
-    `targets_N` are global word indices; those of masked tokens are never looked at (-100 is fine). Rows of the weight
-    at a global index >= `vocab_size` are padding: their logits count as -inf and their gradient is zero.
-
-    With `group`, the weight holds rows `vocab_start..` of the global weight and all ranks pass the same tokens; whose
-    gradients are complete then: see `chunked_loss_sum`.
+    `targets_N` are global word indices; those of masked tokens are never looked at (-100 is fine). `weight_VD` holds the rows
+    that `shard` describes. Where it is a part of the vocabulary, all ranks pass the same tokens; `chunked_loss_sum` says
+    which gradients are complete then.
 
     Raises ValueError when shapes disagree.
     """
@@ -45,7 +40,6 @@ def cross_entropy_sum(
             f"hidden states {tuple(x_ND.shape)}, output embedding {tuple(weight_VD.shape)}, targets "
             f"{tuple(targets_N.shape)} and mask {tuple(mask_N.shape)} do not fit: want (N, D), (V, D), (N,), (N,)"
         )
-    shard = VocabularyShard(vocab_size, vocab_start, group)
     target_N = targets_N.masked_fill(~mask_N, 0)
 
     def loss(logits_CV: Tensor, rows: slice, *, want_gradient: bool) -> tuple[tuple[Tensor, ...], Tensor | None]:

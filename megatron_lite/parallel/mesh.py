@@ -200,7 +200,7 @@ class Mesh:
 
     @property
     def layout(self) -> Layout:
-        """Where this process's shards of the global tensors lie."""
+        """Where this process's shards are in the global tensors."""
         return Layout.from_mesh(self.device_mesh)
 
     def place(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

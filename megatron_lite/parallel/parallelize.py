@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-import torch.distributed as dist
 
 from megatron_lite.models.decoder import Decoder
+from megatron_lite.parallel.chunked_loss import VocabularyShard
 from megatron_lite.parallel.layers import TensorParallel
 from megatron_lite.parallel.mesh import Mesh, ParallelConfig
 from megatron_lite.parallel.plans import apply_plan, check_divisible, decoder_plan, divide_sequences
@@ -65,10 +65,10 @@ def _check_compiler(decoder: Decoder) -> None:
         )
 
 
-def vocabulary_shard(decoder: Decoder) -> tuple[int, dist.ProcessGroup | None]:
-    """(vocab_start, group) for `cross_entropy_sum`: the first word of this rank's rows of the head, and who has the rest."""
+def vocabulary_shard(decoder: Decoder) -> VocabularyShard:
+    """This rank's rows of the head, and who has the rest."""
     holder = decoder.embedding if decoder.head is None else decoder.head
     tp: TensorParallel | None = getattr(holder, "tp", None)
     if tp is None:
-        return 0, None
-    return tp.rank * decoder.head_weight.shape[0], tp.group
+        return VocabularyShard(decoder.config.vocab_size)
+    return VocabularyShard(decoder.config.vocab_size, tp.rank * decoder.head_weight.shape[0], tp.group)

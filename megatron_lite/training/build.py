@@ -313,7 +313,8 @@ def run_info(run: RunConfig, trainer: Trainer) -> RunInfo:
         if "|" in (model.pattern or "")
         else ""
     )
-    processes = f"{trainer.runtime.world_size} process(es) ({run.parallel.degrees(trainer.runtime.world_size)})"
+    degrees = run.parallel.degrees(trainer.runtime.world_size)
+    processes = f"{degrees.world_size} processes ({degrees})" if degrees.world_size > 1 else str(degrees)
     size = f"{len(model.symbols)} layers{ignored}, hidden {model.hidden_size}, vocabulary {model.vocab_size}"
     return RunInfo(
         run_dir=Path(run.run.dir),

@@ -27,7 +27,7 @@ def how_to_lengthen(trainer: Trainer, directory: Path) -> str:
     if before is None:
         return (
             f"the same command with {longer}: continues to twice the length, but the learning rate, now {last:.2e}, jumps up again, "
-            "for no checkpoint from before its decay is left; checkpoint.keep_every keeps some"
+            "because no checkpoint from before its decay is left (checkpoint.keep_every keeps some)"
         )
     return (
         f"the same command with resume={before} run.dir={directory}_longer {longer}: twice the length, from before the decay of the "

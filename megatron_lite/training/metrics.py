@@ -31,9 +31,8 @@ from megatron_lite.engine.base import StepResult
 from megatron_lite.hardware import Peak
 from megatron_lite.optim.schedule import Progress
 
-WAITS_FOR_OTHER_RANKS = (
-    True  # read by the watchdog: here the host fetches numbers from a GPU, whose collectives may not end
-)
+# read by the watchdog: here the host fetches numbers from a GPU, whose collectives may not end
+WAITS_FOR_OTHER_RANKS = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,13 +87,12 @@ class Metrics:
         self._consumed = at.consumed_samples
         if at.step % self.log_every != 0 and not last:
             return None
+        averages = _averages(_to_host(self._results))  # waits for the device, hence before the clock is read
         row: dict[str, Any] = {
             "step": at.step,
             "consumed_samples": at.consumed_samples,
             "consumed_tokens": at.consumed_tokens,
-            **_averages(
-                _to_host(self._results)
-            ),  # waits for the device, hence before the clock is read; has the parts too
+            **averages,
             "lr": float(lr),
         }
         seconds = self.clock() - self._since

@@ -48,7 +48,7 @@ def choose_checkpoint(run: RunConfig, store: CheckpointStore) -> ResumePoint | N
     """
     if store.directory.exists() and not store.directory.is_dir():
         raise ValueError(
-            f"{store.directory} is a file, where the checkpoints would lie; move it away, or give another run.dir"
+            f"{store.directory} is a file, where the checkpoints belong; move it away, or give another run.dir"
         )
     if run.resume == "never":
         left = [name for name in ("metrics.jsonl", "checkpoints") if (Path(run.run.dir) / name).exists()]
@@ -208,8 +208,9 @@ def report_precision(manifest: dict[str, Any], precision: Precision) -> None:
     if not before or not keys:
         return
     changes = ", ".join(f"precision.{key}={now[key]} ({before.get(key)} in the checkpoint)" for key in keys)
-    scales = "; scales and histories start afresh where layer or length are not the checkpoint's" * (
-        "amax_history_len" in now
+    has_histories = "amax_history_len" in now
+    scales = (
+        "; scales and histories start afresh where layer or length are not the checkpoint's" if has_histories else ""
     )
     print(f"from here on {changes}{scales}")
 
@@ -232,9 +233,9 @@ def check_same_run(manifest: dict[str, Any], run: RunConfig, tokenizer: Tokenize
     different = [
         f"{key}={now.get(key)} (checkpoint: {before.get(key)})"
         for key in keys
-        if before.get(key) != now.get(key) and not _allowed(key, run.resume_allow)
+        if before.get(key) != now.get(key) and not is_allowed(key, run.resume_allow)
     ]
-    if manifest["tokenizer"] != tokenizer.fingerprint and not _allowed("data.tokenizer", run.resume_allow):
+    if manifest["tokenizer"] != tokenizer.fingerprint and not is_allowed("data.tokenizer", run.resume_allow):
         different.append(f"data.tokenizer: fingerprint {tokenizer.fingerprint} (checkpoint: {manifest['tokenizer']})")
     if different:
         raise ValueError(
@@ -243,5 +244,6 @@ def check_same_run(manifest: dict[str, Any], run: RunConfig, tokenizer: Tokenize
         )
 
 
-def _allowed(key: str, allow: list[str]) -> bool:
+def is_allowed(key: str, allow: list[str]) -> bool:
+    """Whether `resume_allow` names the key, or a section that it is in."""
     return any(key == name or key.startswith(name + ".") for name in allow)

@@ -174,7 +174,7 @@ def choices_of(
     degrees = parallel.degrees(world_size)
     made = {
         "command": (command, f"mlite {command}"),
-        "processes": (_count(world_size), f"{world_size} process{'es'[: 2 * (world_size > 1)]}"),
+        "processes": (_count(world_size), f"{world_size} process{'es' if world_size > 1 else ''}"),
         "tp": (_count(degrees.tp), f"parallel.tp={degrees.tp}"),
         "sequence_parallel": _switch("parallel.sequence_parallel", parallel.sequence_parallel),
         "cp": (_count(degrees.cp), f"parallel.cp={degrees.cp}"),

@@ -19,6 +19,8 @@ from megatron_lite.checkpoint import manifest as manifests
 from megatron_lite.checkpoint.opening import hash_of_files
 from megatron_lite.data.sidecar import TokenizerIdentity
 from megatron_lite.engine.fsdp import FsdpConfig
+from megatron_lite.errors import CheckpointError
+from megatron_lite.models.config import ModelConfig
 from megatron_lite.parallel.assemble import assemble, from_tensors
 from megatron_lite.parallel.frozen import FrozenDecoder
 from megatron_lite.parallel.mesh import Mesh
@@ -26,7 +28,8 @@ from megatron_lite.parallel.parallelize import Recipe
 from megatron_lite.parallel.sequence_length import check_layout
 from megatron_lite.ranks import Ranks
 from megatron_lite.training.config import RunConfig
-from megatron_lite.weights import Weights, open_weights
+from megatron_lite.training.resume import is_allowed
+from megatron_lite.weights import Weights, model_config, open_weights
 
 KEY = "objective.teacher"
 
@@ -41,6 +44,17 @@ class Teacher:
     def state(self) -> dict[str, str]:
         """What a checkpoint's manifest says about it."""
         return {"path": str(self.weights.path), "identity": self.identity}
+
+
+def find_teacher(run: RunConfig) -> None:
+    """Raise ValueError naming the key if the objective names a teacher that is not there. Reads no weights, so that it can be called
+    before data is prepared."""
+    if run.objective.teacher_path is None:
+        return
+    try:
+        model_config(run.objective.teacher_path, Ranks())
+    except (ValueError, CheckpointError) as error:
+        raise ValueError(f"{KEY}: {error}") from error
 
 
 def open_teacher(run: RunConfig, tokenizer: TokenizerIdentity, ranks: Ranks) -> Teacher | None:
@@ -59,7 +73,7 @@ def open_teacher(run: RunConfig, tokenizer: TokenizerIdentity, ranks: Ranks) -> 
 def check_same_teacher(manifest: Mapping[str, Any], run: RunConfig, teacher: Teacher | None) -> None:
     """Raise ValueError if a checkpoint's run had another teacher, unless `resume_allow` names the key."""
     before = manifest["teacher"]
-    if teacher is None or not before or before["identity"] == teacher.identity or _allowed(run.resume_allow):
+    if teacher is None or not before or before["identity"] == teacher.identity or is_allowed(KEY, run.resume_allow):
         return
     raise ValueError(
         f"{KEY}={run.objective.teacher_path} is {teacher.weights.path} with the hash {teacher.identity}, but run.dir={run.run.dir} "
@@ -95,6 +109,12 @@ def _check(run: RunConfig, weights: Weights, tokenizer: TokenizerIdentity) -> No
             f"{named} was trained with tokenizer {weights.tokenizer_fingerprint}, but data.tokenizer={run.data.tokenizer} is "
             f"{tokenizer.fingerprint}: a teacher must have the tokenizer of the data"
         )
+    check_teacher(run, model, named=named)
+
+
+def check_teacher(run: RunConfig, model: ModelConfig, *, named: str) -> None:
+    """Raise ValueError if a teacher with this model cannot read what the student reads, or cannot be divided like it. named: how the error
+    names it."""
     for key in ("vocab_size", "padded_vocab"):
         theirs, ours = getattr(model, key), getattr(run.model, key)
         if theirs != ours:
@@ -102,7 +122,8 @@ def _check(run: RunConfig, weights: Weights, tokenizer: TokenizerIdentity) -> No
             raise ValueError(
                 f"{named} has an output embedding for {theirs} words, but {setting} makes {ours} here; give the student the same"
             )
-    if run.data.seq_len > model.max_seq_len:
+    # A teacher without positions reads any length: its max_seq_len says how long the sequences were that it learned from.
+    if model.rotary_dim and run.data.seq_len > model.max_seq_len:
         raise ValueError(
             f"{named} takes sequences of {model.max_seq_len} at most, but data.seq_len={run.data.seq_len}; shorten that"
         )
@@ -117,7 +138,3 @@ def _identity(weights: Weights, ranks: Ranks) -> str:
     if weights.manifest is not None:
         return manifests.identity(weights.manifest)
     return hash_of_files(weights.path, ("config.json", "*.safetensors"), ranks)[:16]
-
-
-def _allowed(allow: list[str]) -> bool:
-    return any(name in (KEY, "objective") for name in allow)

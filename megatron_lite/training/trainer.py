@@ -271,10 +271,8 @@ class Trainer:
         """Take over tensors, counters and random generators of a checkpoint. Raises CheckpointError or ValueError."""
         self.watchdog.enter(f"restore {path.name}", 0)
         state = self.engine.state()
-        for (
-            name,
-            piece,
-        ) in state.tensors.items():  # a checkpoint of another precision may not hold it: then it starts afresh
+        for name, piece in state.tensors.items():
+            # a checkpoint of another precision may not hold it: then it starts afresh
             if (kind := name.split(".", 1)[0]) in STATE:
                 piece.tensor().fill_(STATE[kind])
         manifest = self.store.load(path, state.tensors, optional=tuple(STATE))

@@ -110,7 +110,7 @@ def test_a_run_directory_that_is_a_file_is_refused(tour):
 def test_a_file_where_the_checkpoints_would_lie_is_refused(tour):
     (tour.home / "r").mkdir()
     (tour.home / "r" / "checkpoints").write_text("mine")
-    says = r"/r/checkpoints is a file, where the checkpoints would lie; move it away"
+    says = r"/r/checkpoints is a file, where the checkpoints belong; move it away"
     tour.refused("train", *runs.arguments(tour.data, tour.home / "r"), says=says)
 
 

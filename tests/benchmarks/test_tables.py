@@ -89,4 +89,6 @@ def test_numbers_out_of_range_are_refused(benchmark, capsys):
     key = "--saves" if benchmark is checkpoint else "--turns"
     with pytest.raises(SystemExit):
         benchmark.main([key, "0"])
-    assert f"{key}=0 must be at least 1" in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert key in printed
+    assert "0 must be at least 1" in printed

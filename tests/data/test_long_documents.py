@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from data_tools import inspect
 from megatron_lite.data import long_documents
@@ -140,3 +143,18 @@ def test_lengths_of_documents_are_summed_up(
     assert found["quantiles"] == [lengths[i] for i in (10, 50, 90, 99, 100)]
     expected = [sum(length for length in lengths if length >= least) / sum(lengths) for least in (1, 30, 60, 1000)]
     assert found["long"] == pytest.approx(expected, abs=1e-12)
+
+
+def test_inspect_decodes_the_samples_that_a_run_reads(write_source: Callable, tokenizer: TokenizerIdentity) -> None:
+    class Numbers:
+        def decode(self, ids: list[int]) -> str:
+            return " ".join(map(str, ids))
+
+    prefix, _ = write_source("x", documents=200, longest=60)
+    groups = {"text": GroupConfig(sources={"long": SourceConfig(prefix, min_document_tokens=40)})}
+    blend = open_blend(DataConfig(seq_len=64, groups=groups), tokenizer=tokenizer, seed=3, total_samples=10)
+    for i in range(3):
+        printed = io.StringIO()
+        inspect._sample(blend, i, Numbers(), 10_000, Console(file=printed, width=10_000))
+        lines = [line for line in printed.getvalue().splitlines() if re.fullmatch(r"[0-9 ]+", line)]
+        assert [int(number) for line in lines for number in line.split()] == blend[i]["tokens"].tolist()

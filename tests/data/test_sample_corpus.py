@@ -200,7 +200,7 @@ def test_damage_is_named(corpus, tmp_path, name):
     folder = Path(shutil.copytree(corpus, tmp_path / "sample"))
     content = (folder / name).read_bytes()
     (folder / name).write_bytes(content[: len(content) // 2])
-    with pytest.raises(ValueError, match=rf"{name} .*delete .* to build it anew"):
+    with pytest.raises(ValueError, match=rf"{name} .*delete .* to build it again"):
         prepare(folder, **MINIATURE)
 
 

@@ -71,7 +71,7 @@ def test_every_target_is_counted_once_an_epoch(write_source: Callable, tokenizer
 def test_a_foreign_file_needs_no_side_car(write_source: Callable, tokenizer: TokenizerIdentity) -> None:
     prefix, _ = write_source("x", manifest=False)
     source = Source("a/x", prefix, config=DataConfig(seq_len=8), tokenizer=tokenizer)
-    assert source.manifest is None
+    assert source.sidecar is None
     other = replace(tokenizer, eod=5)
     with pytest.raises(ValueError, match=r"document 0 ends with token 1 instead of .* 5; .*data\.eod_id"):
         Source("a/x", prefix, config=DataConfig(seq_len=8), tokenizer=other)
@@ -97,9 +97,8 @@ def test_another_tokenizer_is_refused_with_both_names(write_source: Callable, to
 def test_token_ids_beyond_the_vocabulary_are_refused(write_source: Callable, tokenizer: TokenizerIdentity) -> None:
     prefix, _ = write_source("x", manifest=False)
     small = replace(tokenizer, vocab_size=100)
-    with pytest.raises(
-        ValueError, match=r"a/x .*token ids .* ids up to 99"
-    ):  # when the source is opened, before step 1
+    # when the source is opened, before step 1
+    with pytest.raises(ValueError, match=r"a/x .*token ids .* ids up to 99"):
         Source("a/x", prefix, config=DataConfig(seq_len=50), tokenizer=small)
 
 

@@ -230,6 +230,7 @@ def command(monkeypatch, *arguments: str) -> int:
         ),
         (["data_recipe=local_jsonl", "data_recipe.near.treshold=0.8"], "did you mean data_recipe.near.threshold"),
         (["data_recipe=three_groups", "stages=[tokenise]"], "did you mean tokenize"),
+        (["data_recipe=three_groups", "executor.workers=0"], "executor.workers=0 must be at least 1"),
     ],
 )
 def test_wrong_keys_are_reported(monkeypatch, capsys, arguments, named: str) -> None:
@@ -282,9 +283,14 @@ def test_inspect_a_corpus(finished, tmp_path) -> None:
     assert (tmp_path / "blend.png").stat().st_size > 5_000
     assert inspect(config, Console(file=io.StringIO())) == []  # its own picture is replaced, another file is not
     (tmp_path / "blend.png").write_bytes(b"a photograph")
+    output = io.StringIO()
     with pytest.raises(ValueError, match=r"picture=.*blend\.png"):
-        inspect(config, Console(file=io.StringIO()))
-    config.picture = ""
+        inspect(config, Console(file=output))
+    assert not output.getvalue()
+    config.picture, config.places = "", -1
+    with pytest.raises(ValueError, match=r"places=-1"):
+        inspect(config, Console(file=output))
+    config.places = 5
     config.tokens, config.max_epochs = 1_000_000, 4.0
     warnings = inspect(config, Console(file=io.StringIO()))
     assert any("code/code would be read" in warning for warning in warnings)

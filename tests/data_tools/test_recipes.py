@@ -46,6 +46,8 @@ def test_every_recipe_composes_and_is_valid(name: str, executor: str) -> None:
             r"filter.languages.ja .*min_word",
         ),
         ("data_recipe.read.on_damaged_file=cry", r"read.on_damaged_file=cry .*stop or keep_rows"),
+        ("data_recipe.tokenizer.vocab_size=-4", r"data_recipe\.tokenizer\.vocab_size=-4 .*at least 257"),
+        ("data_recipe.tokenize.merge_bytes=0", r"data_recipe\.tokenize\.merge_bytes=0 .*at least 1"),
     ],
 )
 def test_wrong_values_are_named(override: str, message: str) -> None:

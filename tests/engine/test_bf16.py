@@ -101,9 +101,8 @@ def check_layout(name: str, work: Work, steps: int) -> None:
         assert got[0] == pytest.approx(losses, rel=1e-5)
         assert got[1] == pytest.approx(norms, rel=1e-5)
     assert {dtype for dtype, _ in tables} == {"torch.float32"}
-    assert [
-        table for _, _, seen in reports for table in seen
-    ] == tables  # in order of rank, which is that of the samples
+    # in order of rank, which is that of the samples
+    assert [table for _, _, seen in reports for table in seen] == tables
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -140,7 +139,7 @@ def column_in_halves(layer: nn.Module, x: Tensor) -> Tensor:
 def loss_in_halves(x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, mask_N: Tensor, **keys: Any) -> Tensor:
     """The vocabulary-parallel loss: as a column-parallel layer."""
     logits_NV = torch.cat([F.linear(x_ND, half) for half in weight_VD.chunk(2)], dim=-1).float()
-    losses_N = F.cross_entropy(logits_NV[:, : keys["vocab_size"]], targets_N, reduction="none")
+    losses_N = F.cross_entropy(logits_NV[:, : keys["shard"].vocab_size], targets_N, reduction="none")
     return losses_N.masked_fill(~mask_N, 0.0).sum()
 
 

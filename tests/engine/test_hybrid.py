@@ -5,6 +5,7 @@ Tensor and sequence parallelism by themselves, and recompute, are in tests/paral
 
 from __future__ import annotations
 
+import warnings
 from functools import cache
 from typing import Any
 
@@ -143,7 +144,8 @@ def in_bf16(rank: int, world_size: int, case: Case) -> tuple[list[float], list[f
         seen.update(str(parameter.dtype) for parameter in (self.A_log, self.dt_bias, self.D))
         return right(self, *args, **kwargs)
 
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.filterwarnings("error", "FSDP2-wrapped module")  # that it returned a view
         patch.setattr(StateSpace, "forward", watched)
         trace = harness.train(rank, world_size, case, steps=2)
     return trace.losses, trace.norms, seen

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_lite.parallel.chunked_loss import chunk_size
+from megatron_lite.parallel.chunked_loss import VocabularyShard, chunk_size
 from megatron_lite.parallel.cross_entropy import cross_entropy_sum
 from tests.distributed import run_ranks
 
@@ -48,7 +48,7 @@ def assert_near(actual: Tensor, expected: Tensor, relative: float) -> None:
 def test_agrees_with_float64(tokens: int, chunk: int, pad: int) -> None:
     vocab = 24 - pad
     x, weight, targets, mask = inputs(tokens, vocab=vocab)
-    loss = cross_entropy_sum(x, weight, targets, mask, vocab_size=vocab, chunk_tokens=chunk)
+    loss = cross_entropy_sum(x, weight, targets, mask, shard=VocabularyShard(vocab), chunk_tokens=chunk)
     (UPSTREAM * loss).backward()
     expected, d_x, d_weight = reference(x, weight, targets, mask, vocab=vocab)
     # fp32 arithmetic on sums of at most 40 terms: a few units in the last place (6e-8 each).
@@ -63,7 +63,7 @@ def test_derivative_by_finite_differences() -> None:
     x, weight, targets, mask = inputs(7, dtype=torch.float64)
 
     def loss(x: Tensor, weight: Tensor) -> Tensor:
-        return cross_entropy_sum(x, weight, targets, mask, vocab_size=21, chunk_tokens=3)
+        return cross_entropy_sum(x, weight, targets, mask, shard=VocabularyShard(21), chunk_tokens=3)
 
     assert torch.autograd.gradcheck(loss, (x, weight))
 
@@ -72,13 +72,13 @@ def test_large_logits_do_not_overflow() -> None:
     x, weight, targets, mask = inputs(9)
     with torch.no_grad():
         x.mul_(1e3)
-    loss = cross_entropy_sum(x, weight, targets, mask, vocab_size=21)
+    loss = cross_entropy_sum(x, weight, targets, mask, shard=VocabularyShard(21))
     assert_near(loss.detach(), reference(x, weight, targets, mask, vocab=21)[0], 2e-6)
 
 
 def test_no_token_counts() -> None:
     x, weight, targets, mask = inputs(5)
-    loss = cross_entropy_sum(x, weight, targets, torch.zeros_like(mask), vocab_size=21)
+    loss = cross_entropy_sum(x, weight, targets, torch.zeros_like(mask), shard=VocabularyShard(21))
     loss.backward()
     assert loss.item() == 0.0
     assert not x.grad.any()
@@ -88,7 +88,7 @@ def test_no_token_counts() -> None:
 def test_bf16_gradient_is_added_up_in_fp32() -> None:
     tokens = 2048
     x, weight, targets, mask = inputs(tokens, dtype=torch.bfloat16)
-    loss = cross_entropy_sum(x, weight, targets, mask, vocab_size=21, chunk_tokens=16)
+    loss = cross_entropy_sum(x, weight, targets, mask, shard=VocabularyShard(21), chunk_tokens=16)
     (UPSTREAM * loss).backward()
     expected, d_x, d_weight = reference(x, weight, targets, mask, vocab=21)
     assert loss.dtype is torch.float32
@@ -116,7 +116,7 @@ def test_whole_logits_never_stand_in_memory(with_gradient: bool) -> None:
     tokens, rows, width, chunk = 256, 512, 8, 16
     x, weight, targets, mask = inputs(tokens, width=width, rows=rows, vocab=500)
     with LargestTensor() as seen, torch.set_grad_enabled(with_gradient):
-        loss = cross_entropy_sum(x, weight, targets, mask, vocab_size=500, chunk_tokens=chunk)
+        loss = cross_entropy_sum(x, weight, targets, mask, shard=VocabularyShard(500), chunk_tokens=chunk)
         if with_gradient:
             loss.backward()
     assert seen.elements == max(chunk * rows, rows * width if with_gradient else 0, tokens * width)
@@ -132,7 +132,7 @@ def test_chunks_follow_the_memory() -> None:
 def test_shapes_that_do_not_fit_are_named() -> None:
     x, weight, targets, mask = inputs(6)
     with pytest.raises(ValueError, match=r"hidden states \(6, 12\).*mask \(5,\)"):
-        cross_entropy_sum(x, weight, targets, mask[:5], vocab_size=21)
+        cross_entropy_sum(x, weight, targets, mask[:5], shard=VocabularyShard(21))
 
 
 def sharded_loss(rank: int, world_size: int, vocab: int) -> tuple[Tensor, Tensor, Tensor, int]:
@@ -154,9 +154,7 @@ def sharded_loss(rank: int, world_size: int, vocab: int) -> tuple[Tensor, Tensor
             local,
             targets,
             mask,
-            vocab_size=vocab,
-            vocab_start=rank * rows,
-            group=dist.group.WORLD,
+            shard=VocabularyShard(vocab, rank * rows, dist.group.WORLD),
             chunk_tokens=8,
         )
         (UPSTREAM * loss).backward()

@@ -115,19 +115,16 @@ def perturb_(decoder: Decoder, infos: dict[str, ShardInfo]) -> None:
 
 
 def forward_backward(decoder: Decoder) -> Result:
-    config, data = decoder.config, batch(decoder.config)
+    data = batch(decoder.config)
     infos = shard_info(decoder)
     weights = {name: p.detach().clone() for name, p in decoder.named_parameters()}
     perturb_(decoder, infos)
-    vocab_start, group = vocabulary_shard(decoder)
     loss = cross_entropy_sum(
         decoder.hidden(data["tokens"], data["documents"]).flatten(0, 1),
         decoder.head_weight,
         data["targets"].flatten(),
         data["loss_mask"].flatten(),
-        vocab_size=config.vocab_size,
-        vocab_start=vocab_start,
-        group=group,
+        shard=vocabulary_shard(decoder),
     )
     (loss / data["loss_mask"].sum()).backward()
     gradients = {name: p.grad for name, p in decoder.named_parameters() if p.grad is not None}

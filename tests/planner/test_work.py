@@ -206,3 +206,12 @@ def test_the_kernel_of_mamba_1_by_hand():
     masked = replace(planned, masked=True)
     assert all(s.kind != "scan" for s in of_scans(masked))  # the kernel takes one document
     assert sum(s.bytes for s in of_scans(masked)) > 10 * sum(s.bytes for s in launched)
+
+
+def test_layers_that_share_keys_are_sent_a_window_once():
+    divided = job("model=hymba_tiny", "parallel.cp=2", gpus=2)
+    first, second = (
+        {step.operation for step in unit.steps if isinstance(step, Exchange)} & {ROUNDS, "context_window"}
+        for unit in units_of(divided)[3:7:2]  # `embedding`, then `H-H-H-H-` whose middle two share
+    )
+    assert (first, second) == ({"context_window"}, set())

@@ -98,11 +98,14 @@ def test_what_does_not_belong_together(tiny_data: Path, straight: Path, tmp_path
         (straight, ["model.vocab_size=400"], r"objective\.teacher=.*384 words, but model\.vocab_size makes 400"),
         (straight, ["model.vocab_multiple=256"], r"objective\.teacher=.*model\.vocab_multiple.*512"),
         (straight, ["data.seq_len=4096", "model.max_seq_len=4096"], r"objective\.teacher=.*2048.*data\.seq_len=4096"),
-        (tmp_path / "nothing", [], "nothing does not exist"),
+        (tmp_path / "nothing", [], r"objective\.teacher: .*nothing does not exist"),
     ):
         with pytest.raises(ValueError, match=says):
             distill(tiny_data, tmp_path / "r", teacher, *words)
     assert not list((tmp_path / "r").glob("c*"))  # neither checkpoints nor config.yaml
+    with pytest.raises(ValueError, match=r"objective\.teacher: .*nothing does not exist"):
+        distill(tiny_data, tmp_path / "r", tmp_path / "nothing", f"data.random_corpus={tmp_path / 'random'}")
+    assert not (tmp_path / "random").exists()
 
 
 @pytest.mark.parametrize(

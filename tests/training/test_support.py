@@ -88,9 +88,8 @@ def drawn(draw: random.Random) -> Choices:
         tp, cp, replicas = (2 if choices[name] == "several" else 1 for name in ("tp", "cp", "replicas"))
         if world_size % (tp * cp * replicas) or (world_size == 4 and tp * cp * replicas == 1):
             continue
-        if choices["compile"] == "on" and (
-            world_size == 4 or draw.random() < 0.7
-        ):  # seconds a rank; no pair needs four of them
+        # seconds a rank; no pair needs four of them
+        if choices["compile"] == "on" and (world_size == 4 or draw.random() < 0.7):
             continue
         choices["processes"] = "1" if world_size == 1 else "several"
         choices["dp"] = "1" if world_size == tp * cp else "several"

@@ -11,7 +11,7 @@ Notable features:
 - exact duplicates are dropped over all sources, then documents are held out by the hash of their own text
 - built in a hidden folder beside the final one and renamed when it is on the disk, so it is whole or not
   there; a lock makes several processes that start at once build it once
-- a finished corpus is kept, whatever versions built it; delete its folder to build it anew
+- a finished corpus is kept, whatever versions built it; delete its folder to build it again
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def _marker(folder: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except ValueError as error:
-        raise ValueError(f"{folder / 'corpus.json'} is damaged; delete {str(folder)!r} to build it anew") from error
+        raise ValueError(f"{folder / 'corpus.json'} is damaged; delete {str(folder)!r} to build it again") from error
 
 
 def _is_finished(folder: Path, settings: dict[str, Any]) -> bool:
@@ -139,13 +139,13 @@ def _is_finished(folder: Path, settings: dict[str, Any]) -> bool:
         if marker.get(key) != wanted:
             raise ValueError(
                 f"the sample corpus in {str(folder)!r} has {key}={marker.get(key)}, asked for is {wanted}; "
-                "delete the folder to build it anew, or name another one with data.sample_corpus=..."
+                "delete the folder to build it again, or name another one with data.sample_corpus=..."
             )
     for name, size in marker["files"].items():
         path = folder / name
         if not path.is_file() or path.stat().st_size != size:
             raise ValueError(
-                f"{path} is missing or does not have its {size} bytes; delete {str(folder)!r} to build it anew"
+                f"{path} is missing or does not have its {size} bytes; delete {str(folder)!r} to build it again"
             )
     return True
 
@@ -213,7 +213,7 @@ def _tokenizer_text(parts: list[Part]) -> Iterator[str]:
 
 
 def _tokenize(building: Path, parts: list[Part]) -> dict[str, dict[str, Any]]:
-    """Write `.bin/.idx` and their manifest for both splits of every source; the summary for `corpus.json`."""
+    """Write `.bin/.idx` and their sidecars for both splits of every source; the summary for `corpus.json`."""
     tokenizer = load_tokenizer(building / "tokenizer")
     identity = fingerprint(tokenizer)
     summary: dict[str, dict[str, Any]] = {}
@@ -230,7 +230,7 @@ def _tokenize(building: Path, parts: list[Part]) -> dict[str, dict[str, Any]]:
             with IndexedWriter(prefix, best_dtype(vocabulary_size(tokenizer))) as writer:
                 for ids in encode_documents(tokenizer, (d.text for d in documents)):
                     writer.add_document(ids)
-            manifest = Sidecar(
+            sidecar = Sidecar(
                 tokenizer=identity,
                 tokenizer_name="sample",
                 eod=tokenizer.eos_token_id,
@@ -240,7 +240,7 @@ def _tokenize(building: Path, parts: list[Part]) -> dict[str, dict[str, Any]]:
                 languages=sorted({d.language for d in documents}),
                 licenses=sorted({d.license for d in documents}),
             )
-            write_sidecar(prefix, manifest)
+            write_sidecar(prefix, sidecar)
             entry["documents"][split], entry["tokens"][split] = len(documents), writer.num_tokens
         entry["languages"] = sorted({d.language for d in part.documents})
         entry["licenses"] = sorted({d.license for d in part.documents})
