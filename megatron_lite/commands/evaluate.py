@@ -43,7 +43,8 @@ from megatron_lite.precision.recipes import Precision, precision_class
 from megatron_lite.ranks import Ranks
 from megatron_lite.runtime import Runtime, set_threads
 from megatron_lite.tracking.console import number, perplexity
-from megatron_lite.training.build import build_grid, check_vocabulary, held_out, open_tokenizer, prepare_data
+from megatron_lite.training.build import build_grid
+from megatron_lite.training.data import check_vocabulary, held_out, open_tokenizer, prepare_data
 from megatron_lite.training.ladder import Ladder
 from megatron_lite.training.support import refuse_unsupported
 from megatron_lite.weights import SCALES, Weights, open_weights, trained_with

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from megatron_lite.block_hash import BLOCK, block_digest
 from megatron_lite.checkpoint.manifest import identity
 from megatron_lite.commands.evaluate import compute_as_trained, data_tokenizer, mean_loss
 from megatron_lite.compress.depth import Probe, RemovalOptions, removal_order
@@ -34,8 +35,8 @@ from megatron_lite.parallel.plans import check_divisible
 from megatron_lite.parallel.sequence_length import check_layout
 from megatron_lite.ranks import Ranks
 from megatron_lite.runtime import Runtime
-from megatron_lite.tensor_files import BLOCK, block_digest
-from megatron_lite.training.build import build_grid, held_out
+from megatron_lite.training.build import build_grid
+from megatron_lite.training.data import held_out
 from megatron_lite.training.support import refuse_unsupported
 from megatron_lite.weights import Weights, check_empty
 

@@ -26,8 +26,9 @@ from megatron_lite.runtime import (
     stop,
 )
 from megatron_lite.tracking import write_loss_plot, write_report
-from megatron_lite.training.build import build_schedule, build_trainer, check_batch_sizes, prepare_data, run_info
+from megatron_lite.training.build import build_schedule, build_trainer, check_batch_sizes, run_info
 from megatron_lite.training.config import RunConfig, validate, validate_model
+from megatron_lite.training.data import prepare_data
 from megatron_lite.training.hints import how_to_lengthen
 from megatron_lite.training.memory_check import MemoryCheck
 from megatron_lite.training.resume import choose_checkpoint, choose_model
