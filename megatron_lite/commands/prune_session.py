@@ -15,6 +15,7 @@ import torch
 
 from megatron_lite.block_hash import BLOCK, block_digest
 from megatron_lite.checkpoint.manifest import identity
+from megatron_lite.commands.command import check_at_least_one
 from megatron_lite.commands.evaluate import compute_as_trained, data_tokenizer, mean_loss
 from megatron_lite.compress.depth import Probe, RemovalOptions, removal_order
 from megatron_lite.compress.heat_map import draw_scores
@@ -67,10 +68,7 @@ class PruneConfig:
 
     def validate(self, world_size: int = 1) -> None:
         """Raise ValueError naming the key if a value is invalid."""
-        for key in ("micro_batch_size", "threads"):
-            value = getattr(self, key)
-            if value is not None and value < 1:
-                raise ValueError(f"{key}={value} must be at least 1")
+        check_at_least_one(self, "micro_batch_size", "threads")
         if self.target.is_empty and not self.budget.is_given:
             raise ValueError("target is empty: give a size, such as target.hidden_size=4096, or a budget")
         if not self.output.strip():
