@@ -38,6 +38,7 @@ from megatron_lite.training.config import compose_run
 
 Points = list[tuple[int, float]]  # (tokens trained on, loss)
 
+WIDENINGS = 2  # how often a sweep goes on beyond its values when the best one is an end of them
 _ALWAYS = ("tracking=none", "train.threads=1")
 _RECORD = "arm.json"  # in a run directory: the settings that it was made with and how it ended
 _LOG = "log.txt"  # in a run directory: what the training printed
@@ -141,21 +142,33 @@ class Study:
     ) -> tuple[Arm, dict[float, float]]:  # fmt: skip
         """`arm` with the value of `key` that has the least score in runs with `overrides` (a short length), and all scores.
 
-        A diverged run has no score. Raises WorkFailedError if all diverged. A best value at the end of `values` is printed: a
-        better one may lie beyond.
+        Where the best of several `values` is the first or last one, half or twice of it is tried too, at most `WIDENINGS` times. A
+        diverged run has no score. Raises WorkFailedError if all diverged.
         """
+        values = sorted(values)
+        for widenings_left in range(WIDENINGS, -1, -1):
+            scores = self._scores(arm, key, values, overrides=overrides, seed=seed, score=score)
+            finite = {value: found for value, found in scores.items() if math.isfinite(found)}
+            if not finite:
+                raise WorkFailedError(f"every run of {arm.name} diverged, with {key} in {values}: try smaller values")
+            best = min(finite, key=finite.__getitem__)
+            if len(values) == 1 or best not in (values[0], values[-1]):
+                break
+            if not widenings_left:
+                print(f"{arm.name}: {key}={best} is best and an end of {values}; a better one may lie beyond")
+                break
+            values = [best / 2, *values] if best == values[0] else [*values, best * 2]
+        return arm.extended(f"{key}={best}"), scores
+
+    def _scores(
+        self, arm: Arm, key: str, values: Sequence[float], *, overrides: Sequence[str], seed: int,
+        score: Callable[[Result], float],
+    ) -> dict[float, float]:  # fmt: skip
         candidates = {
             value: arm.extended(*overrides, f"{key}={value}", name=f"{arm.name}/{key}_{value}") for value in values
         }
         results = self.run(candidates.values(), [seed])
-        scores = {value: score(results[candidate.name][0]) for value, candidate in candidates.items()}
-        finite = {value: found for value, found in scores.items() if math.isfinite(found)}
-        if not finite:
-            raise WorkFailedError(f"every run of {arm.name} diverged, with {key} in {list(values)}: try smaller values")
-        best = min(finite, key=finite.__getitem__)
-        if len(values) > 1 and best in (min(values), max(values)):
-            print(f"{arm.name}: {key}={best} is best and the last of {list(values)}; a better one may lie beyond")
-        return arm.extended(f"{key}={best}"), scores
+        return {value: score(results[candidate.name][0]) for value, candidate in candidates.items()}
 
     def command(self, words: Sequence[str], *, makes: Path) -> Path:
         """Run `mlite <words>` in a process of its own unless `makes` exists, which the command must make as a whole or not at all.

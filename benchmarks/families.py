@@ -6,19 +6,19 @@
 
 Hidden size, vocabulary, data, order of the data and batch are the same in all arms, input and output embeddings are tied in all,
 and the feed-forward width makes the non-embedding parameters equal within 2 % (checked). The learning rate of each family is the
-best of three on the first seed, at a fifth of the length; then every seed is trained.
+best of three on the first seed, at a fifth of the length, and beyond them where the best is an end; then every seed is trained.
 
 In the folder: families.md (one table), families.json, families.png (held-out loss over tokens). The columns:
 
     held-out loss by group    mean over the group's sources, nats for each token; mean and 95 % interval over the seeds
-    training                  median tokens/s of the runs, one thread each, beside as many others as --jobs says
+    training                  median tokens/s of a few steps, one thread, with no other run beside it
     generation, cache         one sequence, one thread, fp32, up to the 8,192nd token: new tokens/s, and what the cache holds then
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -77,7 +77,7 @@ class Size:
     seq_len: int
     windows: int
     seeds: tuple[int, ...] = (0, 1, 2)
-    learning_rates: tuple[float, ...] = (2e-3, 4e-3, 8e-3)
+    learning_rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3)
     prompt: int = 8192 - 32
     new: int = 32
 
@@ -88,16 +88,18 @@ class Size:
 
     def short(self) -> list[str]:
         """The overrides for a fifth of it, evaluated at its end."""
-        return [
-            *_length(max(1, self.steps // 5)),
-            "train.eval_at_start=false",
-            "train.eval_every=0",
-            "checkpoint.every=0",
-        ]
+        return [*_length(max(1, self.steps // 5)), *_NOTHING_BESIDE]
+
+    def timed(self) -> list[str]:
+        """The overrides for a few steps whose speed is taken."""
+        return [*_length(min(self.steps, 9)), *_NOTHING_BESIDE]
 
 
 def _length(steps: int) -> list[str]:
     return [f"train.max_steps={steps}", f"schedule.warmup_steps={steps // 10}"]
+
+
+_NOTHING_BESIDE = ("train.eval_at_start=false", "train.eval_every=0", "checkpoint.every=0")
 
 
 SIZES = {
@@ -109,22 +111,22 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Row:
-    """What the table says about a family. rates: held-out loss by learning rate, of the short runs."""
+    """What the table says about a family. rates: held-out loss by learning rate, of the short runs.
+
+    training, generation: tokens/s.
+    """
 
     family: str
     parameters: int
     rates: Mapping[float, float]
     results: Sequence[Result]
+    training: float
     generation: float
     cache_bytes: int
 
     @property
     def rate(self) -> float:
         return min(self.rates, key=self.rates.__getitem__)
-
-    @property
-    def training(self) -> float:
-        return sum(result.tokens_per_second() for result in self.results) / len(self.results)
 
     def losses(self, group: str) -> list[float]:
         """Of each seed."""
@@ -190,7 +192,7 @@ def non_embedding(model: ModelConfig) -> int:
 
 
 def trained(arm: Arm, model: ModelConfig, options: Options, size: Size) -> Row:
-    """Pick the learning rate, train the seeds, measure the generation."""
+    """Pick the learning rate, train the seeds, measure the speeds."""
     common = [*COMMON, f"data.seq_len={size.seq_len}", f"data.validation.windows={size.windows}"]
     study = Study(options.folder, [*common, *size.whole()], jobs=options.jobs)
     # overrides of the command line come last, so that they also reach what an arm says
@@ -204,13 +206,17 @@ def trained(arm: Arm, model: ModelConfig, options: Options, size: Size) -> Row:
         score=lambda result: result.final(),
     )
     results = study.run([best], size.seeds)[arm.name]
+    timed = best.extended(*size.timed(), name=f"{arm.name}/speed")
+    ((training,),) = replace(study, jobs=1).run([timed], size.seeds[:1]).values()
     decoder = Decoder(model).eval()
     initialize_model_(decoder, seed=0)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     cache_bytes, _, generation = measure(decoder, 1, size.prompt, size.new)
     torch.set_num_threads(threads)
-    return Row(arm.name, non_embedding(model), rates, results, generation, cache_bytes)
+    return Row(
+        arm.name, non_embedding(model), rates, results, training.tokens_per_second(), generation, cache_bytes
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Does FP8 train as well as bf16? Paired runs of a tiny Nemotron Nano 2 on the sample blend.
 
-    python -m benchmarks.fp8 [--size full|small|tiny] [--arms fp32 bf16 current ...] [--folder F] [-- overrides of every run]
+    python -m benchmarks.fp8 [--size full|small|tiny] [--arms fp32 bf16 current ...] [--seeds N] [--folder F] [-- overrides]
+    python -m benchmarks.fp8 --size small --seeds 1 --arms bf16 current mx --folder runs/fp8/nemotron4 -- model=nemotron4_tiny
 
 Every arm trains the same weights on the same samples in the same order, once a seed. Its number is the mean of the last tenth of its
 training losses; the table shows the relative gap to bf16 and to fp32 over pairs of the same seed, with a 95 % interval (Student's t).
@@ -50,8 +51,9 @@ ARMS = {
 }
 COMPARED = ("fp32", "bf16", "current", "block", "all_e5m2")
 
-# size -> (tokens of a run, tokens of a sample, seeds)
-LENGTHS = {"full": (300_000, 256, 3), "small": (60_000, 256, 3), "tiny": (1_024, 64, 1)}
+# size -> (tokens of a run, tokens of a sample)
+LENGTHS = {"full": (300_000, 256), "small": (60_000, 256), "tiny": (1_024, 64)}
+SEEDS = {"full": 3, "small": 3, "tiny": 1}
 MODEL = (
     "model=nano2_tiny", "data=sample", "data.validation.windows=1", "schedule=wsd",
     "schedule.min_lr=1e-5", "optim.lr=1e-3", "train.global_batch_size=4", "train.micro_batch_size=4", "train.max_steps=null",
@@ -61,11 +63,11 @@ MODEL = (
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the arms and write fp8.md, fp8.json and fp8.png into the folder."""
-    options = options_of(__doc__, name="fp8", arms=(tuple(ARMS), COMPARED), arguments=arguments)
-    tokens, seq_len, seeds = LENGTHS[options.size]
+    options = options_of(__doc__, name="fp8", arms=(tuple(ARMS), COMPARED), seeds=SEEDS, arguments=arguments)
+    tokens, seq_len = LENGTHS[options.size]
     length = [f"train.max_tokens={tokens}", f"data.seq_len={seq_len}", f"schedule.warmup_steps={tokens // 15_000}"]
     study = Study(options.folder, [*MODEL, *length, *options.overrides], jobs=options.jobs)
-    results = study.run([ARMS[name] for name in options.arms], range(seeds))
+    results = study.run([ARMS[name] for name in options.arms], range(options.seeds))
     report(results, options)
 
 

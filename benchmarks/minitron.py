@@ -1,6 +1,6 @@
 """Does pruning and distilling a trained model save tokens, compared with training the small model from scratch?
 
-    python -m benchmarks.minitron                              # about 90 minutes on 2 quiet cores
+    python -m benchmarks.minitron                              # about an hour on 2 quiet cores
     python -m benchmarks.minitron --size small                 # one seed, two arms: for a look
     python -m benchmarks.minitron -- model=nano2_tiny          # a Mamba-2/attention hybrid
 
@@ -38,7 +38,6 @@ from megatron_lite.weights import model_config
 
 STEP = 8  # samples of a global batch
 THIRD = 1 / 3
-WIDENINGS = 2  # how often a sweep goes on beyond its list when the best rate is at an end of it
 TARGETS = {  # of a model config, two thirds of its non-embedding parameters: key of `target` -> size
     "nemotron4_tiny": {"hidden_size": 208, "ffn_size": 768},
     "nano2_tiny": {"hidden_size": 192, "ffn_size": 448},
@@ -80,7 +79,7 @@ class Plan:
 
 PLANS = {
     "full": Plan(
-        tuple(LABELS), 3, 4_000_000, 3_000_000, 240_000, ((1e-3, 2e-3, 4e-3), (5e-4, 1e-3, 2e-3)), candidates=8
+        tuple(LABELS), 3, 3_000_000, 1_800_000, 160_000, ((1e-3, 2e-3, 4e-3), (5e-4, 1e-3, 2e-3)), candidates=8
     ),
     "small": Plan(("distilled", "scratch"), 1, 500_000, 360_000, 40_000, ((2e-3, 4e-3), (1e-3, 2e-3)), samples=256),
     "tiny": Plan(
@@ -167,7 +166,7 @@ class Demo:
             if len(rates) == 1:  # nothing to choose from
                 arm, swept[name] = arm.extended(f"optim.lr={rates[0]}"), {rates[0]: math.nan}
             else:
-                arm, swept[name] = widened_sweep(study, arm, rates, overrides=length)
+                arm, swept[name] = study.sweep(arm, "optim.lr", rates, overrides=length, score=Result.final)
             arms.append(arm)
         return study.run(arms, seeds), swept
 
@@ -197,20 +196,6 @@ class Demo:
             f"train.max_steps={steps}", f"schedule.warmup_steps={max(1, steps // 20)}", f"train.eval_every={every}",
             f"checkpoint.every={every}", "checkpoint.keep=1",
         )  # fmt: skip
-
-
-def widened_sweep(
-    study: Study, arm: Arm, rates: tuple[float, ...], *, overrides: Sequence[str]
-) -> tuple[Arm, dict[float, float]]:
-    """`Study.sweep` of the learning rate, which tries half or twice a best rate that is the first or last one of `rates`: at most
-    `WIDENINGS` times, each with one more run."""
-    for widenings_left in range(WIDENINGS, -1, -1):
-        chosen, scores = study.sweep(arm, "optim.lr", rates, overrides=overrides, score=Result.final)
-        best = min(rates, key=lambda rate: _or_infinity(scores[rate]))
-        if best not in (rates[0], rates[-1]) or not widenings_left:
-            break
-        rates = (best / 2, *rates) if best == rates[0] else (*rates, best * 2)
-    return chosen, scores
 
 
 def tokens_until(points: Points, loss: float) -> float:

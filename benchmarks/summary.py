@@ -94,13 +94,14 @@ def t_quantile(degrees: int, *, confidence: float = 0.95) -> float:
 
 @dataclass(frozen=True)
 class Options:
-    """size: one of SIZES. arms: the names that were chosen. overrides: words that follow those of every arm."""
+    """size: one of SIZES. arms: the names that were chosen. overrides: words that follow those of every arm. seeds: of each arm."""
 
     size: str
     folder: Path
     jobs: int
     arms: tuple[str, ...]
     overrides: tuple[str, ...]
+    seeds: int = 1
 
 
 def options_of(
@@ -108,11 +109,12 @@ def options_of(
     *,
     name: str,
     arms: tuple[Sequence[str], Sequence[str]] = ((), ()),
+    seeds: Mapping[str, int] | None = None,
     arguments: Sequence[str] | None = None,
 ) -> Options:
     """Parse the command line of a demo; the folder is runs/<name>/<size> if none is given. `-- words` are overrides of every run.
 
-    arms: the names that `--arms` may choose from, and those that are run without it.
+    arms: the names that `--arms` may choose from, and those that are run without it. seeds: of each size, and without `--seeds`.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="full")
@@ -124,12 +126,15 @@ def options_of(
     )
     if arms[0]:
         parser.add_argument("--arms", nargs="+", choices=arms[0], default=arms[1], help="which runs to compare")
+    if seeds:
+        parser.add_argument("--seeds", type=count, help="runs of each arm; default: as many as the size has")
     parser.add_argument("overrides", nargs="*", help="after `--`: overrides for every run")
     found = parser.parse_args(arguments)
     jobs = found.jobs or (1 if found.size == "tiny" else (os.cpu_count() or 1))
+    number = (found.seeds or seeds[found.size]) if seeds else 1
     folder = found.folder or Path("runs") / name / found.size
     chosen = tuple(found.arms) if arms[0] else ()
-    return Options(found.size, folder, jobs, arms=chosen, overrides=tuple(found.overrides))
+    return Options(found.size, folder, jobs, arms=chosen, overrides=tuple(found.overrides), seeds=number)
 
 
 def count(text: str) -> int:

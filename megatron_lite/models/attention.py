@@ -37,7 +37,7 @@ class AttentionCore(nn.Module):
 
     def __init__(self, config: ModelConfig, spec: LayerSpec) -> None:
         super().__init__()
-        self.shares, self.uses_others = spec.shares, spec.kv_from is not None
+        self.shares, self.uses_others, self.kv_window = spec.shares, spec.kv_from is not None, spec.kv_window
         self.visibility = Visibility(spec.window, config.attention.always_visible)
         self.queries = config.attention.heads // config.attention.kv_heads
         self.head_dim, self.value_head_dim = config.head_dim, config.value_head_dim
@@ -65,8 +65,8 @@ class AttentionCore(nn.Module):
         else:
             query, key = qk_BTGNK.split([self.queries, 1], dim=3)
             kv = KeyValue(key.squeeze(3).transpose(1, 2), value_BTGV.transpose(1, 2))
-            if self.shares:  # views would lose the hooks by which FSDP2 learns of their gradients
-                kv = KeyValue(kv.key_BGSK.contiguous(), kv.value_BGSV.contiguous())
+            if self.shares:
+                kv = self.shared(kv, context)
             if isinstance(context.cache, KeyValueCache):
                 kv = context.cache.append(kv.key_BGSK, kv.value_BGSV, context.positions_BT)
         y_BHTV = self.attend(query.flatten(2, 3).transpose(1, 2), kv, context)
@@ -79,6 +79,11 @@ class AttentionCore(nn.Module):
             return self.q_norm(qk_BTGNK)
         query, key = qk_BTGNK.split([self.queries, 1], dim=3)
         return torch.cat([self.q_norm(query), self.k_norm(key)], dim=3)
+
+    def shared(self, kv: KeyValue, context: LayerContext) -> KeyValue:
+        """Keys and values as this layer and those that share them use them. What a sequence that is cut over ranks replaces."""
+        # views would lose the hooks by which FSDP2 learns of their gradients
+        return KeyValue(kv.key_BGSK.contiguous(), kv.value_BGSV.contiguous())
 
     def attend(self, query_BHTK: Tensor, kv: KeyValue, context: LayerContext) -> Tensor:
         """(B, H, T, V). What a sequence that is cut over ranks replaces."""

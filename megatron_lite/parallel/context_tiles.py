@@ -46,6 +46,24 @@ class Rule:
     prefix: int
     documents: bool
 
+    @property
+    def numbers(self) -> list[int]:
+        """What an operator takes instead: window (-1: none), always visible, prefix, documents."""
+        window, always = self.visibility.window, self.visibility.always_visible
+        return [-1 if window is None else window, always, self.prefix, int(self.documents)]
+
+    @classmethod
+    def of(cls, numbers: Sequence[int]) -> Rule:
+        """The rule of these numbers."""
+        window, always, prefix, documents = numbers
+        return cls(Visibility(None if window < 0 else window, always), prefix, bool(documents))
+
+    @property
+    def limits_reach(self) -> bool:
+        """Whether what a slice sees of others does not grow with the sequence."""
+        visibility = self.visibility
+        return visibility.window is not None and not (self.documents and visibility.always_visible > self.prefix)
+
     def tile_length(self, slice_length: int) -> int:
         """The most tokens of a tile."""
         window, length = self.visibility.window, slice_length

@@ -21,11 +21,12 @@ from torch import nn
 from torch.utils.checkpoint import SAC_IGNORED_OPS, CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from megatron_lite.parallel.context_attention import CONTEXT_ATTENTION
+from megatron_lite.parallel.context_window import CONTEXT_WINDOW
 from megatron_lite.parallel.reclass import reclass
 from megatron_lite.parallel.slice_collectives import SLICE_OPERATORS
 
 # What context-parallel ranks send to each other.
-_COMMUNICATION = frozenset({CONTEXT_ATTENTION, *SLICE_OPERATORS})
+_COMMUNICATION = frozenset({CONTEXT_ATTENTION, CONTEXT_WINDOW, *SLICE_OPERATORS})
 
 
 # Not bmm: where attention has no fused kernel its T x T scores are bmm outputs, the largest thing there is to keep.

@@ -141,14 +141,16 @@ class Recorder(TorchDispatchMode):
     def _divided_attention(self, inputs: list[Tensor], outputs: list[Tensor], backward: bool) -> None:
         """Attention over a divided sequence: a rank computes its share of all pairs, and gets three quarters of the keys and values of
         the others (`context_attention`), fewer with a window, which is not counted; backward gets them again, and gradients go back in
-        fp32."""
+        fp32. Nothing comes where keys that layers share have what came behind them (`context_window`)."""
         self._flush()
         query, kv = inputs[1:3] if backward else inputs[:2]
         ranks, heads = self.axes["cp"], query.shape[3]
         widths = 3 * heads + 2 * (kv.shape[3] - heads) if backward else kv.shape[3]
-        flops = 2.0 * prod(query.shape[:3]) * kv.shape[2] * ranks * self.seen * widths
+        flops = 2.0 * prod(query.shape[:3]) * query.shape[2] * ranks * self.seen * widths
         moved = sum(map(_bytes, inputs + outputs))
         self.steps.append(Kernel("attention", _DTYPES.get(query.dtype, "bf16"), flops, moved))
+        if kv.shape[2] > query.shape[2]:
+            return
         there = 0.75 * _bytes(kv)
         back = 0.75 * 4 * kv.numel() if backward else 0.0
         self.steps.append(Exchange(ROUNDS, "cp", (there + back) * ranks))

@@ -20,6 +20,7 @@ from megatron_lite.checkpoint.opening import hash_of_files
 from megatron_lite.data.sidecar import TokenizerIdentity
 from megatron_lite.engine.fsdp import FsdpConfig
 from megatron_lite.errors import CheckpointError
+from megatron_lite.models.config import ModelConfig
 from megatron_lite.parallel.assemble import assemble, from_tensors
 from megatron_lite.parallel.frozen import FrozenDecoder
 from megatron_lite.parallel.mesh import Mesh
@@ -108,6 +109,12 @@ def _check(run: RunConfig, weights: Weights, tokenizer: TokenizerIdentity) -> No
             f"{named} was trained with tokenizer {weights.tokenizer_fingerprint}, but data.tokenizer={run.data.tokenizer} is "
             f"{tokenizer.fingerprint}: a teacher must have the tokenizer of the data"
         )
+    check_teacher(run, model, named=named)
+
+
+def check_teacher(run: RunConfig, model: ModelConfig, *, named: str) -> None:
+    """Raise ValueError if a teacher with this model cannot read what the student reads, or cannot be divided like it. named: how the error
+    names it."""
     for key in ("vocab_size", "padded_vocab"):
         theirs, ours = getattr(model, key), getattr(run.model, key)
         if theirs != ours:
@@ -115,7 +122,8 @@ def _check(run: RunConfig, weights: Weights, tokenizer: TokenizerIdentity) -> No
             raise ValueError(
                 f"{named} has an output embedding for {theirs} words, but {setting} makes {ours} here; give the student the same"
             )
-    if run.data.seq_len > model.max_seq_len:
+    # A teacher without positions reads any length: its max_seq_len says how long the sequences were that it learned from.
+    if model.rotary_dim and run.data.seq_len > model.max_seq_len:
         raise ValueError(
             f"{named} takes sequences of {model.max_seq_len} at most, but data.seq_len={run.data.seq_len}; shorten that"
         )

@@ -57,6 +57,10 @@ def test_arms_are_ordinary_runs_and_a_second_call_reads_them(study, monkeypatch,
 
     options = options_of("", name="x", arguments=["--folder", str(tmp_path / "out"), "--", "optim.lr=1e-3"])
     assert (options.size, options.overrides) == ("full", ("optim.lr=1e-3",))
+    for more, seeds in (([], 3), (["--seeds", "2"], 2)):
+        assert options_of("", name="x", seeds={"full": 3}, arguments=more).seeds == seeds
+    with pytest.raises(SystemExit):
+        options_of("", name="x", seeds={"full": 3}, arguments=["--seeds", "0"])
     plot(
         options.folder / "x.png", {n: [r.held_out() for r in rs] for n, rs in results.items()}, title="", ylabel="loss"
     )
@@ -98,7 +102,7 @@ def test_an_interrupted_study_continues_with_the_same_numbers(study, tmp_path, m
 def test_a_sweep_picks_the_best_rate_that_did_not_diverge(study, capsys):
     arm = Arm("one", ("train.max_skipped_steps=1",))
     chosen, scores = study.sweep(
-        arm, "optim.lr", [1e-2, 1e-6, 1e30], overrides=["train.max_steps=3"], score=lambda result: result.final()
+        arm, "optim.lr", [1e-6, 1e-2, 1e30], overrides=["train.max_steps=3"], score=lambda result: result.final()
     )
     assert chosen == arm.extended("optim.lr=0.01")
     assert scores[1e-2] < scores[1e-6]
@@ -106,6 +110,26 @@ def test_a_sweep_picks_the_best_rate_that_did_not_diverge(study, capsys):
     assert "one/optim.lr_1e+30, seed 0: diverged" in capsys.readouterr().out
     with pytest.raises(WorkFailedError, match=r"one diverged.*optim\.lr"):
         study.sweep(arm, "optim.lr", [1e30], overrides=["train.max_steps=3"], score=lambda result: result.final())
+
+
+@pytest.mark.parametrize(
+    ("best", "tried"),
+    [
+        (1.1e-3, [5e-4, 1e-3, 2e-3]),
+        (3e-4, [1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3]),
+        (5e-3, [5e-4, 1e-3, 2e-3, 4e-3, 8e-3]),
+        (1.0, [5e-4, 1e-3, 2e-3, 4e-3, 8e-3]),  # not for ever
+    ],
+)
+def test_a_sweep_goes_on_beyond_its_ends(best, tried, monkeypatch):
+    def runs(study, arms, seeds):
+        rates = {arm.name: float(arm.overrides[-1].removeprefix("optim.lr=")) for arm in arms}
+        return {name: [abs(math.log(rate / best))] for name, rate in rates.items()}
+
+    monkeypatch.setattr(Study, "run", runs)
+    arm, scores = Study(None).sweep(Arm("a"), "optim.lr", [2e-3, 5e-4, 1e-3], overrides=(), score=lambda found: found)
+    assert list(scores) == pytest.approx(tried)
+    assert arm.overrides == (f"optim.lr={min(tried, key=lambda rate: abs(math.log(rate / best)))}",)
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ import math
 import pytest
 
 from benchmarks import minitron
-from benchmarks.arms import Arm, Result, Study
+from benchmarks.arms import Result
 from tests import runs
 
 
@@ -75,26 +75,6 @@ def test_the_claims_can_fail():
     assert "FAILS" in minitron.report(
         {"distilled": slow, "scratch": scratch}, {"distilled": {1e-3: 4.1}, "scratch": {1e-3: 4.0}}, bad
     )
-
-
-@pytest.mark.parametrize(
-    ("best", "tried"),
-    [
-        (1.1e-3, [5e-4, 1e-3, 2e-3]),
-        (3e-4, [1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3]),
-        (5e-3, [5e-4, 1e-3, 2e-3, 4e-3, 8e-3]),
-        (1.0, [5e-4, 1e-3, 2e-3, 4e-3, 8e-3]),  # not for ever
-    ],
-)
-def test_a_sweep_goes_on_beyond_its_ends(best, tried, monkeypatch):
-    def sweep(study, arm, key, values, **options):
-        scores = {value: math.nan if value > 0.5 else abs(math.log(value / best)) for value in values}
-        return arm.extended(f"{key}={min(values, key=scores.get)}"), scores
-
-    monkeypatch.setattr(Study, "sweep", sweep)
-    arm, scores = minitron.widened_sweep(Study(None), Arm("a"), (5e-4, 1e-3, 2e-3), overrides=())
-    assert list(scores) == pytest.approx(tried)
-    assert arm.overrides == (f"optim.lr={min(tried, key=lambda rate: abs(math.log(rate / best)))}",)
 
 
 def test_candidates_are_of_equal_size():

@@ -22,9 +22,10 @@ from megatron_lite.models.decoder import ResidualLayer
 from megatron_lite.models.initialization import initialize_model_
 from megatron_lite.models.norm import RMSNorm
 from megatron_lite.models.pattern import LayerSpec
-from megatron_lite.parallel import context_attention, context_tiles
+from megatron_lite.parallel import context_attention, context_tiles, context_window
 from megatron_lite.parallel.context_attention import ContextParallelAttention
 from megatron_lite.parallel.context_kernels import CpuFlash, CudaFlash, Efficient, Math, Part, PartKernel, attend
+from megatron_lite.parallel.context_sequence import DividedSequence
 from megatron_lite.parallel.context_tiles import META, Rule, Tile, View, routes, tiles, view
 from megatron_lite.parallel.reclass import reclass
 from megatron_lite.parallel.recompute import recompute_layer
@@ -93,7 +94,7 @@ def divided(case: Case, cp: ContextParallel) -> AttentionCore:
         }
     )
     core = AttentionCore(config, LayerSpec("*"))
-    core.visibility = Visibility(case.window, case.always_visible)
+    core.visibility, core.kv_window = Visibility(case.window, case.always_visible), case.window
     reclass(core, ContextParallelAttention, cp=cp)
     return core
 
@@ -162,14 +163,20 @@ def local_context(case: Case, length: int, cp: ContextParallel) -> LayerContext:
 
 
 def run_layer(case: Case, cp: ContextParallel, *, length: int, dtype: torch.dtype) -> list[Tensor]:
-    """This rank's outputs and gradients, in float64; the gradients of meta tokens summed over the ranks."""
+    """This rank's outputs and gradients, in float64; the gradients of meta tokens summed over the ranks.
+
+    With a window, of two layers that share keys and values: the mean of both ways to get those of other ranks.
+    """
     query, key, value, grads = drawn(case, length, ranks=cp.size)
     grad = grads[0].clone()
     grad[:, :, : case.prefix] = grads[cp.rank, :, :, : case.prefix]
     query, key, value, grad = (of_rank(x, case, cp).to(device(), dtype) for x in (query, key, value, grad))
     for x in (query, key, value):
         x.requires_grad_()
-    y = divided(case, cp).attend(query, KeyValue(key, value), local_context(case, length, cp))
+    core, kv, context = divided(case, cp), KeyValue(key, value), local_context(case, length, cp)
+    y = core.attend(query, kv, context)
+    if case.window is not None:
+        y = (y + core.attend(query, core.shared(kv, context), context)) / 2
     y.backward(grad)
     found = [y.detach().double(), *(x.grad.double() for x in (query, key, value))]
     for x in found[1:]:
@@ -225,7 +232,7 @@ def test_in_bf16() -> None:
 
 def bugs() -> dict[str, Any]:
     """What is planted: name -> a patch."""
-    mask, reached = context_attention._Sequence.mask, context_tiles._reached
+    mask, reached = DividedSequence.mask, context_tiles._reached
 
     def off_by_one(self: Any, query: Tile, key: Tile, device: torch.device) -> Tensor:
         return mask(self, replace(query, first=query.first - 1), key, device)
@@ -233,9 +240,13 @@ def bugs() -> dict[str, Any]:
     def one_less(key: Tile, query: int, rule: Rule) -> Tile | None:
         return reached(key, query + 1, rule)
 
+    def dropped(grad_BGRX: Tensor, length: int, *_: Any) -> Tensor:
+        return grad_BGRX.new_zeros(*grad_BGRX.shape[:2], length, grad_BGRX.shape[3])
+
     return {
         "gradients that come back are dropped": mock.patch.object(context_attention, "_add", lambda own, come: come and come.wait()),
-        "a mask is one token off": mock.patch.object(context_attention._Sequence, "mask", off_by_one),
+        "a mask is one token off": mock.patch.object(DividedSequence, "mask", off_by_one),
+        "gradients of what layers share are dropped": mock.patch.object(context_window, "window_backward", dropped),
         "the first token that a window reaches is not sent": mock.patch.object(context_tiles, "_reached", one_less),
     }  # fmt: skip
 
@@ -258,7 +269,7 @@ def test_planted_bugs_are_found() -> None:
 
 def strides(rank: int, world_size: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
     """What the operators return, and what they say on the meta device that they do."""
-    name, rule = dist.group.WORLD.group_name, [-1, 0, 0]
+    name, rule = dist.group.WORLD.group_name, [-1, 0, 0, 0]
     query, grad, kv = torch.randn(2, 8, 3, 4).transpose(1, 2), torch.randn(2, 3, 8, 4), torch.randn(2, 8, 1, 8)
     found = []
     for x in (query, query.contiguous()):
@@ -382,8 +393,8 @@ class Counts:
     result: tuple[Tensor, Tensor]
 
 
-def residual_layer(cp: ContextParallel | None, mode: str, window: int | None) -> ResidualLayer:
-    layer = ResidualLayer(RMSNorm(32, 1e-5), Attention(model_config(LAYER), LayerSpec("*", window=window)))
+def residual_layer(cp: ContextParallel | None, mode: str, spec: LayerSpec) -> ResidualLayer:
+    layer = ResidualLayer(RMSNorm(32, 1e-5), Attention(model_config(LAYER), spec))
     initialize_model_(layer, 0)
     if cp is not None:
         reclass(layer.mixer.core, ContextParallelAttention, cp=cp)
@@ -393,7 +404,7 @@ def residual_layer(cp: ContextParallel | None, mode: str, window: int | None) ->
 
 def counted(cp: ContextParallel | None, mode: str, length: int, window: int | None = None) -> Counts:
     """On the CPU in fp32, one row without documents."""
-    layer = residual_layer(cp, mode, window)
+    layer = residual_layer(cp, mode, LayerSpec("*", window=window))
     x = torch.randn(1, length, 32, generator=torch.Generator().manual_seed(0))
     positions = torch.arange(length)[None]
     if cp is not None:
@@ -428,6 +439,31 @@ def counted(cp: ContextParallel | None, mode: str, length: int, window: int | No
 def count_on_ranks(rank: int, world_size: int, cases: list[tuple[str, int, int | None]]) -> list[dict[str, Any]]:
     cp = ContextParallel(rank, world_size, dist.group.WORLD)
     return [vars(counted(cp, *case)) for case in cases]
+
+
+def exchanged_for_shared(rank: int, world_size: int, window: int) -> dict[str, tuple[list[int], Tensor]]:
+    """What a rank sends in forward and backward of two layers with the same keys and values, and the gradient, by recompute mode."""
+    cp, found = ContextParallel(rank, world_size, dist.group.WORLD), {}
+    first = LayerSpec("*", window=window, kv_window=window, shares=True)
+    for mode in ("none", "selective", "full"):
+        layers = [residual_layer(cp, mode, spec) for spec in (first, LayerSpec("*", window=window, kv_from=0))]
+        context = LayerContext(cut(torch.arange(1024)[None], cp))
+        x = cut(torch.randn(1, 1024, 32, generator=torch.Generator().manual_seed(0)), cp).requires_grad_()
+        with mock.patch.object(dist, "all_to_all_single", wraps=dist.all_to_all_single) as exchange:
+            y, kv = layers[0](x, context)
+            y, _ = layers[1](y, replace(context, kv=kv))
+            y.square().sum().backward()
+        found[mode] = [call.args[1].numel() for call in exchange.call_args_list], x.grad
+    return found
+
+
+def test_what_a_window_reaches_is_sent_once() -> None:
+    """For all layers that share keys and values: the end of one slice, and its gradients."""
+    window = 20
+    for found in run_ranks(2, exchanged_for_shared, window):
+        for sent, grad in found.values():
+            assert sent == [window * 32, window * 32]
+            assert torch.equal(grad, found["none"][1])
 
 
 def test_what_is_sent_computed_and_kept() -> None:

@@ -136,3 +136,12 @@ def test_ranks_that_divide_a_sequence_share_attention_and_send_what_is_seen():
     sent = [step.size / 2 for step in core.steps if isinstance(step, Exchange) and step.operation == ROUNDS]
     # three quarters of them in bf16, and in backward again with their gradients in fp32
     assert sent == [0.75 * 2 * numbers, 0.75 * (2 + 4) * numbers]
+
+
+def test_layers_that_share_keys_are_sent_a_window_once():
+    divided = job("model=hymba_tiny", "parallel.cp=2", gpus=2)
+    first, second = (
+        {step.operation for step in unit.steps if isinstance(step, Exchange)} & {ROUNDS, "context_window"}
+        for unit in units_of(divided)[3:7:2]  # `embedding`, then `H-H-H-H-` whose middle two share
+    )
+    assert (first, second) == ({"context_window"}, set())

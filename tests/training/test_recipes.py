@@ -8,6 +8,7 @@ from megatron_lite.models.flops import parameter_count
 from megatron_lite.objectives.distillation import DistillationConfig
 from megatron_lite.training.build import build_schedule, check_batch_sizes
 from megatron_lite.training.config import compose_run, validate
+from megatron_lite.training.teacher import check_teacher
 from tests.hf_folders import command
 
 # parameters, tokens, batch x length, peak, minimum, warm-up; the published ones among them are marked in the configs
@@ -79,6 +80,8 @@ def test_a_recipe_for_long_sequences(name: str) -> None:
     rates = {schedule.lr(step, 0) for step in (1, 2, 100)}
     assert rates == {4.5e-6}
     assert isinstance(run.objective, DistillationConfig) == name.startswith("nano2_9b")
+    if isinstance(run.objective, DistillationConfig):
+        check_teacher(run, compose_run(["model=nemotron_nano2_12b"]).model, named="the 12B")
 
 
 def test_a_fifth_of_the_long_phase_is_long_documents() -> None:
