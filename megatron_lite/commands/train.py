@@ -82,7 +82,7 @@ def _train(run: RunConfig, runtime: Runtime, *, store: CheckpointStore, watchdog
     checkpoint = point.checkpoint if point else None
     run = choose_model(run, store, checkpoint)
     validate_model(run, runtime.world_size)
-    store.ranks.attempt("look for the teacher", partial(find_teacher, run))
+    find_teacher(run, store.ranks)
     watchdog.enter("prepare data", 0)
     prepare_data(run.data, vocab_size=run.model.vocab_size, report=print if runtime.is_main else None)
     watchdog.enter("build", 0)
