@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from megatron_lite.models import selective_scan_kernel, ssd_kernel
 from megatron_lite.models.config import ModelConfig
 from megatron_lite.parallel.distillation_loss import DistillationWeights
 from megatron_lite.parallel.sequence_length import check_layout as check_division
@@ -12,9 +13,11 @@ from megatron_lite.ranks import Ranks
 from megatron_lite.training.config import RunConfig, validate, validate_model
 from megatron_lite.weights import model_config
 
+_SCAN_KERNELS = {"M": ssd_kernel.installed_kernel, "H": selective_scan_kernel.installed_kernel}
 
-def job_of(run: RunConfig, world_size: int, *, teacher: ModelConfig | None = None) -> Job:
-    """`run` on `world_size` processes, as the planner sees it. teacher: see `teacher_of`."""
+
+def job_of(run: RunConfig, world_size: int, *, teacher: ModelConfig | None = None, scan_kernels: bool = False) -> Job:
+    """`run` on `world_size` processes, as the planner sees it. teacher: see `teacher_of`. scan_kernels: see `Job`."""
     return Job(
         run.model,
         run.parallel,
@@ -26,6 +29,7 @@ def job_of(run: RunConfig, world_size: int, *, teacher: ModelConfig | None = Non
         global_batch=run.train.global_batch_size,
         masked=run.data.reset_attention,
         teacher=None if teacher is None else _teacher(run, teacher),
+        scan_kernels=scan_kernels,
     )
 
 
@@ -33,6 +37,11 @@ def teacher_of(run: RunConfig) -> ModelConfig | None:
     """The model of the run's teacher, of which no weight is read; None where it has none. Raises ValueError where it is not there."""
     path = run.objective.teacher_path
     return None if path is None else model_config(path, Ranks())
+
+
+def has_scan_kernels(model: ModelConfig) -> bool:
+    """Whether the libraries that compute the scans of `model` on a GPU are installed here."""
+    return all(_SCAN_KERNELS[symbol]() is not None for symbol in set(model.symbols) & set(_SCAN_KERNELS))
 
 
 def _teacher(run: RunConfig, model: ModelConfig) -> Teacher:
