@@ -33,7 +33,8 @@ def print_plan(plan: Plan, bill: Bill | None) -> None:
     console.print(_assumptions(plan))
     speed = plan.tokens_per_second
     console.print(
-        f"step {plan.step.seconds:.4g} s, MFU {100 * plan.step.mfu:.1f} %, {speed:,.0f} tokens/s, {speed / job.gpus:,.0f} a GPU",
+        f"step {plan.step.seconds:.4g} s, MFU {100 * plan.step.mfu:.1f} % of the {job.precision.peak} peak, {speed:,.0f} tokens/s, "
+        f"{speed / job.gpus:,.0f} a GPU",
         highlight=False,
     )
     if bill is not None:
