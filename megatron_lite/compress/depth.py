@@ -14,10 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from megatron_lite.compress.axes import unit_layers
+from megatron_lite.compress.sizes import unit_layers
 from megatron_lite.data.packing import Batch
 from megatron_lite.models.decoder import Decoder
 from megatron_lite.objectives.next_token import NextToken
@@ -56,10 +55,7 @@ class Probe(NextToken):
             return torch.stack(parts).sum() if parts else delta_ND.new_zeros((), dtype=torch.float32)
 
         counted_ND = delta_BTD.flatten(0, 1)[batch["loss_mask"].flatten()]
-        total = self.decoder.with_head_weight(squares, counted_ND)
-        if self.group is not None:
-            dist.all_reduce(total, group=self.group)
-        return total
+        return self.shard.sum(self.decoder.with_head_weight(squares, counted_ND))
 
 
 def removal_order(
