@@ -15,7 +15,7 @@ from typing import Any
 from data_tools.documents import Corpus
 from data_tools.recipe import RecipeConfig
 from data_tools.sources import plan_source
-from data_tools.stages.decontaminate import DecontaminateStep
+from data_tools.stages.decontaminate import DecontaminateStep, require_evaluation
 from data_tools.stages.exact_dedup import ExactStep, HashStep
 from data_tools.stages.filter import FilterStep
 from data_tools.stages.near_dedup import CandidateStep, NearStep, SignatureStep
@@ -24,6 +24,7 @@ from data_tools.stages.read import ReadStep
 from data_tools.stages.tokenize import EncodeStep, MergeStep
 from data_tools.stages.tokenizer import SampleStep, TokenizerStep, recipe_groups
 from data_tools.steps import Step, fingerprint
+from data_tools.take_tokenizer import require_tokenizer
 
 STAGES = ("read", "normalize", "filter", "exact", "near", "decontaminate", "tokenizer", "tokenize")
 
@@ -70,6 +71,8 @@ class Pipeline:
             filtered = self._add("filter", "filter", key, lambda n, f: FilterStep(n, f, recipe.filter, normalized))
             corpus = Corpus(normalized, [filtered])
         corpus = self._deduplicate(corpus)
+        for name, path in recipe.decontaminate.files.items():
+            require_evaluation(name, Path(path))
         if recipe.decontaminate.files:
             key = [asdict(recipe.decontaminate), [_stamp(file) for file in recipe.decontaminate.files.values()]]
             folder = self._add(
@@ -109,6 +112,8 @@ class Pipeline:
             [asdict(settings), tokens.held_out],
             lambda n, f: SampleStep(n, f, settings, corpus, groups, tokens.held_out),
         )
+        if settings.path:
+            require_tokenizer(Path(settings.path))
         taken = _stamp(settings.path) if settings.path else ""
         tokenizer = self._add("tokenizer", "tokenizer", taken, lambda n, f: TokenizerStep(n, f, settings, sample))
         encoded = self._add(
@@ -121,7 +126,7 @@ class Pipeline:
 
 
 def _stamp(path: str) -> list[Any]:
-    """Size and time of a file, or of every file in a folder. A missing file is reported by the stage that reads it."""
+    """Size and time of a file, or of every file in a folder."""
     place = Path(path)
     files = sorted(place.rglob("*")) if place.is_dir() else [place]
     return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.is_file()]

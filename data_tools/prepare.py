@@ -74,7 +74,7 @@ def prepare(config: PrepareConfig, console: Console | None = None) -> Path:
     open_output(folder, recipe, replace=config.replace)  # even the lock is not put into a folder that is not ours
     with FileLock(folder / ".lock", key="data_recipe.output", value=folder):
         output = open_output(folder, recipe, replace=config.replace)
-        # Planned before any step runs: a source or tokenizer that does not exist is reported at once.
+        # Planned before any step runs: a source, tokenizer or evaluation that does not exist is reported at once.
         pipeline = Pipeline(recipe, folder)
         output.claim()
         for stage in STAGES:

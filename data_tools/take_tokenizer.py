@@ -21,28 +21,33 @@ _PROBES = (
 )
 
 
+def require_tokenizer(path: Path) -> None:
+    """Raises ValueError if nothing is at the path."""
+    if not path.exists():
+        raise ValueError(
+            f"data_recipe.tokenizer.path={path} does not exist; name a folder with tokenizer.json, that file, or a "
+            "SentencePiece .model (a hub name is not looked up: download it first)"
+        )
+
+
 def take_tokenizer(path: Path, folder: Path) -> None:
     """Copy or convert the tokenizer at `path` into `folder`.
 
     Raises:
         ValueError: there is no usable tokenizer, or the converted tokenizer does not give the ids of the original.
     """
+    require_tokenizer(path)
     if path.is_dir():
         for file in sorted(path.iterdir()):
             if file.is_file() and file.suffix in (".json", ".model", ".txt", ".jinja"):
                 shutil.copyfile(file, folder / file.name)
     elif path.suffix == ".model":
         _convert_sentencepiece(path, folder)
-    elif path.is_file():
+    else:
         shutil.copyfile(path, folder / "tokenizer.json")
         neighbor = path.with_name("tokenizer_config.json")
         if neighbor.is_file():
             shutil.copyfile(neighbor, folder / neighbor.name)
-    else:
-        raise ValueError(
-            f"data_recipe.tokenizer.path={path} does not exist; name a folder with tokenizer.json, that file, or a "
-            "SentencePiece .model (a hub name is not looked up: download it first)"
-        )
     if not (folder / "tokenizer.json").is_file():
         from megatron_lite.data.tokenizer import load_tokenizer
 

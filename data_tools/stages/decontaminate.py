@@ -50,11 +50,16 @@ class Evaluations:
         return found
 
 
-def _grams(name: str, path: Path, config: DecontaminateConfig) -> dict[int, np.ndarray]:
+def require_evaluation(name: str, path: Path) -> None:
+    """Raises ValueError if there is no file at the path."""
     if not path.is_file():
         raise ValueError(
             f"data_recipe.decontaminate.files.{name}={path} does not exist; correct the path or remove the entry"
         )
+
+
+def _grams(name: str, path: Path, config: DecontaminateConfig) -> dict[int, np.ndarray]:
+    require_evaluation(name, path)
     source = SourceConfig(path=str(path), columns=Columns(text=config.column))
     form = find_form(path, source)
     if isinstance(form, Unusable):

@@ -135,7 +135,8 @@ def open_source(run: RunConfig, tokenizer: TokenizerIdentity, ranks: Ranks | Non
     different = sorted(shapes.keys() ^ set(weights.tensors.names()))
     if different:
         raise ValueError(
-            f"init_from={run.init_from.path} holds another model; tensors on one side only: {', '.join(different[:5])}"
+            f"init_from={run.init_from.path} holds another model; tensors on one side only: {', '.join(different[:5])}; drop the model "
+            "keys to take the source's model"
         )
     for name, shape in shapes.items():
         found = weights.tensors.shape(name)

@@ -228,6 +228,22 @@ def command(monkeypatch, *arguments: str) -> int:
             ["data_recipe=local_jsonl", "data_recipe.sources.text.path=/nowhere"],
             "data_recipe.sources.text.path=/nowhere",
         ),
+        (
+            [
+                "data_recipe=local_jsonl",
+                f"data_recipe.sources.text.path={__file__}",
+                "data_recipe.tokenizer.path=/nowhere",
+            ],
+            "data_recipe.tokenizer.path=/nowhere does not exist",
+        ),
+        (
+            [
+                "data_recipe=local_jsonl",
+                f"data_recipe.sources.text.path={__file__}",
+                "+data_recipe.decontaminate.files.gsm=/nowhere",
+            ],
+            "data_recipe.decontaminate.files.gsm=/nowhere does not exist",
+        ),
         (["data_recipe=local_jsonl", "data_recipe.near.treshold=0.8"], "did you mean data_recipe.near.threshold"),
         (["data_recipe=three_groups", "stages=[tokenise]"], "did you mean tokenize"),
         (["data_recipe=three_groups", "executor.workers=0"], "executor.workers=0 must be at least 1"),
