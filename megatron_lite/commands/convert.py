@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from megatron_lite.commands.command import run_command
-from megatron_lite.data.tokenizer import load_tokenizer
+from megatron_lite.data.tokenizer import fingerprint, load_tokenizer
 from megatron_lite.models.huggingface import export_folder, exportable
 from megatron_lite.tensor_files import WholeTensors
 from megatron_lite.weights import Weights, copy_tokenizer, open_weights, save_weights
@@ -80,3 +80,9 @@ def _to_hugging_face(config: ConvertConfig, weights: Weights) -> None:
         except OSError:  # a folder without its tokenizer would look whole
             shutil.rmtree(config.target, ignore_errors=True)
             raise
+        if fingerprint(config.target) != weights.tokenizer_fingerprint:
+            print(
+                f"warning: beside this config.json transformers' AutoTokenizer reads the tokenizer as the class that it has for "
+                f"{weights.config.family}, which gives other tokens; PreTrainedTokenizerFast.from_pretrained({config.target!r}) reads it "
+                "as it is"
+            )

@@ -7,14 +7,19 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
+from megatron_lite.checkpoint import CheckpointConfig, CheckpointStore
 from megatron_lite.checkpoint.opening import load_tensors
+from megatron_lite.config.compose import to_dict
+from megatron_lite.data.tokenizer import fingerprint
 from megatron_lite.errors import CheckpointError
 from megatron_lite.narrowing import narrow
 from megatron_lite.weights import load, open_weights
 from tests import runs
+from tests.engine.harness import manifest_state
 from tests.hf_folders import command, make_folder
+from tests.models.conftest import llama_config, loud_decoder
 
 # Two spellings of the same values: which of them a config.json has depends on the version of transformers that wrote it.
 SPELLINGS = {"rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor", "dtype", "torch_dtype"}
@@ -31,6 +36,26 @@ def tensors(folder) -> dict[str, torch.Tensor]:
 def convert(source, target, to, *more):
     assert command("convert", f"source={source}", f"target={target}", f"to={to}", *more) == 0
     return target
+
+
+def test_a_tokenizer_that_transformers_reads_otherwise_is_named(tiny_data, tmp_path, capsys):
+    """Of a Qwen2 it takes vocabulary and merges, and splits texts as Qwen2 does."""
+    words = {
+        "family": "qwen2",
+        "norm": "rmsnorm",
+        "mlp.activation": "swiglu",
+        "attention.qkv_bias": True,
+        "vocab_size": 384,
+    }
+    decoder = loud_decoder(llama_config(**words))
+    tensors = {f"model.{name}": parameter.detach() for name, parameter in decoder.named_parameters()}
+    said = {"config": {"model": to_dict(decoder.config), "data": {"tokenizer": str(tiny_data / "tokenizer")}}}
+    state = manifest_state({"adam_step": 0}) | said | {"tokenizer": fingerprint(tiny_data / "tokenizer")}
+    CheckpointStore(tmp_path / "run" / "checkpoints", CheckpointConfig()).save(1, tensors, state)
+    target = convert(tmp_path / "run", tmp_path / "hf", "hf")
+    assert "AutoTokenizer" in capsys.readouterr().out
+    assert fingerprint(AutoTokenizer.from_pretrained(target)) != fingerprint(tiny_data / "tokenizer")
+    assert fingerprint(PreTrainedTokenizerFast.from_pretrained(target)) == fingerprint(tiny_data / "tokenizer")
 
 
 @pytest.mark.parametrize("kind", ["nemotron", "llama", "mistral"])
