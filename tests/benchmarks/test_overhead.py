@@ -12,7 +12,8 @@ from benchmarks.overhead import ALONE, Spent, cpu_seconds, row
 
 PARENT = """
 import os, subprocess, sys, time
-child = subprocess.Popen([sys.executable, "-c", "import time\\nwhile time.process_time() < 0.3: pass\\ninput()"], stdin=subprocess.PIPE)
+busy = "import sys, time\\nwhile time.process_time() < 0.3: pass\\nsys.stdin.read()"  # and ends with its parent
+child = subprocess.Popen([sys.executable, "-c", busy], stdin=subprocess.PIPE)
 while time.process_time() < 0.2: pass
 print("ready", flush=True)
 input()

@@ -84,6 +84,7 @@ def test_a_teacher_and_masks_of_documents():
     assert max(errors(plan, found).values()) < EXACT
 
 
+@pytest.mark.slow
 def test_documents_in_layers_with_states():
     """Where they begin, states begin anew, which is planned without knowing where that is."""
     words = [
