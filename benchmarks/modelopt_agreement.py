@@ -34,9 +34,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Nemot
 
 import megatron_lite
 from benchmarks.summary import markdown
-from megatron_lite.compress.axes import sizes_of, unit_of
 from megatron_lite.compress.importance import Meter
 from megatron_lite.compress.scores import ImportanceConfig, Scores
+from megatron_lite.compress.sizes import sizes_of, unit_of
 from megatron_lite.models.config import ModelConfig
 from megatron_lite.parallel.chunked_loss import VocabularyShard
 from megatron_lite.parallel.distillation_loss import DistillationWeights, Projection, distillation_sum

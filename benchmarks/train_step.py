@@ -19,7 +19,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -64,10 +64,15 @@ class PeerFailedError(Exception):
     """A process ended, or never started; the message is the end of what it printed."""
 
 
-class Runner:
-    """A process that does steps of the work when asked to. A context manager, which ends it."""
+def environment(threads: int) -> dict[str, str]:
+    """Of a process that imports this checkout."""
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(threads)}
 
-    def __init__(self, module: str, work: Work, *, python: Path) -> None:
+
+class Runner:
+    """A process that does steps of the work when asked to. A context manager, which ends it. variables: of its environment."""
+
+    def __init__(self, module: str, work: Work, *, python: Path, variables: Mapping[str, str] | None = None) -> None:
         self._module, self._log = module, Path(work.folder) / "log"
         if not python.exists():
             raise PeerFailedError(f"there is no {python}; benchmarks/peers/environment.sh makes it")
@@ -75,7 +80,7 @@ class Runner:
             self._process = subprocess.Popen(
                 [str(python), "-m", f"benchmarks.peers.{module}", json.dumps(asdict(work))],
                 cwd=ROOT,
-                env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(work.threads)},
+                env=environment(work.threads) | dict(variables or {}),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -89,6 +94,11 @@ class Runner:
     def __exit__(self, *_: object) -> None:
         self._process.kill()
         self._process.communicate()
+
+    @property
+    def pid(self) -> int:
+        """Of the process."""
+        return self._process.pid
 
     def ready(self) -> str:
         """The version of its torch, when its model is built."""

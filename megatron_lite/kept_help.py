@@ -1,8 +1,8 @@
 """The text of `mlite <command> --help`, kept in `~/.cache/megatron_lite` from the first time on.
 
-To compose it takes two seconds, because a config class is in the module that it configures, which imports torch. The kept text is used as
-long as every source file has the same size and time as when the text was composed, which is also how Python decides whether a compiled
-module is current. Nothing is kept if the folder cannot be written.
+To compose it takes two seconds, because a config class is in the module that it configures, which imports torch. The
+kept text is used as long as every source file has the same size and time as when the text was composed, which is also
+how Python decides whether a compiled module is current. Nothing is kept if the folder cannot be written.
 """
 
 from __future__ import annotations

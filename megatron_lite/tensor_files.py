@@ -1,8 +1,7 @@
 """Tensors on disk, read slice by slice and written one by one: the interface of all weight sources, and what reads and writes bytes.
 
 Notable features
-- All tensor values are read by `read_slice`, and all hashes are computed by `block_digest`. It works block by block, so that
-  several processes can share even a single file.
+- All tensor values are read by `read_slice`.
 - Nothing is mapped: what was read counts as memory only as long as it is used.
 - `write_safetensors` writes straight from the tensors' memory. The `safetensors` package builds the whole file in memory first, holding
   Python's lock: half a second for 256 MiB, during which a background save would block the training loop. Hashing and writing
@@ -15,7 +14,6 @@ Format: https://huggingface.co/docs/safetensors
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -43,7 +41,6 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-BLOCK = 2**20  # bytes that are hashed as one; a part of checkpoint format 2
 _OPEN_FILES = 4
 _READ_BYTES = 2**24  # of whole rows that are read to cut columns out of them
 _FEW_COLUMNS = 4  # where less than one of so many columns is needed, rows are not read whole
@@ -212,51 +209,6 @@ def read_slice(file: TensorFile, name: str, offsets: Sequence[int], sizes: Seque
     if not inside:
         raise ValueError(f"a slice of shape {tuple(sizes)} at {tuple(offsets)} is not inside {name!r}, {tuple(shape)}")
     return file.read(name, offsets, sizes)
-
-
-class BlockHash:
-    """A hash of a file that several processes can compute together: the SHA-256 of the SHA-256s of its blocks of `BLOCK` bytes."""
-
-    def __init__(self) -> None:
-        self._digests: list[bytes] = []
-        self._block, self._filled = hashlib.sha256(), 0
-
-    def update(self, data: memoryview) -> None:
-        """Go on with bytes of any number."""
-        while data:
-            part, data = data[: BLOCK - self._filled], data[BLOCK - self._filled :]
-            self._block.update(part)
-            self._filled += len(part)
-            if self._filled == BLOCK:
-                self._close_block()
-
-    def hexdigest(self) -> str:
-        """The hash of all that came; nothing may come after it."""
-        if self._filled:
-            self._close_block()
-        return hash_of_blocks(b"".join(self._digests))
-
-    def _close_block(self) -> None:
-        self._digests.append(self._block.digest())
-        self._block, self._filled = hashlib.sha256(), 0
-
-
-def hash_of_blocks(digests: bytes) -> str:
-    """What `BlockHash` makes of the digests of all blocks."""
-    return hashlib.sha256(digests).hexdigest()
-
-
-def block_digest(path: Path, block: int | None) -> bytes:
-    """The SHA-256 of block `block` of a file, None: of the whole file. Every byte that is hashed from a disk is read here."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as stream:
-        if block is not None:
-            stream.seek(block * BLOCK)
-            digest.update(stream.read(BLOCK))
-            return digest.digest()
-        while data := stream.read(BLOCK):
-            digest.update(data)
-    return digest.digest()
 
 
 class Sink(Protocol):

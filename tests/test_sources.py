@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_lite.block_hash import BLOCK
 from megatron_lite.checkpoint import CheckpointConfig, CheckpointStore, opening, reader
 from megatron_lite.config.compose import to_dict
 from megatron_lite.engine.fsdp import FsdpConfig
@@ -18,7 +19,6 @@ from megatron_lite.objectives.next_token import NextTokenConfig
 from megatron_lite.parallel.mesh import ParallelConfig
 from megatron_lite.precision.dtypes import PrecisionConfig
 from megatron_lite.ranks import Ranks
-from megatron_lite.tensor_files import BLOCK
 from megatron_lite.training.build import build_engine, build_grid
 from megatron_lite.training.config import RunConfig
 from megatron_lite.weights import load, open_weights

@@ -15,8 +15,9 @@ from megatron_lite.checkpoint.opening import find_checkpoint, load_tensors
 from megatron_lite.commands import train as training
 from megatron_lite.data.blend import open_blend
 from megatron_lite.parallel.mesh import Mesh
-from megatron_lite.training.build import build_engine, build_schedule, open_tokenizer
+from megatron_lite.training.build import build_engine, build_schedule
 from megatron_lite.training.config import compose_run, validate
+from megatron_lite.training.data import open_tokenizer
 from megatron_lite.training.resume import open_source
 from megatron_lite.weights import open_weights
 from tests import runs

@@ -36,6 +36,7 @@ def overrides(work: serving.Work) -> list[str]:
         f"parallel.compile={str(work.compiled).lower()}",
         f"run.dir={work.folder}/run",
         "tracking=none",
+        *work.overrides,
     ]
 
 

@@ -27,7 +27,8 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class Work:
-    """A decoder's sizes, a batch of `batch` sequences of `length` tokens, and a loss that is read once in `log_every` steps."""
+    """A decoder's sizes, a batch of `batch` sequences of `length` tokens, and a loss that is read once in `log_every` steps. overrides: of
+    `mlite train`, beside these."""
 
     layers: int
     hidden: int
@@ -40,6 +41,7 @@ class Work:
     threads: int
     compiled: bool
     folder: str  # an empty one, for what a trainer writes
+    overrides: tuple[str, ...] = ()
 
     @classmethod
     def from_command_line(cls) -> Work:

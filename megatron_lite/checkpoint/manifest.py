@@ -13,7 +13,7 @@ digit in `consumed_samples` is found like one in a weight. Nothing here is ever 
 would lead out of the directory are refused.
 
 Format 1 had no groups (the files' headers say where each shard begins), `adam_step` instead of `counters`
-and the SHA-256 of whole files (`sha256`) instead of that of their blocks (`tensor_files.BlockHash`); it is
+and the SHA-256 of whole files (`sha256`) instead of that of their blocks (`block_hash.BlockHash`); it is
 read as if it had been written in format 2, except for `format_version`.
 """
 

@@ -16,12 +16,13 @@ from typing import Any
 
 import torch
 
+from megatron_lite.block_hash import BLOCK, block_digest, hash_of_blocks
 from megatron_lite.checkpoint.directory import list_steps, problem_without_hashing, unreadable
 from megatron_lite.checkpoint.manifest import MANIFEST, dtype_from, read_manifest, step_name
 from megatron_lite.checkpoint.reader import CheckpointTensors, Shards, header_shards
 from megatron_lite.errors import CheckpointError, error_text
 from megatron_lite.ranks import Ranks
-from megatron_lite.tensor_files import BLOCK, block_digest, hash_of_blocks, read_whole
+from megatron_lite.tensor_files import read_whole
 
 logger = logging.getLogger(__name__)
 

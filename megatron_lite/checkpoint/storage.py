@@ -21,9 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from megatron_lite.block_hash import BLOCK, BlockHash
 from megatron_lite.checkpoint.manifest import file_name, tensor_entry
 from megatron_lite.parallel.global_view import Piece, shard_index
-from megatron_lite.tensor_files import BLOCK, BlockHash, write_safetensors
+from megatron_lite.tensor_files import write_safetensors
 
 OpenStream = Callable[[Path], BinaryIO]
 FileEntries = dict[str, dict[str, Any]]

@@ -220,16 +220,10 @@ class CheckpointStore:
         return manifests.read_manifest(self._where(step_or_path))
 
     def load(
-        self,
-        step_or_path: int | str | Path,
-        tensors: Tensors,
-        *,
-        partial: bool = False,
-        optional: Collection[str] = (),
+        self, step_or_path: int | str | Path, tensors: Tensors, *, optional: Collection[str] = ()
     ) -> dict[str, Any]:
         """Verify a checkpoint, fill `tensors` in place, return its manifest.
 
-        partial: the checkpoint may hold tensors that are not in `tensors` (weights without the optimizer).
         optional: kinds of tensors (`<kind>.<name>`) that are left as they are unless both sides have them, with the same shape.
         Raises CheckpointError when it is damaged, ValueError when it is of another model; on every rank.
         """
@@ -238,17 +232,15 @@ class CheckpointStore:
         pieces = as_pieces(tensors, ranks=self.ranks.size)
         found = self._verifier.open(path)
         pieces = {name: piece for name, piece in pieces.items() if not _is_left(name, piece, found, optional)}
-        self._compare(found, pieces, partial=partial, optional=optional)
+        self._compare(found, pieces, optional=optional)
         self.ranks.agree("read", lambda: _fill(pieces, found))
         return found.manifest
 
-    def _compare(
-        self, found: CheckpointTensors, pieces: dict[str, Piece], *, partial: bool, optional: Collection[str]
-    ) -> None:
+    def _compare(self, found: CheckpointTensors, pieces: dict[str, Piece], *, optional: Collection[str]) -> None:
         """Raise ValueError on every rank when the checkpoint is of another model."""
         names = sorted(name for name in found.names() if _kind(name) not in optional)
         asked = self.ranks.sum("compare", torch.tensor([name in pieces for name in names], dtype=torch.int32))
-        extra = [] if partial else [name for name, ranks in zip(names, asked.tolist()) if not ranks]
+        extra = [name for name, ranks in zip(names, asked.tolist()) if not ranks]
         saved = found.manifest["tensors"]
         differences = self.ranks.problems("compare", lambda: manifests.tensor_differences(saved, pieces, extra=extra))
         if differences:

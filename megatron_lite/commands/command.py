@@ -11,6 +11,14 @@ from megatron_lite.config.compose import compose_config, help_text
 from megatron_lite.errors import CheckpointError, WorkFailedError, error_text
 
 
+def check_at_least_one(config: Any, *keys: str) -> None:
+    """Raise ValueError naming a key of `config` whose number is below 1. None stands for no number."""
+    for key in keys:
+        value = getattr(config, key)
+        if value is not None and value < 1:
+            raise ValueError(f"{key}={value} must be at least 1")
+
+
 def run_command(
     name: str,
     schema: type,

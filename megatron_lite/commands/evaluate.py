@@ -22,7 +22,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from megatron_lite.commands.command import run_command
+from megatron_lite.commands.command import check_at_least_one, run_command
 from megatron_lite.commands.ranks import all_ranks
 from megatron_lite.config.compose import compose_config, from_dict, register_choice
 from megatron_lite.config.errors import key_of
@@ -43,7 +43,8 @@ from megatron_lite.precision.recipes import Precision, precision_class
 from megatron_lite.ranks import Ranks
 from megatron_lite.runtime import Runtime, set_threads
 from megatron_lite.tracking.console import number, perplexity
-from megatron_lite.training.build import build_grid, check_vocabulary, held_out, open_tokenizer, prepare_data
+from megatron_lite.training.build import build_grid
+from megatron_lite.training.data import check_vocabulary, held_out, open_tokenizer, prepare_data
 from megatron_lite.training.ladder import Ladder
 from megatron_lite.training.support import refuse_unsupported
 from megatron_lite.weights import SCALES, Weights, open_weights, trained_with
@@ -64,10 +65,7 @@ class EvaluateConfig:
 
     def validate(self, world_size: int = 1) -> None:
         """Raise ValueError naming the key if a value is invalid."""
-        for key in ("micro_batch_size", "threads"):
-            value = getattr(self, key)
-            if value is not None and value < 1:
-                raise ValueError(f"{key}={value} must be at least 1")
+        check_at_least_one(self, "micro_batch_size", "threads")
         self.parallel.validate(world_size)
         refuse_unsupported(  # first: nobody should have to install an engine to learn that it does not evaluate
             "evaluate", parallel=self.parallel, engine=self.engine, precision=self.precision, world_size=world_size

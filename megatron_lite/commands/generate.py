@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_lite.commands.command import run_command
+from megatron_lite.commands.command import check_at_least_one, run_command
 from megatron_lite.commands.ranks import all_ranks
 from megatron_lite.data.tokenizer import load_tokenizer
 from megatron_lite.models.decoder import Decoder
@@ -48,9 +48,7 @@ class GenerateConfig:
     def validate(self, world_size: int = 1) -> None:
         """Raise ValueError naming the key if a value is invalid."""
         self.sampling.validate()
-        for key in ("max_new_tokens", "batch_size"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"{key}={getattr(self, key)} must be at least 1")
+        check_at_least_one(self, "max_new_tokens", "batch_size")
         self.parallel.validate(world_size)
         refuse_unsupported("generate", parallel=self.parallel, world_size=world_size)
 

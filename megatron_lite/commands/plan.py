@@ -47,7 +47,8 @@ class PlanConfig(RunConfig):
     seq_len: for the FLOPs per token and the cache of a model; null = model.max_seq_len. gpus, gpu: how many and which (a name of
     `hardware.GPUS`); without them only sizes are printed. price: of a GPU for an hour. search: look for the fastest layouts, of which
     `show` are listed. teacher: the model of a distillation's teacher (a name of configs/model) where `objective.teacher` is not here.
-    json: print one JSON line, too. plot: a PNG to draw the memory by part in.
+    scan_kernels: flash-linear-attention and mamba-ssm are installed on the GPUs. json: print one JSON line, too. plot: a PNG to draw the
+    memory by part in.
     """
 
     seq_len: int | None = None
@@ -57,6 +58,7 @@ class PlanConfig(RunConfig):
     search: bool = False
     show: int = 8
     teacher: str | None = None
+    scan_kernels: bool = False
     json: bool = False
     plot: str | None = None
 
@@ -75,7 +77,7 @@ def plan(config: PlanConfig) -> int:
             )
         return sizes(config)
     gpu = _checked(config)
-    job = job_of(config, config.gpus or 0, teacher=_teacher(config))
+    job = job_of(config, config.gpus or 0, teacher=_teacher(config), scan_kernels=config.scan_kernels)
     return _search(config, job, gpu) if config.search else _cost(config, job, gpu)
 
 

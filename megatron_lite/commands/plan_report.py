@@ -12,6 +12,7 @@ from megatron_lite.planner.job import Job
 from megatron_lite.planner.memory import ERROR, OUTSIDE
 from megatron_lite.planner.plan import Bill, Plan, overrides_of
 from megatron_lite.planner.search import Candidate, Found
+from megatron_lite.planner.time import SCANS
 
 UNMEASURED = "computed from data sheets: none of these numbers was measured on a GPU"
 
@@ -32,7 +33,8 @@ def print_plan(plan: Plan, bill: Bill | None) -> None:
     console.print(_assumptions(plan))
     speed = plan.tokens_per_second
     console.print(
-        f"step {plan.step.seconds:.4g} s, MFU {100 * plan.step.mfu:.1f} %, {speed:,.0f} tokens/s, {speed / job.gpus:,.0f} a GPU",
+        f"step {plan.step.seconds:.4g} s, MFU {100 * plan.step.mfu:.1f} % of the {job.precision.peak} peak, {speed:,.0f} tokens/s, "
+        f"{speed / job.gpus:,.0f} a GPU",
         highlight=False,
     )
     if bill is not None:
@@ -121,9 +123,11 @@ def _assumptions(plan: Plan) -> Table:
     gpu = plan.gpu
     table = Table("assumed", "value", "what it is")
     for name, why in plan.assumptions.why.items():
-        if name.startswith("host") and not plan.job.offloads:
+        if (name.startswith("host") and not plan.job.offloads) or (name == "scan" and SCANS not in plan.step.parts):
             continue
         table.add_row(name, f"{getattr(plan.assumptions, name):g}", why)
+    if SCANS in plan.step.parts:
+        table.add_row(SCANS, *_scans(plan.job))
     for name, value, unit in (
         (f"{plan.job.precision.peak} peak", gpu.flops(plan.job.precision.peak) / 1e12, "TFLOP/s"),
         ("memory's size", gpu.memory / 1e9, "GB"),
@@ -137,6 +141,17 @@ def _assumptions(plan: Plan) -> Table:
         "GB/s in one direction for each GPU, of the usual node (hardware.py)",
     )
     return table
+
+
+def _scans(job: Job) -> tuple[str, str]:
+    if job.masked:
+        return (
+            "PyTorch",
+            "operator by operator: the kernels of libraries take no packed documents (data.reset_attention)",
+        )
+    if job.scan_kernels:
+        return "kernels", "of flash-linear-attention and mamba-ssm, where these take what is scanned: scan_kernels=true"
+    return "PyTorch", "operator by operator, as without these libraries; scan_kernels=true plans their kernels"
 
 
 def _verdict(plan: Plan) -> str:

@@ -23,9 +23,10 @@ from megatron_lite.commands.command import run_command
 from megatron_lite.commands.evaluate import compose_over_run
 from megatron_lite.commands.prune_session import PruneConfig, Session, dividing
 from megatron_lite.commands.ranks import all_ranks
-from megatron_lite.compress.axes import layer_axes, sizes_of
+from megatron_lite.compress.axes import layer_axes
 from megatron_lite.compress.scores import Scores
 from megatron_lite.compress.search import candidates
+from megatron_lite.compress.sizes import sizes_of
 from megatron_lite.compress.surgery import KeptScales, PrunedTensors
 from megatron_lite.compress.target import size_warnings
 from megatron_lite.config.compose import to_dict

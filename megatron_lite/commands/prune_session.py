@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 
+from megatron_lite.block_hash import BLOCK, block_digest
 from megatron_lite.checkpoint.manifest import identity
+from megatron_lite.commands.command import check_at_least_one
 from megatron_lite.commands.evaluate import compute_as_trained, data_tokenizer, mean_loss
 from megatron_lite.compress.depth import Probe, RemovalOptions, removal_order
 from megatron_lite.compress.heat_map import draw_scores
@@ -34,8 +36,8 @@ from megatron_lite.parallel.plans import check_divisible
 from megatron_lite.parallel.sequence_length import check_layout
 from megatron_lite.ranks import Ranks
 from megatron_lite.runtime import Runtime
-from megatron_lite.tensor_files import BLOCK, block_digest
-from megatron_lite.training.build import build_grid, held_out
+from megatron_lite.training.build import build_grid
+from megatron_lite.training.data import held_out
 from megatron_lite.training.support import refuse_unsupported
 from megatron_lite.weights import Weights, check_empty
 
@@ -66,10 +68,7 @@ class PruneConfig:
 
     def validate(self, world_size: int = 1) -> None:
         """Raise ValueError naming the key if a value is invalid."""
-        for key in ("micro_batch_size", "threads"):
-            value = getattr(self, key)
-            if value is not None and value < 1:
-                raise ValueError(f"{key}={value} must be at least 1")
+        check_at_least_one(self, "micro_batch_size", "threads")
         if self.target.is_empty and not self.budget.is_given:
             raise ValueError("target is empty: give a size, such as target.hidden_size=4096, or a budget")
         if not self.output.strip():

@@ -26,8 +26,9 @@ from megatron_lite.runtime import (
     stop,
 )
 from megatron_lite.tracking import write_loss_plot, write_report
-from megatron_lite.training.build import build_schedule, build_trainer, check_batch_sizes, prepare_data, run_info
+from megatron_lite.training.build import build_schedule, build_trainer, check_batch_sizes, run_info
 from megatron_lite.training.config import RunConfig, validate, validate_model
+from megatron_lite.training.data import prepare_data
 from megatron_lite.training.hints import how_to_lengthen
 from megatron_lite.training.memory_check import MemoryCheck
 from megatron_lite.training.resume import choose_checkpoint, choose_model
@@ -81,7 +82,7 @@ def _train(run: RunConfig, runtime: Runtime, *, store: CheckpointStore, watchdog
     checkpoint = point.checkpoint if point else None
     run = choose_model(run, store, checkpoint)
     validate_model(run, runtime.world_size)
-    store.ranks.attempt("look for the teacher", partial(find_teacher, run))
+    find_teacher(run, store.ranks)
     watchdog.enter("prepare data", 0)
     prepare_data(run.data, vocab_size=run.model.vocab_size, report=print if runtime.is_main else None)
     watchdog.enter("build", 0)

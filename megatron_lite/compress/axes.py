@@ -1,4 +1,4 @@
-"""Which sizes of a model can be pruned, and which dimension of which parameter belongs to which of them: one row for each mixer.
+"""Which axes of a model can be pruned, and which dimension of which parameter belongs to which of them: one row for each mixer.
 
     axis             size in the config      kept sets
     hidden_size      hidden_size             one for the whole model: every layer writes to the same residual stream
@@ -11,15 +11,14 @@ A kept set is the ascending list of the numbers that stay. A row of `MIXERS` say
 kept sets, and what the kept sets mean for every dimension of its parameters. Group-major rows (`attention.py`, `mamba.py`) are computed
 here, so the surgery only takes rows and columns. A mixer without a row is refused by name.
 
-Shapes: K kept numbers of an axis; of attention H heads, G groups, N head dim; of Mamba-2 H heads, G groups, P head dim.
+Shapes: K kept numbers of an axis; of attention H heads, G groups, N head dim, V that of values; of Mamba-2 H heads, G groups, P head dim.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
-from functools import reduce
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,17 +31,6 @@ from megatron_lite.models.mamba import Mamba2
 from megatron_lite.models.mlp import MLP, GatedMLP
 
 HIDDEN = "hidden_size"
-CONFIG_KEYS = {
-    HIDDEN: "hidden_size",
-    "ffn_size": "mlp.ffn_size",
-    "heads": "attention.heads",
-    "mamba_heads": "mamba.heads",
-    "mamba_head_dim": "mamba.head_dim",
-}
-UNITS: dict[str, str] = {
-    "heads": "attention.kv_heads",
-    "mamba_heads": "mamba.groups",
-}  # axis -> what must divide its size
 RESIDUAL = "residual"  # beside "heads": for each kept head, the pruned head whose difference is added to its queries, -1 for none
 
 KeptSets = Mapping[str, Tensor]  # axis -> (K,) int64
@@ -124,8 +112,8 @@ def _mlp(*projections: str) -> MixerAxes:
 
 
 def _head_scores(roots: Tensor, config: ModelConfig) -> Tensor:
-    """(H N,) -> (G, H/G): the L2 norm over a head's channels."""
-    return roots.view(config.attention.kv_heads, -1, config.head_dim).norm(dim=2)
+    """(H V,) -> (G, H/G): the L2 norm over a head's channels."""
+    return roots.view(config.attention.kv_heads, -1, config.value_head_dim).norm(dim=2)
 
 
 def _attention_kept(roots: Tensor, config: ModelConfig, sizes: Mapping[str, int]) -> dict[str, Tensor]:
@@ -149,20 +137,22 @@ def _partners(scores_GH: Tensor, kept: Tensor) -> Tensor:
 
 def _attention_rows(config: ModelConfig, kept: KeptSets) -> dict[str, Rows]:
     heads, groups, width = kept["heads"], config.attention.kv_heads, config.head_dim
-    queries = config.attention.heads // groups
+    queries, of_value = config.attention.heads // groups, torch.arange(config.value_head_dim)
+    size = (queries + 1) * width + config.value_head_dim  # rows of a group in qkv
     channel = torch.arange(width)
-    in_group = heads % queries + heads // queries * (queries + 2)  # number of a head's queries among all heads of qkv
-    keys_G = torch.arange(groups) * (queries + 2) + queries
-    blocks_GN = torch.cat([in_group.view(groups, -1), keys_G[:, None], keys_G[:, None] + 1], dim=1)
-    partners = kept.get(RESIDUAL)
-    minus = None
+
+    def query_rows(numbers: Tensor) -> Tensor:
+        """(K,) heads -> (K, N) rows of qkv; -1 for -1."""
+        first = numbers // queries * size + numbers % queries * width
+        return torch.where(numbers[:, None] >= 0, first[:, None] + channel, -1)
+
+    keys_and_values = torch.arange(queries * width, size) + torch.arange(groups)[:, None] * size
+    qkv = torch.cat([query_rows(heads).view(groups, -1), keys_and_values], dim=1).flatten()
+    partners, minus = kept.get(RESIDUAL), None
     if partners is not None and (partners >= 0).any():
-        moved = partners % queries + partners // queries * (queries + 2)
-        moved_GN = torch.where(partners >= 0, moved, -1).view(groups, -1)
-        minus_GN = torch.cat([moved_GN, moved_GN.new_full((groups, 2), -1)], dim=1)
-        minus = torch.where(minus_GN[..., None] >= 0, minus_GN[..., None] * width + channel, -1).flatten()
-    qkv = Rows((blocks_GN[..., None] * width + channel).flatten(), minus)
-    return {"qkv": qkv, "heads": Rows((heads[:, None] * width + channel).flatten())}
+        none = torch.full_like(keys_and_values, -1)
+        minus = torch.cat([query_rows(partners).view(groups, -1), none], dim=1).flatten()
+    return {"qkv": Rows(qkv, minus), "heads": Rows((heads[:, None] * len(of_value) + of_value).flatten())}
 
 
 # ---- Mamba-2
@@ -216,7 +206,7 @@ MIXERS: dict[type[nn.Module], MixerAxes] = {
         ("heads",),
         ("out", "input"),
         _all,
-        lambda config: config.attention.heads * config.head_dim,
+        lambda config: config.attention.heads * config.value_head_dim,
         _attention_kept,
         _attention_rows,
         {
@@ -225,9 +215,8 @@ MIXERS: dict[type[nn.Module], MixerAxes] = {
             "out.weight": (HIDDEN, "heads"),
             "out.bias": (HIDDEN,),
         }
-        | dict.fromkeys(
-            ("q_norm.weight", "q_norm.bias", "k_norm.weight", "k_norm.bias"), (None,)
-        ),  # of a head's dimensions
+        # of a head's dimensions
+        | {f"core.{norm}.{kind}": (None,) for norm in ("q_norm", "k_norm") for kind in ("weight", "bias")},
         "heads",
     ),
     Mamba2: MixerAxes(
@@ -275,45 +264,3 @@ def layer_axes(config: ModelConfig) -> list[MixerAxes]:
         if value:
             raise ValueError(f"model.{key}={value}: a model with them cannot be pruned")
     return rows
-
-
-def sizes_of(config: ModelConfig) -> dict[str, int]:
-    """axis -> size, of the axes that the model has."""
-    found = {axis for row in layer_axes(config) for axis in row.axes}
-    return {axis: _value(config, key) for axis, key in CONFIG_KEYS.items() if axis == HIDDEN or axis in found}
-
-
-def resized(config: ModelConfig, sizes: Mapping[str, int], layers: Iterable[int]) -> ModelConfig:
-    """The config of a model that was cut to `sizes` and the residual `layers`. A head keeps its dimensions."""
-    symbols = "".join(config.symbols[layer] for layer in layers)
-    changed = reduce(lambda made, axis: _with(made, CONFIG_KEYS[axis], sizes[axis]), sizes, config)
-    if "heads" in sizes:
-        changed = _with(changed, "attention.head_dim", config.head_dim)
-    if config.pattern is None:
-        return replace(changed, num_layers=len(symbols) // len(unit_layers(config)[0]))
-    return replace(changed, pattern=symbols)
-
-
-def unit_layers(config: ModelConfig) -> list[tuple[int, ...]]:
-    """What is removed together: the two residual layers of a transformer block, each layer of a pattern alone."""
-    count = len(config.symbols)
-    if config.pattern is not None or config.num_layers is None:
-        return [(layer,) for layer in range(count)]
-    size = count // config.num_layers
-    return [tuple(range(start, start + size)) for start in range(0, count, size)]
-
-
-def unit_of(config: ModelConfig, axis: str) -> int:
-    """What the size of `axis` must be a multiple of."""
-    return _value(config, UNITS[axis]) if axis in UNITS else 1
-
-
-def _value(config: ModelConfig, key: str) -> int:
-    return reduce(getattr, key.split("."), config)  # type: ignore[return-value]
-
-
-def _with(config: ModelConfig, key: str, value: Any) -> ModelConfig:
-    section, _, name = key.rpartition(".")
-    if not section:
-        return replace(config, **{name: value})
-    return replace(config, **{section: replace(getattr(config, section), **{name: value})})

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_lite.compress.axes import unit_layers
+from megatron_lite.compress.sizes import unit_layers
 from megatron_lite.data.packing import Batch
 from megatron_lite.models.decoder import Decoder
 from megatron_lite.objectives.next_token import NextToken

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from megatron_lite.atomic import whole_file
-from megatron_lite.compress.axes import layer_axes, unit_layers
+from megatron_lite.compress.axes import layer_axes
 from megatron_lite.compress.scores import ImportanceConfig, Scores
+from megatron_lite.compress.sizes import unit_layers
 from megatron_lite.models.config import ModelConfig
 
 MOST_COLUMNS = 512  # of a panel; neighbors are averaged beyond

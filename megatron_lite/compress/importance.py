@@ -26,8 +26,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_lite.compress.axes import mixer_axes, unit_layers
+from megatron_lite.compress.axes import mixer_axes
 from megatron_lite.compress.scores import DEPTH, FINAL_NORM, TOKENS, ImportanceConfig, Scores
+from megatron_lite.compress.sizes import unit_layers
 from megatron_lite.data.blend import Blend
 from megatron_lite.data.packing import Batch, collate
 from megatron_lite.models.decoder import Decoder

@@ -25,7 +25,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_lite.atomic import whole_file, write_json
-from megatron_lite.compress.axes import HIDDEN, layer_axes, sizes_of, unit_layers
+from megatron_lite.compress.axes import HIDDEN, layer_axes
+from megatron_lite.compress.sizes import sizes_of, unit_layers
 from megatron_lite.compress.surgery import Selection
 from megatron_lite.models.config import ModelConfig
 from megatron_lite.tensor_files import TensorFile
@@ -98,7 +99,7 @@ class Scores:
     def select(
         self, config: ModelConfig, sizes: Mapping[str, int], layers: tuple[int, ...], options: ImportanceConfig
     ) -> Selection:
-        """The kept sets of these sizes (`axes.sizes_of`; one that is missing stays) and residual layers."""
+        """The kept sets of these sizes (`sizes.sizes_of`; one that is missing stays) and residual layers."""
         sizes = sizes_of(config) | dict(sizes)
         rows = layer_axes(config)
         kept = {

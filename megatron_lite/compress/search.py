@@ -16,8 +16,9 @@ from itertools import product
 import torch
 from torch import nn
 
-from megatron_lite.compress.axes import CONFIG_KEYS, HIDDEN, layer_axes, resized, unit_layers, unit_of
+from megatron_lite.compress.axes import HIDDEN, layer_axes
 from megatron_lite.compress.scores import ImportanceConfig, Scores
+from megatron_lite.compress.sizes import CONFIG_KEYS, resized, unit_layers, unit_of
 from megatron_lite.compress.target import TargetConfig, without_units
 from megatron_lite.models.config import ModelConfig
 from megatron_lite.models.context import LayerContext
@@ -35,7 +36,7 @@ WEIGHT_BYTES = 2  # bf16, as models are served
 class BudgetConfig:
     """At most so many parameters, or GiB of memory: weights and cache of `batch` sequences of `context` tokens, in bf16.
 
-    axes: sizes that are searched, of `axes.CONFIG_KEYS` and num_layers; those that the target gives are not. steps: sizes of each.
+    axes: sizes that are searched, of `sizes.CONFIG_KEYS` and num_layers; those that the target gives are not. steps: sizes of each.
     max_width, max_depth: the largest share of a size, and of the layers, that is cut. top_k: candidates whose loss is measured, on
     `windows` held-out windows.
     """

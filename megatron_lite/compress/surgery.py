@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_lite.compress.axes import HIDDEN, RESIDUAL, KeptSets, Rows, layer_axes, resized
+from megatron_lite.compress.axes import HIDDEN, RESIDUAL, KeptSets, Rows, layer_axes
+from megatron_lite.compress.sizes import resized
 from megatron_lite.models.config import ModelConfig
 from megatron_lite.models.huggingface import expected_shapes
 from megatron_lite.tensor_files import TensorSource

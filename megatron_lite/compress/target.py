@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
-from megatron_lite.compress.axes import CONFIG_KEYS, HIDDEN, sizes_of, unit_layers, unit_of
+from megatron_lite.compress.axes import HIDDEN
+from megatron_lite.compress.sizes import CONFIG_KEYS, sizes_of, unit_layers, unit_of
 from megatron_lite.models.config import ModelConfig
 
 ALIGNMENT = 16  # numbers that tensor cores multiply at once
@@ -62,11 +63,6 @@ class TargetConfig:
         """How many units stay by `num_layers`; None where it is not given. Raises ValueError for what the model does not have."""
         units = len(unit_layers(config))
         given = [name for name in ("num_layers", "pattern", "layers") if getattr(self, name) is not None]
-        if given and config.attention.global_layers:
-            raise ValueError(
-                f"target.{given[0]}: layers cannot be removed from a model with model.attention.global_layers="
-                f"{config.attention.global_layers}, which are numbers of layers"
-            )
         if len(given) > 1:
             raise ValueError(f"target.{given[0]} and target.{given[1]} exclude each other; give one of them")
         if self.num_layers is not None and not 1 <= self.num_layers <= units:

@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO 1, 2 and 3 behind the same interface as FSDP2. The only file that imports `deepspeed`.
+"""DeepSpeed ZeRO 1, 2 and 3 behind the same interface as FSDP2.
 
     stage   sharded over the data-parallel ranks            (Rajbhandari et al. 2020, arXiv 1910.02054)
     1       master weights and Adam's moments
@@ -17,11 +17,8 @@ Notable features:
 
 from __future__ import annotations
 
-import logging
 import math
-import warnings
 from dataclasses import dataclass, replace
-from types import ModuleType
 from typing import Any, ClassVar
 
 import torch
@@ -29,8 +26,8 @@ from torch import Tensor, nn
 
 from megatron_lite.data.packing import Batch
 from megatron_lite.engine.base import BatchSums, StepResult, numerics_pieces
+from megatron_lite.engine.deepspeed_library import BUCKET, deepspeed_settings, import_deepspeed, start_deepspeed
 from megatron_lite.engine.master_weights import compute_with_master_weights
-from megatron_lite.engine.mpu import ModelParallelUnit
 from megatron_lite.engine.replicas import Replicas
 from megatron_lite.engine.rows import by_rows, flat_part, own_rows, share_rows
 from megatron_lite.objectives.base import Objective
@@ -42,10 +39,6 @@ from megatron_lite.parallel.layers import ShardInfo
 from megatron_lite.parallel.mesh import Mesh
 from megatron_lite.precision.dtypes import fp32_modules
 from megatron_lite.precision.numerics import numerics_of
-from megatron_lite.runtime import ensure_process_group
-
-# Elements that travel in one collective, at most. DeepSpeed reserves memory for them, 2 GB with its own 5e8.
-BUCKET = 50_000_000
 
 
 @dataclass
@@ -67,7 +60,7 @@ class DeepSpeedConfig:
         if self.zero_stage not in (1, 2, 3):
             way_out = "; engine=fsdp engine.shard=none shards nothing" if self.zero_stage == 0 else ""
             raise ValueError(f"engine.zero_stage={self.zero_stage} is unknown; choose 1, 2 or 3{way_out}")
-        _deepspeed()
+        import_deepspeed()
 
     def distribute(self, mesh: Mesh, dtype: torch.dtype) -> Distribute:
         """See `EngineConfig`: part by part, a data-parallel rank fills its rows and receives the others'; stage 3 then keeps
@@ -76,8 +69,9 @@ class DeepSpeedConfig:
         Computing in bf16, DeepSpeed rounds the weights it is given. Each parameter keeps this rank's fp32 rows in its
         attribute `exact_rows` until the engine has made them the master weights.
         """
-        deepspeed, unit = _start(mesh)
-        settings = {"config_dict_or_path": _ds_config(self, dtype), "dtype": dtype, "mpu": unit}
+        deepspeed, unit = start_deepspeed(mesh)
+        read = deepspeed_settings(self.zero_stage, dtype, offload_optimizer=self.offload_optimizer)
+        settings = {"config_dict_or_path": read, "dtype": dtype, "mpu": unit}
 
         def distribute(objective: nn.Module, materialize: Materialize) -> None:
             materialize = replace(materialize, fill=by_rows(materialize, unit))
@@ -120,7 +114,7 @@ class DeepSpeedEngine:
         mesh: Mesh,
         shards: dict[str, ShardInfo],
     ) -> None:
-        deepspeed, self.unit = _start(mesh)
+        deepspeed, self.unit = start_deepspeed(mesh)
         self.objective, self.mesh = objective, mesh
         self.shards, self.stage = shards, config.zero_stage
         self.numerics = numerics_of(objective.decoder)
@@ -130,13 +124,14 @@ class DeepSpeedEngine:
             parameter.tensor_model_parallel = shards[name].tp_dim is not None  # type: ignore[attr-defined]
         self.adamw = torch_adamw(self.parameters, optim, {name: info.kind for name, info in shards.items()})
         elements = sum(math.prod(info.global_shape) for info in shards.values())
-        self.engine = deepspeed.initialize(
-            model=objective,
-            optimizer=self.adamw,
-            # an even number, for DeepSpeed
-            config=_ds_config(config, dtype, clip_grad=optim.clip_grad, bucket=min(BUCKET, elements + elements % 2)),
-            mpu=self.unit,
-        )[0]
+        settings = deepspeed_settings(
+            config.zero_stage,
+            dtype,
+            offload_optimizer=config.offload_optimizer,
+            clip_grad=optim.clip_grad,
+            bucket=min(BUCKET, elements + elements % 2),  # DeepSpeed wants an even number
+        )
+        self.engine = deepspeed.initialize(model=objective, optimizer=self.adamw, config=settings, mpu=self.unit)[0]
         self._sum_gradients()
         self.fragments = deepspeed.utils
         self._start_adam()
@@ -287,66 +282,3 @@ class DeepSpeedEngine:
         own_rows(whole, self.unit).copy_(rows)
         share_rows(whole, self.unit)
         return whole
-
-
-def _start(mesh: Mesh) -> tuple[ModuleType, ModelParallelUnit]:
-    """The library and its view of the processes. Raises ValueError for replicas, which it does not know."""
-    if mesh.degrees.dp_replicate > 1:
-        raise ValueError(
-            f"parallel.dp_replicate={mesh.degrees.dp_replicate} with engine=deepspeed: ZeRO shards over all "
-            "data-parallel ranks; set parallel.dp_replicate=1, or engine=fsdp"
-        )
-    deepspeed = _deepspeed()
-    ensure_process_group()
-    deepspeed.init_distributed(verbose=False)
-    return deepspeed, ModelParallelUnit(mesh)
-
-
-def _deepspeed() -> ModuleType:
-    """The library, whose console messages below an error are left out, those of its import too."""
-    logging.disable(logging.WARNING)
-    try:
-        import deepspeed
-    except Exception as error:  # not installed, or its import looks for a CUDA compiler and does not find one
-        raise ValueError(
-            f"engine=deepspeed needs DeepSpeed ({type(error).__name__}: {error}): pip install "
-            "'megatron-lite[deepspeed]', or set engine=fsdp"
-        ) from error
-    finally:
-        logging.disable(logging.NOTSET)
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", message=".*torch.distributed.* is deprecated", category=FutureWarning)
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # gloo's collectives: these ask for a C++ compiler
-    return deepspeed
-
-
-def _ds_config(
-    config: DeepSpeedConfig, dtype: torch.dtype, *, clip_grad: float = 0.0, bucket: int = BUCKET
-) -> dict[str, Any]:
-    """What DeepSpeed reads. Batch sizes are placeholders: the engine itself says when a global batch is complete."""
-    zero: dict[str, Any] = {
-        "stage": config.zero_stage,
-        "reduce_bucket_size": bucket,
-        "allgather_bucket_size": bucket,
-        "overlap_comm": torch.cuda.is_available(),  # gradients are reduced beside backward; the CPU has no streams
-        "stage3_param_persistence_threshold": 0,  # everything is sharded, small parameters too
-        "memory_efficient_linear": False,  # it would replace torch.nn.functional.linear for the whole process
-    }
-    if config.offload_optimizer:
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
-    settings = {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": clip_grad,
-        "zero_optimization": zero,
-        "zero_force_ds_cpu_optimizer": False,
-        "zero_allow_untested_optimizer": True,
-        "bf16": {"enabled": dtype is torch.bfloat16, "check_grad_overflow": True},
-        "data_types": {"grad_accum_dtype": "fp32"},
-        "communication_data_type": "fp32",
-    }
-    # The sum of the ranks' gradients, as in other engines: so gradients are as large in backward, and the histories of FP8's delayed
-    # scaling mean the same.
-    if config.zero_stage < 3:
-        settings["gradient_allreduce_op"] = "sum"
-    return settings

@@ -171,11 +171,20 @@ class FsdpEngine:
     def load_state(self, state: State) -> None:
         """See `Engine`. The shards are the live tensors: filling them loads the state."""
         self.optimizer.adam_step = state.counters["adam_step"]
+        self._reshard()
 
     def _set_training(self, training: bool) -> None:
         # `train` walks over all modules, which a tiny model's step would notice
         if self.objective.training != training:
             self.objective.train(training)
+            self._reshard()
+
+    def _reshard(self) -> None:
+        """Free what an evaluation has left gathered: a step gathers all weights itself, which counts them in FP8's histories, and
+        loaded ones have other values."""
+        for module in self.objective.modules():
+            if fsdp_module(module):
+                module.reshard()
 
     def _begin_micro_batch(self, *, last: bool) -> None:
         if fsdp_module(self.objective):

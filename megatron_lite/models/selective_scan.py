@@ -137,8 +137,9 @@ def _chunks(
 
 
 def _is_all_false(x: Tensor) -> bool:
-    """Whether this is known without waiting for a GPU, and outside of a graph that torch.compile makes for any data."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling() and not x.any()
+    """Whether this is known without waiting for a GPU, outside of a graph that torch.compile makes for any data, and of a tensor that has
+    data (a planner's may have only a shape)."""
+    return x.device.type == "cpu" and type(x) is Tensor and not torch.compiler.is_compiling() and not x.any()
 
 
 def _steps(part: Chunk, A_NC: Tensor, state_BNC: Tensor, restart_BNC: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -32,9 +32,13 @@ Kernel = Callable[..., tuple[Tensor, Tensor]]
 def scan(operands: Operands, past: Past = NOTHING) -> tuple[Tensor, Tensor]:
     """See `ssd`."""
     x_BTHP = operands.x
-    fits = x_BTHP.is_cuda and x_BTHP.dtype.itemsize == 2 and past.documents_BT is None
-    kernel = installed_kernel() if fits else None
+    kernel = installed_kernel() if kernel_fits(x_BTHP.device.type, x_BTHP.dtype, past) else None
     return ssd(operands, past) if kernel is None else by_kernel(kernel, operands, past.state)
+
+
+def kernel_fits(device_type: str, dtype: torch.dtype, past: Past) -> bool:
+    """Whether the kernel can compute a scan of values of `dtype` on such a device: the table above."""
+    return device_type == "cuda" and dtype.itemsize == 2 and past.documents_BT is None
 
 
 @functools.cache

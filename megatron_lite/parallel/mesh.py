@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from math import prod
+from math import gcd, prod
 
 import torch
 import torch.distributed as dist
@@ -97,7 +97,7 @@ class ParallelConfig:
         if world_size % fixed:
             raise ValueError(
                 f"{self._product('dp_replicate', 'cp', 'tp')} = {fixed} does not divide the world size {world_size} (number of "
-                f"processes); {self._way_out(world_size)} would work"
+                f"processes); {self._way_out(world_size)} would work, or a multiple of {fixed} processes"
             )
         derived = world_size // fixed
         if self.dp_shard not in (None, derived):
@@ -112,19 +112,15 @@ class ParallelConfig:
         return " x ".join(f"{key}({getattr(self, key)})" for key in keys if key != "cp" or self.cp > 1)
 
     def _way_out(self, world_size: int) -> str:
-        """What to set when dp_replicate x cp x tp does not divide the world size: one of them, or tp and the others to 1."""
+        """What to set when dp_replicate x cp x tp does not divide the world size: one of them, or tp and the others to 1. A part of what
+        was asked for, because a model that can be divided by 8 can be divided by 4, but perhaps not by 7."""
         degrees = {key: getattr(self, key) for key in ("tp", "cp", "dp_replicate")}
         for key, value in degrees.items():
             others = prod(degrees.values()) // value
             if value > 1 and world_size % others == 0:
-                return f"parallel.{key}={_degree_that_divides(value, world_size // others)}"
+                return f"parallel.{key}={gcd(value, world_size // others)}"
         ones = [f"parallel.{key}=1" for key in ("cp", "dp_replicate") if degrees[key] > 1]
-        return f"parallel.tp={_degree_that_divides(self.tp, world_size)} with {' and '.join(ones)}"
-
-
-def _degree_that_divides(wanted: int, number: int) -> int:
-    """The largest divisor of `number` that is at most `wanted`."""
-    return max(degree for degree in range(1, wanted + 1) if number % degree == 0)
+        return f"parallel.tp={gcd(self.tp, world_size)} with {' and '.join(ones)}"
 
 
 # dp_shard holds dp_shard x cp processes: they shard the model together, and with dp_replicate they share the loss.

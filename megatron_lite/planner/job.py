@@ -28,7 +28,8 @@ class Job:
     """A training step on `gpus` processes.
 
     seq_len: tokens of text in a sample. micro_batch, global_batch: samples of a data-parallel rank's micro-batch, and of all ranks'
-    step. masked: attention restarts at documents (`data.reset_attention`). teacher: of a distillation.
+    step. masked: attention restarts at documents (`data.reset_attention`). teacher: of a distillation. scan_kernels: state-space scans are
+    computed by the libraries that can be installed for it, where these can.
     """
 
     model: ModelConfig
@@ -41,6 +42,7 @@ class Job:
     global_batch: int
     masked: bool = False
     teacher: Teacher | None = None
+    scan_kernels: bool = False
 
     @property
     def degrees(self) -> Degrees:
@@ -60,6 +62,11 @@ class Job:
                 f"with train.micro_batch_size={self.micro_batch}; {self._way_out(samples)}"
             )
         return self.global_batch // samples
+
+    @property
+    def accumulates(self) -> bool:
+        """Whether a rank has several micro-batches, also where a batch that grows does not divide yet."""
+        return self.global_batch > self.degrees.data_parallel * self.micro_batch
 
     @property
     def tokens(self) -> int:

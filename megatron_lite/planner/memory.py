@@ -59,12 +59,28 @@ class Memory:
         return sum(self.parts.values())
 
 
-def memory(job: Job, *, device: str = "cuda") -> Memory:
-    """What a rank of `job` holds. device: cuda, or cpu for a run there, whose attention and chunks of logits are others.
+@dataclass(frozen=True)
+class Traced:
+    """What the passes of a micro-batch hold, unit by unit: of the model, and of its teacher."""
+
+    units: list[Unit]
+    teacher: list[Unit]
+
+    @classmethod
+    def of(cls, job: Job, device: str) -> Traced:
+        """Raises ValueError when a model does not divide by the layout's degrees."""
+        teacher = [] if job.frozen is None else traced_units(job.frozen, device=device, frozen=True)
+        return cls(traced_units(job, device=device), teacher)
+
+
+def memory(job: Job, *, device: str = "cuda", traced: Traced | None = None) -> Memory:
+    """What a rank of `job` holds. device: cuda, or cpu for a run there, whose attention and chunks of logits are others. traced: of a
+    job with the same passes; None: they are run.
 
     Raises ValueError when the model does not divide by the layout's degrees.
     """
-    units, teacher = traced_units(job, device=device), _teacher(job, device)
+    traced = traced or Traced.of(job, device)
+    units, teacher = traced.units, _teacher(job, traced.teacher)
     staying = _staying(job, units, device) | {"teacher": teacher.staying}
     timeline = Timeline(staying)
     if job.engine.name == "deepspeed":
@@ -84,11 +100,20 @@ def memory(job: Job, *, device: str = "cuda") -> Memory:
     )
 
 
-def _teacher(job: Job, device: str) -> Frozen:
+def memory_at_least(job: Job, parameters: int) -> int:
+    """Bytes that a rank of `job`, whose model has so many parameters, holds at least, whatever engine and recompute mode: its part of
+    weights and moments, and the input of every layer. Found at once, where `memory` runs the passes."""
+    degrees, parallel = job.degrees, job.parallel
+    kept = 0 if job.offloads else 3 * FP32 * parameters // job.gpus
+    tokens = (job.model.meta_tokens + job.seq_len // degrees.cp) // (degrees.tp if parallel.sequence_parallel else 1)
+    return kept + len(job.model.symbols) * job.micro_batch * tokens * job.model.hidden_size * _width(job)
+
+
+def _teacher(job: Job, traced: list[Unit]) -> Frozen:
     """What the teacher holds. FSDP2 shards it over the ranks that divide the student, a layer is gathered for its forward."""
     if job.frozen is None:
         return NO_TEACHER
-    *units, head = traced_units(job.frozen, device=device, frozen=True)
+    *units, head = traced
     sharding = replace(_sharding(job.frozen), shard="full", accumulates=False, offload=False)
     alone = Timeline({})
     if job.gpus == 1:  # nothing is gathered
@@ -106,7 +131,7 @@ def _teacher(job: Job, device: str) -> Frozen:
 
 def _staying(job: Job, units: list[Unit], device: str) -> dict[str, int]:
     ranks = job.degrees.dp_shard * job.degrees.cp
-    numbers, offloads = sum(unit.numbers for unit in units), _offloads(job) and device != "cpu"
+    numbers, offloads = sum(unit.numbers for unit in units), job.offloads and device != "cpu"
     codes = {"FP8 weights": sum(unit.lasting_codes for unit in units)}
     if job.engine.name == "deepspeed":
         zero, part = _zero(job, device), -(-numbers // ranks)
@@ -126,7 +151,7 @@ def _staying(job: Job, units: list[Unit], device: str) -> dict[str, int]:
 def _host(job: Job, units: list[Unit]) -> int:
     """16 bytes a number of the shard with FSDP2 (weights, moments, gradients) and with DeepSpeed (master weights instead)."""
     ranks = job.degrees.dp_shard * job.degrees.cp
-    return 4 * FP32 * sum(unit.shard(ranks) for unit in units) if _offloads(job) else 0
+    return 4 * FP32 * sum(unit.shard(ranks) for unit in units) if job.offloads else 0
 
 
 def _sharding(job: Job) -> Sharding:
@@ -135,8 +160,8 @@ def _sharding(job: Job) -> Sharding:
         job.degrees.dp_shard * job.degrees.cp,
         _width(job),
         tied=job.model.tie_embeddings,
-        accumulates=_accumulates(job),
-        offload=_offloads(job),
+        accumulates=job.accumulates,
+        offload=job.offloads,
     )
 
 
@@ -148,8 +173,8 @@ def _zero(job: Job, device: str) -> Zero:
         _width(job),
         bucket=min(BUCKET, numbers + numbers % 2),
         overlaps=device != "cpu",
-        accumulates=_accumulates(job),
-        offload=_offloads(job),
+        accumulates=job.accumulates,
+        offload=job.offloads,
     )
 
 
@@ -163,12 +188,3 @@ def _width(job: Job) -> int:
 
 def _stage(job: Job) -> int:
     return int(job.shard.removeprefix("zero "))
-
-
-def _accumulates(job: Job) -> bool:
-    """Whether a rank has several micro-batches, also where a batch that grows does not divide yet."""
-    return job.global_batch > job.degrees.data_parallel * job.micro_batch
-
-
-def _offloads(job: Job) -> bool:
-    return getattr(job.engine, "cpu_offload", False) or getattr(job.engine, "offload_optimizer", False)

@@ -25,6 +25,7 @@ from megatron_lite.parallel.parallelize import Recipe, parallelize
 from megatron_lite.parallel.reclass import reclass
 from megatron_lite.parallel.sequence_slices import ContextParallel
 from megatron_lite.planner.job import Job
+from megatron_lite.planner.scans import plan_scans
 from megatron_lite.precision.dtypes import PrecisionConfig, fp32_modules
 
 META = torch.device("meta")
@@ -94,6 +95,7 @@ def meta_decoder(job: Job) -> Decoder:
     # the emulation's operators are not those of a GPU: see `fp8`
     precision = PrecisionConfig("fp32" if job.precision.dtype is torch.float32 else "bf16")
     parallel = replace(job.parallel, compile=False)  # what it fuses is counted, not compiled
+    plan_scans(decoder, kernels=job.scan_kernels and not job.masked)
     parallelize(decoder, MetaMesh(job.degrees), Recipe(parallel, precision))
     use_gpu_attention(decoder, masked=job.masked)
     cast_parameters(decoder, job.precision.dtype)

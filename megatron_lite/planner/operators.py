@@ -9,6 +9,7 @@ operators are those that training would dispatch, and there is no second list of
 - Everything else counts the bytes that it reads and writes. Under compilation, what lies between two products is one kernel: it
   reads what was there before, and writes what outlives it.
 - FP8 operands are read, cast and written, transposed too (`fp8`).
+- What a state-space scan runs is marked as such; its kernels say themselves how many FLOPs they compute (`scans`).
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from torch.utils._pytree import tree_leaves
 
 from megatron_lite.parallel.context_attention import CONTEXT_ATTENTION
 from megatron_lite.planner.fp8 import CAST, PRODUCT
+from megatron_lite.planner.scans import LAUNCH, MARK
 
 _aten = torch.ops.aten
 _PRODUCTS = {_aten.mm: 0, _aten.addmm: 1, _aten.addmm_: 1, _aten.bmm: 0, _aten.baddbmm: 1}  # where the left matrix is
@@ -43,12 +45,14 @@ _DTYPES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp32"}
 
 @dataclass(frozen=True)
 class Kernel:
-    """One kernel. kind: matmul | attention | memory. dtype: bf16 | fp32 | fp8, of the units that multiply."""
+    """One kernel. kind: matmul | attention | scan | memory. dtype: bf16 | fp32 | fp8, of the units that multiply. of_scan: part of a
+    state-space scan."""
 
     kind: str
     dtype: str
     flops: float
     bytes: float
+    of_scan: bool = False
 
 
 ROUNDS = "rounds"
@@ -87,6 +91,7 @@ class Recorder(TorchDispatchMode):
         super().__init__()
         self._read: dict[int, float] = {}  # of the kernel that is being fused
         self._written: dict[int, tuple[StorageWeakRef, float]] = {}
+        self._in_scan = False
 
     def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operator, which costs nothing on meta, and record it."""
@@ -102,6 +107,10 @@ class Recorder(TorchDispatchMode):
 
     def _record(self, operator: Any, args: Any, result: Any) -> None:
         packet = operator.overloadpacket
+        if packet is MARK:
+            self._flush()
+            self._in_scan = args[1]
+            return
         inputs = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
         outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         if packet in _FREE or not outputs:
@@ -110,54 +119,59 @@ class Recorder(TorchDispatchMode):
         if packet in _CONTEXT:
             self._divided_attention(inputs, outputs, packet is _CONTEXT[1])
         elif axis is not None:
-            self._flush()
-            self.steps.append(Exchange(packet.__name__, axis, max(_bytes(x) for x in (*inputs, *outputs))))
+            self._exchange(packet.__name__, axis, max(_bytes(x) for x in (*inputs, *outputs)))
         elif packet in _PRODUCTS:
             left = args[_PRODUCTS[packet]]
             self._product(inputs, outputs[0], left, dtype=_DTYPES.get(left.dtype, "bf16"))
         elif packet is CAST:
-            self._flush()
-            self.steps.append(Kernel("memory", "fp8", 0.0, self.fp8_bytes * inputs[0].numel()))
+            self._kernel("memory", "fp8", 0.0, self.fp8_bytes * inputs[0].numel())
         elif packet is PRODUCT:
             self._product(inputs[:2], outputs[0], inputs[0], dtype="fp8")
+        elif packet is LAUNCH:
+            reads, writes, flops = args
+            self._kernel("scan", _DTYPES.get(reads[0].dtype, "bf16"), flops, sum(map(_bytes, (*reads, *writes))))
         elif packet in _FORWARD | _BACKWARD:
             self._attention(inputs, outputs, packet in _BACKWARD)
         elif operator._schema.is_mutable or not {_key(x) for x in outputs} <= {_key(x) for x in inputs}:  # not a view
             self._memory(outputs if packet in _LOOK_UPS else inputs, outputs)
 
     def _product(self, inputs: list[Tensor], output: Tensor, left: Tensor, *, dtype: str) -> None:
-        self._flush()
-        flops = 2.0 * output.numel() * left.shape[-1]
-        self.steps.append(Kernel("matmul", dtype, flops, sum(map(_bytes, {*inputs, output}))))
+        self._kernel("matmul", dtype, 2.0 * output.numel() * left.shape[-1], sum(map(_bytes, {*inputs, output})))
 
     def _attention(self, inputs: list[Tensor], outputs: list[Tensor], backward: bool) -> None:
-        self._flush()
         query, key, value = inputs[1:4] if backward else inputs[:3]
         scores = 2.0 * prod(query.shape[:3]) * key.shape[2] * self.seen
         widths = 3 * query.shape[3] + 2 * value.shape[3] if backward else query.shape[3] + value.shape[3]
         moved = sum(map(_bytes, inputs + outputs))
-        self.steps.append(Kernel("attention", _DTYPES.get(query.dtype, "bf16"), scores * widths, moved))
+        self._kernel("attention", _DTYPES.get(query.dtype, "bf16"), scores * widths, moved)
 
     def _divided_attention(self, inputs: list[Tensor], outputs: list[Tensor], backward: bool) -> None:
         """Attention over a divided sequence: a rank computes its share of all pairs, and gets three quarters of the keys and values of
         the others (`context_attention`), fewer with a window, which is not counted; backward gets them again, and gradients go back in
         fp32. Nothing comes where keys that layers share have what came behind them (`context_window`)."""
-        self._flush()
         query, kv = inputs[1:3] if backward else inputs[:2]
         ranks, heads = self.axes["cp"], query.shape[3]
         widths = 3 * heads + 2 * (kv.shape[3] - heads) if backward else kv.shape[3]
         flops = 2.0 * prod(query.shape[:3]) * query.shape[2] * ranks * self.seen * widths
         moved = sum(map(_bytes, inputs + outputs))
-        self.steps.append(Kernel("attention", _DTYPES.get(query.dtype, "bf16"), flops, moved))
+        self._kernel("attention", _DTYPES.get(query.dtype, "bf16"), flops, moved)
         if kv.shape[2] > query.shape[2]:
             return
         there = 0.75 * _bytes(kv)
         back = 0.75 * 4 * kv.numel() if backward else 0.0
-        self.steps.append(Exchange(ROUNDS, "cp", (there + back) * ranks))
+        self._exchange(ROUNDS, "cp", (there + back) * ranks)
+
+    def _kernel(self, kind: str, dtype: str, flops: float, size: float) -> None:
+        self._flush()
+        self.steps.append(Kernel(kind, dtype, flops, size, self._in_scan))
+
+    def _exchange(self, operation: str, axis: str, size: float) -> None:
+        self._flush()
+        self.steps.append(Exchange(operation, axis, size))
 
     def _memory(self, inputs: list[Tensor], outputs: list[Tensor]) -> None:
         if not self.fuse:
-            self.steps.append(Kernel("memory", "", 0.0, sum(map(_bytes, inputs + outputs))))
+            self._kernel("memory", "", 0.0, sum(map(_bytes, inputs + outputs)))
             return
         for tensor in inputs:
             if _key(tensor) not in self._written:
@@ -172,7 +186,7 @@ class Recorder(TorchDispatchMode):
         """End the kernel that is being fused: what nobody holds any more was never written."""
         moved = sum(self._read.values()) + sum(size for ref, size in self._written.values() if not ref.expired())
         if moved:
-            self.steps.append(Kernel("memory", "", 0.0, moved))
+            self.steps.append(Kernel("memory", "", 0.0, moved, self._in_scan))
         self._read, self._written = {}, {}
 
 

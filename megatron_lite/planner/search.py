@@ -1,7 +1,8 @@
 """Which layout is fastest on so many GPUs, and why each other one loses.
 
-Every layout of `layouts` is timed: with the work of one sample, traced once for each way to cut and to recompute a layer, and scaled to
-the micro-batch. Then they are tried from the fastest on, whether training's own check takes them and whether they fit, until enough are
+First come the variants of each cut that hold least: where they do not fit, none of the cut's variants does, and it is not timed. Every
+other layout is timed: with the work of one sample, traced once for each way to cut and to recompute a layer, and scaled to the
+micro-batch. Then they are tried from the fastest on, whether training's own check takes them and whether they fit, until enough are
 found. Those are planned again with the work of their own micro-batch.
 """
 
@@ -12,10 +13,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_lite.hardware import Gpu
+from megatron_lite.models.flops import parameter_count
 from megatron_lite.parallel.mesh import RECOMPUTE_MODES
 from megatron_lite.planner.job import Job
-from megatron_lite.planner.memory import OUTSIDE, memory
-from megatron_lite.planner.operators import Exchange, Kernel, Passes, Step
+from megatron_lite.planner.memory import OUTSIDE, Traced, memory, memory_at_least
+from megatron_lite.planner.operators import Exchange, Passes, Step
 from megatron_lite.planner.plan import layout_of, overrides_of
 from megatron_lite.planner.time import DEFAULT, Assumptions, Clock, StepTime
 from megatron_lite.planner.work import Unit, units_of
@@ -55,10 +57,9 @@ def search(job: Job, gpu: Gpu, *, check: Check, show: int = 8, assumptions: Assu
 
     Raises ValueError when none fits, naming what comes nearest.
     """
-    clock = Clock(gpu, assumptions)
-    timed, others = _timed(job, clock, check)
+    clock, limits = Clock(gpu, assumptions), _Limits(job, gpu, check)
+    timed, others = _timed(job, clock, limits)
     best: list[Candidate] = []
-    limits = _Limits(gpu, check)
     for number, candidate in enumerate(timed):
         if len(best) == show:
             others += [replace(slower, loses=why_slower(slower, best[0])) for slower in timed[number:]]
@@ -108,21 +109,22 @@ def _engines(job: Job) -> list[Any]:
     return [replace(job.engine, shard=mode) for mode in ("none", "optimizer", "full")]  # type: ignore[type-var]
 
 
-def _timed(job: Job, clock: Clock, check: Check) -> tuple[list[Candidate], list[Candidate]]:
-    """(all layouts with their times, fastest first; the cuts that are refused)."""
-    timed, refused = [], []
+def _timed(job: Job, clock: Clock, limits: _Limits) -> tuple[list[Candidate], list[Candidate]]:
+    """(layouts with their times, fastest first; those of cuts that are refused or do not fit)."""
+    timed, lost = [], []
     for cut in layouts(job, clock.gpu.node):
-        if reason := _refusal(cut, check):
-            refused.append(Candidate(cut, loses=reason))
+        if reason := limits.refusal(cut):
+            lost.append(Candidate(cut, loses=reason))
             continue
-        for mode in RECOMPUTE_MODES:
-            recomputing = replace(cut, parallel=replace(cut.parallel, recompute=mode))
+        modes = [replace(cut, parallel=replace(cut.parallel, recompute=mode)) for mode in RECOMPUTE_MODES]
+        every = [list(variants(recomputing, clock.gpu.node)) for recomputing in modes]
+        if all(limits.is_too_large(one) for one in _holding_least(every[-1])):
+            lost += [limits.tried(Candidate(one)) for of_mode in every for one in of_mode]
+            continue
+        for recomputing, of_mode in zip(modes, every):
             work = _Work(recomputing)
-            timed += [
-                Candidate(variant, clock.step(variant, work.of(variant.micro_batch)))
-                for variant in variants(recomputing, clock.gpu.node)
-            ]
-    return sorted(timed, key=_seconds), refused
+            timed += [Candidate(one, clock.step(one, work.of(one.micro_batch))) for one in of_mode]
+    return sorted(timed, key=_seconds), lost
 
 
 class _Work:
@@ -145,37 +147,81 @@ def _times(passes: Passes, count: int) -> Passes:
     def scaled(step: Step) -> Step:
         if isinstance(step, Exchange):
             return replace(step, size=step.size * count)
-        return Kernel(step.kind, step.dtype, step.flops * count, step.bytes * count)
+        return replace(step, flops=step.flops * count, bytes=step.bytes * count)
 
     return Passes([scaled(step) for step in passes.forward], [scaled(step) for step in passes.backward])
 
 
 class _Limits:
-    """What does not fit. A layout that holds more than one of them is not counted."""
+    """What training refuses, and what does not fit. A layout that holds more than one that does not fit is not counted."""
 
-    def __init__(self, gpu: Gpu, check: Check) -> None:
+    def __init__(self, job: Job, gpu: Gpu, check: Check) -> None:
         self.gpu, self.check = gpu, check
+        self._parameters = parameter_count(job.model)
         self._too_large: list[Candidate] = []
+        self._traced: dict[Any, Traced] = {}
+
+    def refusal(self, job: Job) -> str:
+        """Why training refuses it; empty if it does not."""
+        try:
+            self.check(job)
+            _ = job.micro_batches
+        except ValueError as error:
+            return str(error)
+        return ""
+
+    def is_too_large(self, job: Job) -> bool:
+        """Whether it does not fit, whether or not training would take it."""
+        return bool(self._sized(Candidate(job)).loses)
 
     def tried(self, candidate: Candidate) -> Candidate:
         """With its memory, and why it loses if training refuses it or it does not fit."""
-        job = candidate.job
-        if reason := _refusal(job, self.check):
+        if reason := self.refusal(candidate.job):
             return replace(candidate, loses=reason)
         for smaller in self._too_large:
-            if _holds_more(job, smaller.job):
+            if candidate.job == smaller.job:
+                return replace(candidate, memory=smaller.memory, loses=smaller.loses)
+            if _holds_more(candidate.job, smaller.job):
                 return replace(candidate, loses=f"does not fit: holds more than {overrides_of(smaller.job)}")
-        held = memory(job).total + OUTSIDE
+        return self._sized(candidate)
+
+    def _sized(self, candidate: Candidate) -> Candidate:
+        held, about = memory_at_least(candidate.job, self._parameters) + OUTSIDE, "at least "
+        if held <= self.gpu.memory:
+            held, about = memory(candidate.job, traced=self._passes(candidate.job)).total + OUTSIDE, ""
         if held <= self.gpu.memory:
             return replace(candidate, memory=held)
-        reason = f"does not fit: {held / 1e9:.1f} of {self.gpu.memory / 1e9:.0f} GB"
+        reason = f"does not fit: {about}{held / 1e9:.1f} of {self.gpu.memory / 1e9:.0f} GB"
         self._too_large.append(replace(candidate, memory=held, loses=reason))
         return self._too_large[-1]
 
+    def _passes(self, job: Job) -> Traced:
+        """What its passes hold, which other engine modes and numbers of replicas share."""
+        key = (
+            job.parallel.tp,
+            job.parallel.cp,
+            job.parallel.recompute,
+            job.micro_batch,
+            job.keeps_weights,
+            job.gathers_codes,
+        )
+        if key not in self._traced:
+            self._traced[key] = Traced.of(job, "cuda")
+        return self._traced[key]
+
+
+def _holding_least(every: list[Job]) -> list[Job]:
+    """Of the variants of one cut those that hold more than none of the others: where they do not fit, none does."""
+    return [one for one in every if not any(_holds_more(one, other) for other in every if other is not one)]
+
 
 def _holds_more(job: Job, other: Job) -> bool:
-    """Whether it shards, recomputes or divides the batch at most as much, with layers that are cut the same way."""
-    if (job.parallel.tp, job.parallel.cp) != (other.parallel.tp, other.parallel.cp):
+    """Whether it shards, recomputes or divides the batch at most as much, with layers that are cut the same way. One that accumulates
+    gradients keeps all of them from one micro-batch to the next, which one with a larger micro-batch may not have to."""
+    if (job.parallel.tp, job.parallel.cp) != (
+        other.parallel.tp,
+        other.parallel.cp,
+    ) or other.accumulates > job.accumulates:
         return False
     return all(mine <= theirs for mine, theirs in zip(_saves(job), _saves(other)))
 
@@ -202,24 +248,14 @@ def why_slower(slower: Candidate, best: Candidate) -> str:
     return f"{1e3 * behind:.3g} ms slower: {where}" if where else f"{1e3 * behind:.3g} ms slower"
 
 
-def _refusal(job: Job, check: Check) -> str:
-    try:
-        check(job)
-        _ = job.micro_batches
-    except ValueError as error:
-        return str(error)
-    return ""
-
-
 def _nothing_fits(job: Job, gpu: Gpu, others: list[Candidate]) -> str:
     counted = [one for one in others if one.memory is not None]
     if not counted:
         return f"no layout of gpus={job.gpus} works: {others[0].loses}"
     nearest = min(counted, key=lambda one: (one.memory or 0, one.job.micro_batch))
-    needed = f"{(nearest.memory or 0) / 1e9:.1f} of {gpu.memory / 1e9:.0f} GB a rank"
     return (
-        f"no layout fits gpus={job.gpus} gpu={gpu.name}: the nearest, {overrides_of(nearest.job)}, needs {needed}; give more gpus, a gpu "
-        "with more memory, or a shorter data.seq_len"
+        f"no layout fits gpus={job.gpus} gpu={gpu.name}: the nearest, {overrides_of(nearest.job)}, {nearest.loses} a rank; give more gpus, "
+        "a gpu with more memory, or a shorter data.seq_len"
     )
 
 

@@ -43,6 +43,7 @@ class Assumptions:
 
     matmul: float = 0.616
     attention: float = 0.34
+    scan: float = 0.3
     memory: float = 0.8
     link: float = 0.8
     network: float = 0.9
@@ -53,6 +54,7 @@ class Assumptions:
     why: ClassVar[dict[str, str]] = {
         "matmul": "of the peak of their dtype: fitted on the first row of Nemotron-4's table 2 (arXiv 2402.16819)",
         "attention": "of the peak: FlashAttention-2 on an H100, forward and backward, 335 of 989 TFLOP/s (arXiv 2307.08691)",
+        "scan": "of the peak of their dtype: our choice, for the kernels of state-space scans",
         "memory": "of the memory's bandwidth: our choice, for kernels that read and write once",
         "link": "of the bandwidth between the GPUs of a node: our choice",
         "network": "of the network cards' bandwidth: our choice",
@@ -235,7 +237,7 @@ class Clock:
                     parts[f"{step.axis} collectives"] += max(0.0, seconds - beside)
                 else:
                     seconds = max(self._multiplied(step), self.moved(step.bytes))
-                    parts[_NAMES[step.kind]] += seconds
+                    parts[SCANS if step.of_scan else _NAMES[step.kind]] += seconds
             self._passes[key] = steps, parts
         return self._passes[key][1]
 
@@ -250,8 +252,8 @@ class Clock:
     def _multiplied(self, kernel: Kernel) -> float:
         if not kernel.flops:
             return 0.0
-        part = self.assume.attention if kernel.kind == "attention" else self.assume.matmul
-        return kernel.flops / (self.gpu.flops(kernel.dtype) * part)
+        return kernel.flops / (self.gpu.flops(kernel.dtype) * getattr(self.assume, kernel.kind))
 
 
+SCANS = "state-space scans"
 _NAMES = {"matmul": "matrix products", "attention": "attention", "memory": "everything else"}

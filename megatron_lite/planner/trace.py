@@ -35,6 +35,7 @@ from megatron_lite.planner.fp8 import CODES, fp8_numbers, use_fp8
 from megatron_lite.planner.job import Job
 from megatron_lite.planner.loss import loss_of
 from megatron_lite.planner.meta import META, MetaMesh, cast_parameters, use_gpu_attention
+from megatron_lite.planner.scans import plan_scans
 from megatron_lite.precision.dtypes import PrecisionConfig, fp32_modules
 from megatron_lite.precision.numerics import numerics_of
 from megatron_lite.precision.quantized_linear import QuantizedLinear
@@ -196,6 +197,8 @@ def _decoder(job: Job, place: torch.device) -> Decoder:
     emulated = isinstance(job.precision, Fp8Config) and job.precision.backend_on(_KIND[place.type]) == "emulated"
     if isinstance(job.precision, Fp8Config) and emulated:
         quantize(decoder, replace(job.precision, backend="emulated"), mesh)
+    if place == META:
+        plan_scans(decoder, kernels=job.scan_kernels and not job.masked)
     plain = PrecisionConfig("fp32" if job.precision.dtype is torch.float32 else "bf16")
     parallelize(decoder, mesh, Recipe(replace(job.parallel, compile=False), plain))
     if isinstance(job.precision, Fp8Config) and not emulated:

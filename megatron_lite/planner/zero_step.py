@@ -5,7 +5,7 @@ The order of events is that of DeepSpeed (runtime/zero/stage_1_and_2.py, stage3.
 - Stage 1 in bf16 has an fp32 buffer for all gradients, also between steps (runtime/bf16_optimizer.py).
 - Stage 1 keeps all gradients in fp32 until backward is done, and then moves them through one bucket, which is there since the first of
   them. Stage 2 moves each into the bucket at once. A full bucket is summed over the ranks, each rank's part in a copy, and what is in
-  this rank's partition is kept.
+  this rank's partition is kept. In bf16 stage 2 puts the bucket's slices together in one copy, and sums another one in fp32.
 - The update copies this rank's gradients into one flat tensor.
 - Stage 3 keeps bucket and gradient partition between steps too. What it gathers for forward it keeps until backward, up to 10^9
   parameters. It sums a bucket in a copy.
@@ -61,9 +61,11 @@ class Zero:
 
     def reduction(self, numbers: int) -> int:
         """Bytes of the copies in which `numbers` of a bucket are summed over the ranks."""
-        if self.ranks == 1 and self.width == FP32 and self.stage < 3:
-            return 0
-        return FP32 * (numbers if self.stage == 3 or self.width < FP32 else min(numbers, self.bucket))
+        if self.stage == 3:
+            return FP32 * numbers
+        if self.width == FP32:
+            return FP32 * min(numbers, self.bucket) if self.ranks > 1 else 0
+        return (FP32 + (self.width if self.stage == 2 else 0)) * numbers
 
 
 def zero_step(timeline: Timeline, units: list[Unit], zero: Zero, teacher: Frozen = NO_TEACHER) -> None:

@@ -70,8 +70,6 @@ class ConsoleTracker:
             self._progress = None
         if self._last:
             self.console.print(self._summary())
-        if self._run is not None:
-            self._print(f"{status}: {self._run.run_dir}")
         self._run = None
 
     def _header(self, run: RunInfo) -> None:

@@ -8,34 +8,23 @@ Whatever can be refused is refused before the run directory is touched.
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from megatron_lite.background import Lost
 from megatron_lite.checkpoint.store import CheckpointStore
 from megatron_lite.config.compose import from_dict, to_dict
 from megatron_lite.data.blend import Blend, open_blend
-from megatron_lite.data.config import DataConfig
 from megatron_lite.data.loader import DataLoader, HeldOut, rank_samples
-from megatron_lite.data.random_corpus import prepare_random
 from megatron_lite.data.resume import resume_blend
-from megatron_lite.data.sample.corpus import prepare
 from megatron_lite.data.sidecar import TokenizerIdentity
-from megatron_lite.data.source import open_validation
-from megatron_lite.data.token_bytes import token_bytes
-from megatron_lite.data.tokenizer import fingerprint, load_tokenizer, vocabulary_size
 from megatron_lite.engine.base import Engine, EngineConfig
 from megatron_lite.hardware import device_peak_flops
 from megatron_lite.models.attention_kernel import attention_kernel
-from megatron_lite.models.config import ModelConfig
 from megatron_lite.models.flops import flops_per_token, parameter_count
 from megatron_lite.optim.schedule import BatchSize, LearningRate, Progress, Projection, Schedule, ScheduleConfig
 from megatron_lite.parallel.assemble import assemble, from_tensors, seeded
@@ -47,6 +36,7 @@ from megatron_lite.runtime import Runtime
 from megatron_lite.tracking import RunInfo, build_tracker
 from megatron_lite.tracking.profile import Profiler
 from megatron_lite.training.config import RunConfig
+from megatron_lite.training.data import check_vocabulary, held_out, open_tokenizer
 from megatron_lite.training.ladder import Ladder
 from megatron_lite.training.metrics import Metrics, Work
 from megatron_lite.training.resume import (
@@ -65,54 +55,6 @@ from megatron_lite.training.teacher import Teacher, assemble_teacher, check_same
 from megatron_lite.training.trainer import TrainConfig, Trainer
 from megatron_lite.training.watchdog import Watchdog
 from megatron_lite.weights import Weights
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-
-def open_tokenizer(config: DataConfig) -> TokenizerIdentity:
-    """What data and model must agree on with the tokenizer of `data.tokenizer`.
-
-    Raises ValueError if `data.tokenizer` is not given or is not the folder of a tokenizer.
-    """
-    if not config.tokenizer:
-        raise ValueError(
-            "data.tokenizer is empty: name the folder of the tokenizer that the token files were written with"
-        )
-    tokenizer = load_tokenizer(config.tokenizer)
-    return TokenizerIdentity(
-        fingerprint(tokenizer),
-        config.tokenizer,
-        tokenizer.eos_token_id,
-        vocabulary_size(tokenizer),
-        _token_bytes(tokenizer),
-    )
-
-
-def _token_bytes(tokenizer: PreTrainedTokenizerBase) -> npt.NDArray[np.int64] | None:
-    """None, and a warning, for a tokenizer that does not tell: bits per byte are worth no refusal."""
-    try:
-        return token_bytes(tokenizer)
-    except Exception as error:  # tokenizers of all kinds raise anything
-        warnings.warn(f"no bits per byte: {type(tokenizer).__name__}: {error}", stacklevel=2)
-        return None
-
-
-def prepare_data(config: DataConfig, *, vocab_size: int, report: Callable[[str], None] | None) -> None:
-    """Build the sample or the random corpus if the config reads it and it is not there yet."""
-    if config.sample_corpus:
-        prepare(config.sample_corpus, vocab_size=vocab_size, report=report)
-    if config.random_corpus:
-        prepare_random(config.random_corpus, vocab_size=vocab_size, seq_len=config.seq_len, report=report)
-
-
-def check_vocabulary(model: ModelConfig, tokenizer: TokenizerIdentity) -> None:
-    """Raises ValueError if the tokenizer has an id for which the model has no row."""
-    if tokenizer.vocab_size > model.vocab_size:
-        raise ValueError(
-            f"model.vocab_size={model.vocab_size} is too small for the tokenizer {tokenizer.name}, whose ids go up to "
-            f"{tokenizer.vocab_size - 1}; set model.vocab_size={tokenizer.vocab_size}"
-        )
 
 
 def build_schedule(run: RunConfig, start: Progress | None = None) -> Schedule:
@@ -185,24 +127,13 @@ def build_trainer(
         check_same_teacher(manifest, run, teacher)
     start = progress_of(manifest)
     schedule = build_schedule(run, start)
-    total_samples = schedule.end.consumed_samples
-    blend = open_blend(run.data, tokenizer=tokenizer, seed=run.seed, total_samples=total_samples)
-    if manifest:
-        blend = resume_blend(
-            blend,
-            saved=manifest["data"],
-            consumed_samples=start.consumed_samples,
-            allow=run.resume_allow,
-        )
-        if runtime.is_main:
-            report_changes(schedule, before=previous_schedule(run, manifest, start), phases=blend.phases)
-            report_precision(manifest, run.precision)
+    blend = _blend(run, tokenizer, schedule, manifest)
     check_batch_sizes(run, schedule, world_size=runtime.world_size)
     if runtime.is_main:
-        run.precision.warn_if_slow(runtime.device)
-        if isinstance(run.precision, Fp8Config):
-            backend = run.precision.backend_on(runtime.device)
-            print("\n".join([f"{run.precision.name}, {backend}:", *formats_table(run.model, run.precision)]))
+        if manifest:
+            report_changes(schedule, before=previous_schedule(run, manifest, start), phases=blend.phases)
+            report_precision(manifest, run.precision)
+        _report_formats(run, runtime)
     mesh = build_grid(run.parallel, run.engine, world_size=runtime.world_size, device=runtime.device)
     starts_from_source = point is None and run.init_from.path is not None
     source = open_source(run, tokenizer, store.ranks) if starts_from_source else None
@@ -237,8 +168,25 @@ def build_trainer(
     return trainer
 
 
+def _blend(run: RunConfig, tokenizer: TokenizerIdentity, schedule: Schedule, manifest: dict[str, Any] | None) -> Blend:
+    """The blend of the run, or of its rest after the checkpoint of `manifest`."""
+    total_samples = schedule.end.consumed_samples
+    blend = open_blend(run.data, tokenizer=tokenizer, seed=run.seed, total_samples=total_samples)
+    if manifest is None:
+        return blend
+    consumed = manifest["consumed_samples"]
+    return resume_blend(blend, saved=manifest["data"], consumed_samples=consumed, allow=run.resume_allow)
+
+
+def _report_formats(run: RunConfig, runtime: Runtime) -> None:
+    run.precision.warn_if_slow(runtime.device)
+    if isinstance(run.precision, Fp8Config):
+        backend = run.precision.backend_on(runtime.device)
+        print("\n".join([f"{run.precision.name}, {backend}:", *formats_table(run.model, run.precision)]))
+
+
 def previous_schedule(run: RunConfig, manifest: dict[str, Any], start: Progress) -> Schedule | None:
-    """The rest of the run as the job that wrote a checkpoint would have gone on; None where its config cannot be used today."""
+    """The rest of the run as the job that wrote a checkpoint would have gone on; None where its config is not valid any more."""
     then = manifest["config"]
     try:
         return build_schedule(
@@ -267,11 +215,6 @@ def check_batch_sizes(run: RunConfig, schedule: Schedule, *, world_size: int) ->
     ranks = run.parallel.degrees(world_size).data_parallel
     for sample in [here, *(sample for sample in first_samples if here < sample < end)]:
         rank_samples(0, batch=batch.at(sample), micro_batch=run.train.micro_batch_size, rank=0, ranks=ranks)
-
-
-def held_out(config: DataConfig, tokenizer: TokenizerIdentity) -> HeldOut:
-    """What `config` holds out for validation; without sources where no source has a `validation` file."""
-    return HeldOut(open_validation(config, tokenizer), config.validation.windows, tokenizer.token_bytes)
 
 
 def build_loader(run: RunConfig, blend: Blend, held_out: HeldOut, mesh: Mesh) -> DataLoader:

@@ -18,6 +18,7 @@ import torch
 from megatron_lite.atomic import whole_file
 from megatron_lite.background import Lost
 from megatron_lite.hardware import GPUS
+from megatron_lite.planner.job import Job
 from megatron_lite.planner.memory import OUTSIDE, Memory, memory
 from megatron_lite.planner.plan import overrides_of
 from megatron_lite.planner.search import search
@@ -25,7 +26,7 @@ from megatron_lite.runtime import Runtime
 from megatron_lite.tracking.memory import MEMORY_FILE
 from megatron_lite.training.config import RunConfig
 from megatron_lite.training.metrics import memory_gib
-from megatron_lite.training.planning import check_layout, job_of, teacher_of
+from megatron_lite.training.planning import check_layout, has_scan_kernels, job_of, teacher_of
 
 # Growth of a process on a CPU from which on it is compared with the plan: less may be libraries.
 _LEAST_GIB = 0.5
@@ -101,7 +102,12 @@ def too_large(run: RunConfig, world_size: int, gpu: DeviceMemory) -> str:
 
 
 def _planned(run: RunConfig, world_size: int, device: str) -> Memory:
-    return memory(job_of(run, world_size, teacher=teacher_of(run)), device=device)
+    return memory(_job(run, world_size, device), device=device)
+
+
+def _job(run: RunConfig, world_size: int, device: str) -> Job:
+    kernels = device == "cuda" and has_scan_kernels(run.model)
+    return job_of(run, world_size, teacher=teacher_of(run), scan_kernels=kernels)
 
 
 def _that_would(run: RunConfig, world_size: int, gpu: DeviceMemory) -> str:
@@ -110,9 +116,7 @@ def _that_would(run: RunConfig, world_size: int, gpu: DeviceMemory) -> str:
         return "Shard more (engine.shard=full, parallel.tp), recompute more, or lower train.micro_batch_size."
     try:
         known = replace(known, memory=gpu.size)  # a data sheet's is a round number
-        found = search(
-            job_of(run, world_size, teacher=teacher_of(run)), known, check=partial(check_layout, run), show=_LAYOUTS
-        )
+        found = search(_job(run, world_size, "cuda"), known, check=partial(check_layout, run), show=_LAYOUTS)
     except ValueError as error:  # none does
         return f"{error}."
     return "These would fit: " + "; or ".join(overrides_of(one.job) for one in found.best)

@@ -46,15 +46,20 @@ class Teacher:
         return {"path": str(self.weights.path), "identity": self.identity}
 
 
-def find_teacher(run: RunConfig) -> None:
+def find_teacher(run: RunConfig, ranks: Ranks) -> None:
     """Raise ValueError naming the key if the objective names a teacher that is not there. Reads no weights, so that it can be called
-    before data is prepared."""
-    if run.objective.teacher_path is None:
+    before data is prepared. Collective for a run with a teacher."""
+    path = run.objective.teacher_path
+    if path is None:
         return
-    try:
-        model_config(run.objective.teacher_path, Ranks())
-    except (ValueError, CheckpointError) as error:
-        raise ValueError(f"{KEY}: {error}") from error
+
+    def find() -> None:
+        try:
+            model_config(path, Ranks())
+        except (ValueError, CheckpointError) as error:
+            raise ValueError(f"{KEY}: {error}") from error
+
+    ranks.attempt("look for the teacher", find)
 
 
 def open_teacher(run: RunConfig, tokenizer: TokenizerIdentity, ranks: Ranks) -> Teacher | None:

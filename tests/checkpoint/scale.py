@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_lite import tensor_files
+from megatron_lite.block_hash import BLOCK
 from megatron_lite.checkpoint import CheckpointConfig, CheckpointStore, Layout, Piece, opening, reader
 from tests.checkpoint.processes import STATE, first_ranks
 
@@ -75,7 +76,7 @@ def counted() -> Iterator[Counter[str]]:
         counts["bytes of tensors read"] += result.nbytes
 
     def hashed(args: tuple[Path, int], kwargs: Any, result: Any) -> None:
-        counts["bytes hashed"] += min(tensor_files.BLOCK, args[0].stat().st_size - args[1] * tensor_files.BLOCK)
+        counts["bytes hashed"] += min(BLOCK, args[0].stat().st_size - args[1] * BLOCK)
 
     def synced(args: Any, kwargs: Any, result: Any) -> None:
         counts["fsyncs"] += 1

@@ -189,29 +189,35 @@ def test_a_file_that_holds_another_tensor_than_its_manifest_says(store, change, 
         list(load_tensors(path))
 
 
+class BadDisk:
+    """A file whose writes go through `write(file, data)`."""
+
+    def __init__(self, path, write):
+        self.file, self._write = open_for_writing(path), write
+
+    def write(self, data):
+        return self._write(self.file, data)
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.file.close()
+
+
 def test_bytes_that_the_disk_changed_are_found(tmp_path):
     """The hash is of what was meant, not of what lies there."""
 
-    class BadDisk:
-        def __init__(self, path):
-            self.file = open_for_writing(path)
-
-        def write(self, data):
-            bad = bytearray(data)
-            bad[-1] ^= 1
-            return self.file.write(bad)
-
-        def __getattr__(self, name):
-            return getattr(self.file, name)
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            self.file.close()
+    def flipped(file, data):
+        bad = bytearray(data)
+        bad[-1] ^= 1
+        return file.write(bad)
 
     def open_stream(path):
-        return open_for_writing(path) if path.suffix == ".json" else BadDisk(path)
+        return open_for_writing(path) if path.suffix == ".json" else BadDisk(path, flipped)
 
     store = CheckpointStore(tmp_path, CheckpointConfig(), open_stream=open_stream)
     store.save(1, tensors_of(1), STATE)
@@ -222,33 +228,20 @@ def test_bytes_that_the_disk_changed_are_found(tmp_path):
 @pytest.mark.parametrize("failing", ["model-", "exp_avg_sq-", "manifest.json"])
 @pytest.mark.parametrize("when", ["open", "write"])
 def test_a_full_disk(store, failing, when):
-    class Full:
-        def __init__(self, path):
-            self.file = open_for_writing(path)
-
-        def write(self, data):
-            self.file.write(bytes(data)[:10])
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-        def __getattr__(self, name):
-            return getattr(self.file, name)
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            self.file.close()
+    def full(file, data):
+        file.write(bytes(data)[:10])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def open_stream(path):
         if failing not in path.name:
             return open_for_writing(path)
         if when == "open":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return Full(path)
+        return BadDisk(path, full)
 
-    full = CheckpointStore(store.directory, CheckpointConfig(), open_stream=open_stream)
+    on_full_disk = CheckpointStore(store.directory, CheckpointConfig(), open_stream=open_stream)
     with pytest.raises(CheckpointError, match=r"step 3 was not saved.*No space left on device"):
-        full.save(3, tensors_of(3), STATE)
+        on_full_disk.save(3, tensors_of(3), STATE)
     assert sorted(entry.name for entry in store.directory.iterdir()) == ["step_00000001", "step_00000002"]
     assert store.newest_valid() == store.path(2)
 

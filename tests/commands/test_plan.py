@@ -75,6 +75,21 @@ def test_what_a_training_costs(capsys):
         assert name in printed
 
 
+def test_a_run_that_goes_on_from_another_one_is_planned_without_it(capsys):
+    words = [
+        "experiment=hymba_1p5b_8k",
+        "model=hymba_tiny",
+        "model.max_seq_len=64",
+        "data.seq_len=64",
+        "train.global_batch_size=2",
+    ]
+    assert command("plan", *words, "train.micro_batch_size=1", "gpus=2", "gpu=a100") == 0
+    printed = capsys.readouterr().out
+    assert "% of the bf16 peak" in printed
+    row = next(line for line in printed.splitlines() if line.startswith("│ state-space scans") and "PyTorch" in line)
+    assert "data.reset_attention" in row  # why it is not a kernel
+
+
 def test_the_layouts_of_a_search(capsys):
     assert command("plan", *TINY, "gpus=2", "gpu=h100", "search=true", "show=2", "json=true") == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])

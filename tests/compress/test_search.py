@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 
 from megatron_lite.commands.plan import PlanConfig
-from megatron_lite.compress.axes import resized
 from megatron_lite.compress.scores import ImportanceConfig, random_scores
 from megatron_lite.compress.search import BudgetConfig, candidates
+from megatron_lite.compress.sizes import resized
 from megatron_lite.compress.target import TargetConfig
 from megatron_lite.config.compose import compose_config
 from megatron_lite.models.cache_size import cache_bytes

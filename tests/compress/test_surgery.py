@@ -12,17 +12,22 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_lite.commands.plan import PlanConfig
-from megatron_lite.compress.axes import RESIDUAL, resized, sizes_of
+from megatron_lite.compress.axes import RESIDUAL
+from megatron_lite.compress.depth import without
 from megatron_lite.compress.scores import ImportanceConfig, random_scores
+from megatron_lite.compress.sizes import resized, sizes_of
 from megatron_lite.compress.surgery import PrunedTensors
 from megatron_lite.compress.target import TargetConfig
 from megatron_lite.config.compose import compose_config
+from megatron_lite.models import Decoder
 from megatron_lite.models.flops import parameter_count
 from megatron_lite.models.huggingface import expected_shapes, export_folder
 from megatron_lite.tensor_files import WholeTensors, read_whole
 from megatron_lite.weights import Weights, load, open_weights, save_weights
 from tests.compress.reference import head_rows, sliced
 from tests.hf_folders import make_folder
+from tests.model_configs import model_config
+from tests.models.conftest import loud_decoder
 
 # kind -> (sizes, residual layers, what transformers calls them)
 TARGETS = {
@@ -142,6 +147,56 @@ def test_published_sizes(source, sizes, pattern, parameters):
     config = compose_config("plan", PlanConfig, [f"model={source}"]).model
     layers = TargetConfig(pattern=pattern).layers_of(config, range(len(config.symbols)))
     assert parameter_count(resized(config, sizes_of(config) | sizes, layers)) == parameters
+
+
+class Held:
+    """The tensors of a decoder."""
+
+    def __init__(self, decoder) -> None:
+        self.tensors = dict(decoder.named_parameters())
+
+    def names(self):
+        return self.tensors.keys()
+
+    def shape(self, name):
+        return tuple(self.tensors[name].shape)
+
+    def dtype(self, name):
+        return self.tensors[name].dtype
+
+    def read(self, name, offsets, sizes):
+        return self.tensors[name].detach()[tuple(slice(o, o + n) for o, n in zip(offsets, sizes))]
+
+
+WINDOWED = {
+    "family": "llama", "norm": "rmsnorm", "pattern": "**-*-", "hidden_size": 24, "attention.heads": 6, "attention.kv_heads": 2,
+    "attention.head_dim": 4, "attention.value_head_dim": 5, "attention.window": 3, "attention.always_visible": 1,
+    "attention.global_layers": [1], "attention.qk_norm": True, "linear_bias": True, "mlp.ffn_size": 20, "vocab_size": 50,
+    "max_seq_len": 32,
+}  # fmt: skip
+
+
+def test_windows_stay_with_their_layers_and_values_have_a_width_of_their_own():
+    """The pruned model computes what the whole one does without the layers, heads and neurons that go."""
+    config = model_config(WINDOWED)
+    whole = loud_decoder(config).double()
+    layers = (1, 3, 4)
+    selection = random_scores(config, 3).select(config, {"heads": 4, "ffn_size": 7}, layers, ImportanceConfig())
+    tensors = PrunedTensors(Held(whole), config, selection)
+    assert (tensors.config.attention.window, tensors.config.attention.global_layers) == (3, [0])
+    small = Decoder(tensors.config).double()
+    small.load_state_dict({name: read_whole(tensors, name) for name in tensors.names()})
+    tokens = torch.arange(40).view(2, 20)
+    with torch.no_grad(), without(whole, [0, 2]):
+        for layer, axis, name, width in ((1, "heads", "out", 5), (3, "heads", "out", 5), (4, "ffn_size", "down", 1)):
+            weight = whole.layers[layer].mixer.get_parameter(f"{name}.weight")
+            gone = [i for i in range(weight.shape[1] // width) if i not in selection.inner[layer][axis]]
+            weight.unflatten(1, (-1, width))[:, gone] = 0
+        assert (whole(tokens) - small(tokens)).abs().max() < 1e-12 * small(tokens).abs().max()
+    for others in ((1, 2), (2, 4)):  # only the layer without a window, and no attention
+        left = resized(config, sizes_of(config), others)
+        left.validate()
+        assert (left.attention.window, left.attention.always_visible, left.attention.global_layers) == (None, 0, [])
 
 
 class Renamed:

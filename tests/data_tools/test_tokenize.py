@@ -13,7 +13,7 @@ from data_tools.take_tokenizer import FastTokenizer, take_tokenizer
 from megatron_lite.data.config import DataConfig
 from megatron_lite.data.tokenizer import encode_documents, load_tokenizer, train_tokenizer, vocabulary_size
 from megatron_lite.models.config import ModelConfig
-from megatron_lite.training.build import check_vocabulary, open_tokenizer
+from megatron_lite.training.data import check_vocabulary, open_tokenizer
 from tests.data_tools.texts import article, program
 
 

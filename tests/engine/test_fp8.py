@@ -18,6 +18,9 @@ import torch
 from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather
 from torch.distributed.tensor import DTensor
 
+from megatron_lite.data.packing import Batch
+from megatron_lite.engine.base import StepResult
+from megatron_lite.engine.fsdp import FsdpEngine
 from megatron_lite.precision.quantized_linear import QuantizedLinear
 from megatron_lite.training.config import compose_run, validate
 from tests.distributed import run_ranks
@@ -138,11 +141,13 @@ def test_histories_go_on_with_the_same_bits(others: bool, tmp_path: Path) -> Non
     wrote = run_ranks(2, save, str(tmp_path))
     saved = harness.assemble([trace.boxes["saved"] for trace in wrote])
     assert saved["amax_history_fwd.layers.0.mixer.qkv"].shape == (4, 2)
-    resumes = [(Case(), True), (Case(SEQUENCE, micro_batch=4), False)]
-    resumes += [(Case(engine=zero(stage)), False) for stage in (1, 3)] if others else []
-    for case, exact in resumes:
+    resumes = [(2, Case(), True), (2, Case(SEQUENCE, micro_batch=4), False)]
+    if others:
+        resumes += [(2, Case(engine=zero(stage)), False) for stage in (1, 3)]
+        resumes += [(2, Case({"cp": 2}, micro_batch=4), False), (4, Case(micro_batch=1), False)]
+    for ranks, case, exact in resumes:
         case = replace(case, precision=DELAYED.precision, numbers=DELAYED.numbers)
-        read = run_ranks(2, resume, case, str(tmp_path))
+        read = run_ranks(ranks, resume, case, str(tmp_path))
         loaded = harness.assemble([trace.boxes["loaded"] for trace in read])
         assert loaded.keys() == saved.keys()
         assert all(torch.equal(loaded[key], saved[key]) for key in saved)
@@ -165,19 +170,29 @@ GATHERED: dict[str, Case] = {
 
 
 def gathered(rank: int, world_size: int) -> dict[str, list[tuple[Trace, int]]]:
-    """Of each case, in bf16 and in FP8, the training and the bytes that FSDP2 gathered on the way."""
+    """Of each case, in bf16 and in FP8, the training and the bytes that FSDP2 gathered on the way. An evaluation comes before each
+    step, and may leave weights gathered."""
     found = {}
     for name, case in GATHERED.items():
         if world_size == 2 and case.parallel.get("tp", 1) == 2:
             continue  # nothing is sharded
         found[name] = []
         for how in ("bf16", "fp8"):
-            with counted_gathers() as received:
+            with counted_gathers() as received, pytest.MonkeyPatch.context() as patch:
+                patch.setattr(FsdpEngine, "train_step", step_after_an_evaluation)
                 trace = harness.train(
                     rank, world_size, replace(case, numbers=case.numbers | {"all_gather": how}), steps=2
                 )
             found[name].append((trace, sum(received)))
     return found
+
+
+def step_after_an_evaluation(self: FsdpEngine, batches: list[Batch], **more: Any) -> StepResult:
+    self.evaluate(batches[0])
+    return train_step(self, batches, **more)
+
+
+train_step = FsdpEngine.train_step
 
 
 @contextmanager
@@ -208,7 +223,7 @@ def test_gathering_codes_changes_no_bit(ranks: int) -> None:
             case = GATHERED[name]
             tp = case.parallel.get("tp", 1)
             micro_batches = harness.SAMPLES // (ranks // tp) // case.micro_batch
-            gathers = 1 if case.engine else 2 * micro_batches  # of each of two steps
+            gathers = 2 if case.engine else 2 * micro_batches + 1  # of each of two steps and evaluations
             one = 2 * 512 * 32 - 2 * 4 * 4 if case.precision == "fp8_block" else 2 * (4 * 32 * 32 + 2 * 64 * 32)
             assert before - after == 2 * gathers * one // tp, name
 

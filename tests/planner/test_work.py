@@ -6,12 +6,17 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
+import torch
 
 from megatron_lite.models.flops import parameter_count
 from megatron_lite.models.pattern import LayerSpec
+from megatron_lite.models.scan import Operands
+from megatron_lite.models.ssd import ssd
+from megatron_lite.planner import meta
 from megatron_lite.planner.job import Job
-from megatron_lite.planner.operators import ROUNDS, Exchange, Kernel
+from megatron_lite.planner.operators import ROUNDS, Exchange, Kernel, Recorder, record
 from megatron_lite.planner.work import seen_fraction, units_of
+from megatron_lite.precision.dtypes import PrecisionConfig
 from megatron_lite.training.config import compose_run
 from megatron_lite.training.planning import job_of
 
@@ -136,6 +141,71 @@ def test_ranks_that_divide_a_sequence_share_attention_and_send_what_is_seen():
     sent = [step.size / 2 for step in core.steps if isinstance(step, Exchange) and step.operation == ROUNDS]
     # three quarters of them in bf16, and in backward again with their gradients in fp32
     assert sent == [0.75 * 2 * numbers, 0.75 * (2 + 4) * numbers]
+
+
+def of_scans(planned: Job) -> list[Kernel]:
+    """What the scan of the first layer with one runs."""
+    steps = (step for unit in units_of(planned) for step in unit.steps)
+    return [step for step in steps if isinstance(step, Kernel) and step.of_scan]
+
+
+def test_marks_around_scans_change_no_count(monkeypatch):
+    planned = job("model=nano2_tiny", "parallel.recompute=full", "parallel.cp=2", gpus=2)
+    marked = [step for unit in units_of(planned) for step in unit.steps]
+    monkeypatch.setattr(meta, "plan_scans", lambda *_, **__: None)
+    unmarked = [step for unit in units_of(planned) for step in unit.steps]
+    without_marks = [replace(step, of_scan=False) if isinstance(step, Kernel) else step for step in marked]
+    assert Counter(without_marks) == Counter(unmarked)  # backward takes the order in which it hears of gradients
+    assert any(isinstance(step, Kernel) and step.of_scan for step in marked)
+
+
+def test_what_is_marked_is_the_scan():
+    """Against the same scan by itself."""
+    planned = job("model=nano2_tiny")
+    mamba = planned.model.mamba
+
+    def tensor(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        return meta.meta_tensor(*shape, dtype=dtype, grad=True)
+
+    dt, A = tensor(2, 64, mamba.heads, dtype=torch.float32), tensor(mamba.heads, dtype=torch.float32)
+    groups = (tensor(2, 64, mamba.groups, mamba.state) for _ in range(2))
+    operands = Operands(tensor(2, 64, mamba.heads, mamba.head_dim), dt, A, *groups)
+    alone, _ = record(Recorder(), lambda: ssd(operands)[0])
+    layers = planned.model.symbols.count("M")
+    for what in ("flops", "bytes"):
+        by_itself = sum(getattr(step, what) for step in (*alone.forward, *alone.backward))
+        assert sum(getattr(step, what) for step in of_scans(planned)) == pytest.approx(layers * by_itself, rel=0.02)
+
+
+def test_the_kernel_of_mamba_2_by_hand():
+    planned = replace(job("model=nano2_tiny", "data.seq_len=128"), scan_kernels=True)
+    mamba, layers, tokens = planned.model.mamba, planned.model.symbols.count("M"), 2 * 128
+    N, P = mamba.state, mamba.head_dim
+    # N x P: states, what outputs read of them; states again, their gradients, what those of q, k and v read
+    # scores of 64 tokens: from q and k, times v; those of outputs, times k and q; from q and k again, times gradients
+    products = 2 * tokens * mamba.heads * (7 * N * P + 64 * (4 * N + 3 * P))
+    kernels = of_scans(planned)
+    assert sum(step.flops for step in kernels) == layers * products
+    assert {step.dtype for step in kernels if step.flops} == {"bf16"}
+    plain = sum(step.bytes for step in of_scans(replace(planned, scan_kernels=False)))
+    assert sum(step.bytes for step in kernels) < plain / 4
+    in_fp32 = replace(planned, precision=PrecisionConfig("fp32"))
+    assert all(step.kind != "scan" for step in of_scans(in_fp32))  # of which the kernel would keep 10 bits
+
+
+def test_the_kernel_of_mamba_1_by_hand():
+    planned = replace(job("model=hymba_tiny", "data.seq_len=128"), scan_kernels=True)
+    mamba, layers, tokens = planned.model.mamba, planned.model.symbols.count("H"), 2 * (128 + planned.model.meta_tokens)
+    channels = mamba.heads * mamba.head_dim
+    launched = [s for s in of_scans(planned) if s.flops]
+    numbers = tokens * channels * mamba.state
+    assert [s.flops for s in launched] == layers * [23.0 * numbers, 37.0 * numbers]  # with an exponential, 16 each
+    # x, dt and y; those, their gradients and that of y; B and C, A, what is kept for every 2,048 tokens
+    of_channels = (3 + 5) * tokens * channels * 4
+    assert sum(s.bytes for s in launched) == pytest.approx(layers * of_channels, rel=0.5)
+    masked = replace(planned, masked=True)
+    assert all(s.kind != "scan" for s in of_scans(masked))  # the kernel takes one document
+    assert sum(s.bytes for s in of_scans(masked)) > 10 * sum(s.bytes for s in launched)
 
 
 def test_layers_that_share_keys_are_sent_a_window_once():

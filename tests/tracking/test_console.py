@@ -57,7 +57,6 @@ def test_without_a_terminal_there_is_one_plain_line_per_row(tmp_path: Path) -> N
         "200K (200 steps)",
         "fsdp, dp 2 x tp 1",
         "measured: somehow",
-        "finished",
     ):
         assert expected in text
 

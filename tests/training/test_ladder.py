@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import os
+import shutil
 import signal
 import warnings
 
@@ -29,12 +30,14 @@ from megatron_lite.training.config import compose_run
 from megatron_lite.training.ladder import Ladder, Operand, Reading, first_out_of_line
 from megatron_lite.training.trainer import Trainer
 from tests import runs
+from tests.checkpoint.processes import fresh_ranks
 from tests.distributed import run_ranks
 from tests.forked import PROCESSES
 
 MARK = 383  # a token that is never followed by itself elsewhere
 BAD_STEPS = (10, 11, 14, 15, 18)  # the first sample of each is bad
 PLANTED = "layers.1.mixer.down"  # its input is far too large for a bad sample
+RUNGS = ["fp8", "fp8_forward", "fp8_forward", "bf16"]  # after each of two events on a rung
 LOSS = {"factor": 50.0}  # what such a sample's loss is multiplied by
 SETTINGS = [
     "train.log_every=1", "spike.window=3", "spike.threshold=200", "checkpoint.every=4", "checkpoint.keep=9", "data.phases=[]",
@@ -191,7 +194,7 @@ def check(run_dir, rungs):
 
 
 def test_a_run_goes_down_the_ladder_and_names_the_module(whole, tiny_data, capsys):
-    check(whole, ["fp8", "fp8_forward", "fp8_forward", "bf16"])
+    check(whole, RUNGS)
     words = ["--config-dir", str(tiny_data), f"checkpoint={whole}", "json=true"]
     found = []
     for after in ("2", "0"):  # on the rung where the run stood, or as if it had not gone down
@@ -239,7 +242,14 @@ def test_killed_between_two_events_it_is_the_same_run(train, whole, monkeypatch,
 
 
 def run_that_dies(words: list[str]) -> None:
-    """Kills itself when the checkpoint of step 12, after the first descent, has been written."""
+    """Trains until it kills itself."""
+    with planted():
+        kill_at_step_12()
+        command.train(compose_run(words))
+
+
+def kill_at_step_12() -> None:
+    """From now on, this process is killed when the checkpoint of step 12, after the first descent, has been written."""
     method, calls = Trainer.write_checkpoint, []
 
     def killed(self):
@@ -249,8 +259,6 @@ def run_that_dies(words: list[str]) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     Trainer.write_checkpoint = killed
-    with planted():
-        command.train(compose_run(words))
 
 
 @pytest.mark.slow
@@ -280,8 +288,7 @@ def test_going_back_keeps_the_events(train, monkeypatch):
     words = ["train.on_spike=rollback", "spike.max_rollbacks=9"]
     whole = train("fp8_current", *words, name="whole")
     found = [(event["end"], event["module"], event["rung"]) for event in events(whole)]
-    rungs = ["fp8", "fp8_forward", "fp8_forward", "bf16"]
-    assert found == [(end, PLANTED, rung) for end, rung in zip((80, 88, 112, 120), rungs)]
+    assert found == [(end, PLANTED, rung) for end, rung in zip((80, 88, 112, 120), RUNGS)]
     skipped = read_manifest(find_checkpoint(whole))["skipped_samples"]
     assert [(entry["end"], entry["back_to"]) for entry in skipped] == [(80, 4), (112, 4), (144, 4)]
     with monkeypatch.context() as patch:
@@ -309,6 +316,27 @@ def rank_of_a_run(rank: int, world_size: int, words: list[str]) -> int:
     return sum(PLANTED in str(warning.message) for warning in caught)
 
 
+def rank_that_dies(rank: int, world_size: int, words: list[str]) -> None:
+    kill_at_step_12()
+    rank_of_a_run(rank, world_size, words)
+
+
+@pytest.mark.slow
+def test_killed_in_the_middle_of_divided_sequences(tiny_data, tmp_path):
+    """Both ranks die at once; the same two resume, and one process does, on the same rungs."""
+    words = [*SETTINGS, "precision=fp8_current", "watchdog.timeout_seconds=0", "parallel.cp=2", "train.eval_every=6"]
+    of = {name: runs.arguments(tiny_data, tmp_path / name, *words) for name in ("whole", "killed")}
+    assert run_ranks(2, rank_of_a_run, of["whole"]) == [4, 0]
+    check(tmp_path / "whole", RUNGS)
+    assert fresh_ranks(2, rank_that_dies, of["killed"]) == [None, None]
+    assert find_checkpoint(tmp_path / "killed").name == "step_00000012"
+    shutil.copytree(tmp_path / "killed", tmp_path / "alone")
+    run_ranks(2, rank_of_a_run, of["killed"])
+    assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")
+    runs.run(tiny_data, tmp_path / "alone", *words, "parallel.cp=1")
+    check(tmp_path / "alone", RUNGS)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "layout", ["engine.shard=full", "engine.shard=optimizer", "parallel.tp=2 engine=deepspeed engine.zero_stage=2"]
@@ -323,4 +351,4 @@ def test_all_ranks_agree(tiny_data, tmp_path, layout):
         *layout.split(" "),
     ]
     assert run_ranks(2, rank_of_a_run, runs.arguments(tiny_data, tmp_path / "r", *words)) == [4, 0]
-    check(tmp_path / "r", ["fp8", "fp8_forward", "fp8_forward", "bf16"])
+    check(tmp_path / "r", RUNGS)

@@ -6,8 +6,10 @@ import pytest
 
 from megatron_lite.models.flops import parameter_count
 from megatron_lite.objectives.distillation import DistillationConfig
+from megatron_lite.planner.memory import ERROR, OUTSIDE, memory
 from megatron_lite.training.build import build_schedule, check_batch_sizes
 from megatron_lite.training.config import compose_run, validate
+from megatron_lite.training.planning import job_of
 from megatron_lite.training.teacher import check_teacher
 from tests.hf_folders import command
 
@@ -102,3 +104,29 @@ def test_environment_variables_name_the_models(monkeypatch: pytest.MonkeyPatch) 
 def test_a_recipe_can_be_planned(capsys: pytest.CaptureFixture) -> None:
     assert command("plan", "model=minitron_8b", "parallel.tp=8", "seq_len=8192") == 0
     assert "8,414,105,600 parameters" in capsys.readouterr().out
+
+
+# experiment -> GPUs, teacher, whether its scans are planned by kernels, which takes a tenth of the time
+PLANNED = {
+    "nemotron4_15b": (768, None, True),
+    "nano2_12b": (256, None, True),
+    "nano2_12b_long": (512, None, True),
+    "minitron_8b_teacher": (256, None, True),
+    "minitron_8b": (256, "mistral_nemo_12b", True),
+    "nemotron4_minitron_8b": (256, "nemotron4_15b", True),
+    "nano2_9b_reasoning_depth": (256, "nemotron_nano2_12b", True),  # the largest of these that learn at 8,192 tokens
+    "nano2_9b_reasoning_49k": (256, "nemotron_nano2_12b", True),
+    "nano2_9b_reasoning_262k": (256, "nemotron_nano2_12b", True),
+    "nano2_12b without kernels": (256, None, False),
+    "hymba_1p5b": (128, None, False),
+}
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if PLANNED[n][2] else pytest.mark.slow) for n in PLANNED])
+def test_a_recipe_fits_gpus_of_80_gb(name: str) -> None:
+    """By the plan's numbers, and if they are off by what they may be."""
+    gpus, teacher, kernels = PLANNED[name]
+    run = compose_run([f"experiment={name.partition(' ')[0]}"])
+    model = None if teacher is None else compose_run([f"model={teacher}"]).model
+    planned = memory(job_of(run, gpus, teacher=model, scan_kernels=kernels)).total
+    assert planned * (1 + ERROR) + OUTSIDE < 80e9

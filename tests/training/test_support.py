@@ -51,31 +51,8 @@ FAMILIES = {
         "model.num_layers=null",
     ],
 }
-FREE = (
-    "family",
-    "objective",
-    "engine",
-    "tp",
-    "sequence_parallel",
-    "cp",
-    "replicas",
-    "precision",
-    "all_gather",
-    "recompute",
-    "compile",
-    "offload",
-)
-LOADED = [
-    "family",
-    "engine",
-    "tp",
-    "sequence_parallel",
-    "cp",
-    "replicas",
-    "precision",
-    "all_gather",
-    "offload",
-]  # what evaluate reads
+FREE = [name for name in support.FEATURES if name not in ("command", "processes", "dp")]
+LOADED = [name for name in FREE if name not in ("objective", "recompute", "compile")]  # what evaluate reads
 Choices = dict[str, str]
 
 
@@ -121,18 +98,8 @@ def covering() -> list[Choices]:
 def overrides(choices: Choices, teacher: Path) -> list[str]:
     """The command line of a combination."""
     words = [] if choices["command"] == "evaluate" else list(FAMILIES[choices["family"]])
-    for name in (
-        "objective",
-        "engine",
-        "tp",
-        "sequence_parallel",
-        "cp",
-        "replicas",
-        "precision",
-        "recompute",
-        "compile",
-    ):
-        if name in choices:
+    for name in FREE:
+        if name in choices and name not in ("family", "all_gather", "offload"):
             words += support.FEATURES[name].choices[choices[name]].replace("PATH", str(teacher)).split()
     if "fp8" in choices["precision"]:
         words.append("precision.backend=emulated")  # any size, any machine
