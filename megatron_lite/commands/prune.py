@@ -25,7 +25,7 @@ from megatron_lite.commands.prune_session import PruneConfig, Session, dividing
 from megatron_lite.commands.ranks import all_ranks
 from megatron_lite.compress.axes import layer_axes
 from megatron_lite.compress.scores import Scores
-from megatron_lite.compress.search import candidates
+from megatron_lite.compress.search import candidates, check_budget
 from megatron_lite.compress.sizes import sizes_of
 from megatron_lite.compress.surgery import KeptScales, PrunedTensors
 from megatron_lite.compress.target import size_warnings
@@ -69,6 +69,8 @@ def cut(config: PruneConfig, runtime: Runtime, ranks: Ranks) -> dict[str, Any]:
     weights = open_weights(config.checkpoint, ranks, more=SCALES)
     model, options = weights.config, config.importance
     sizes = ranks.attempt("check the target", lambda: _checked_sizes(config, model))
+    if config.budget.is_given:  # before hours of calibration
+        ranks.attempt("check the budget", lambda: check_budget(model, target=config.target, budget=config.budget))
     session = Session(config, weights, runtime, ranks)
     scores = session.scores()
     found = []

@@ -114,12 +114,28 @@ def candidates(
         for sizes, layers in _within(costs, order, target)
     ]
     if not found:
-        limit = f"parameters={budget.parameters}" if budget.memory_gib is None else f"memory_gib={budget.memory_gib}"
-        raise ValueError(
-            f"budget.{limit} is not met by any size within budget.max_width={budget.max_width} and budget.max_depth="
-            f"{budget.max_depth}; raise one of them, or search more axes (budget.axes={budget.axes})"
-        )
+        raise _not_met(budget)
     return sorted(found, key=lambda candidate: -candidate.kept)[: budget.top_k]
+
+
+def check_budget(config: ModelConfig, *, target: TargetConfig, budget: BudgetConfig) -> None:
+    """Raises ValueError for a budget that no size meets, not even if the layers that cost most are removed first."""
+    costs, sizes, units = _Costs(config, budget), target.sizes(config), unit_layers(config)
+
+    def cost(unit: int) -> int:
+        parameters, cache = costs.of(sizes, units[unit])
+        return parameters if budget.memory_gib is None else parameters * WEIGHT_BYTES + cache
+
+    if next(_within(costs, sorted(range(len(units)), key=cost, reverse=True), target), None) is None:
+        raise _not_met(budget)
+
+
+def _not_met(budget: BudgetConfig) -> ValueError:
+    limit = f"parameters={budget.parameters}" if budget.memory_gib is None else f"memory_gib={budget.memory_gib}"
+    return ValueError(
+        f"budget.{limit} is not met by any size within budget.max_width={budget.max_width} and budget.max_depth={budget.max_depth}; "
+        f"raise one of them, or search more axes (budget.axes={budget.axes})"
+    )
 
 
 def _within(costs: _Costs, order: list[int], target: TargetConfig) -> Iterator[tuple[dict[str, int], tuple[int, ...]]]:

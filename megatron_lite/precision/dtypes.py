@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -78,9 +78,3 @@ def computing_in(dtype: torch.dtype, module: nn.Module) -> Iterator[None]:
     cast = {name: parameter.to(dtype) for name, parameter in module.named_parameters() if parameter not in kept}
     with _reparametrize_module(module, cast):  # what torch.func.functional_call does around one call
         yield
-
-
-def call_in(dtype: torch.dtype, module: nn.Module, *args: Any) -> Any:
-    """`module(*args)`, computed in `dtype`."""
-    with computing_in(dtype, module):
-        return module(*args)
