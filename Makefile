@@ -13,10 +13,10 @@ help:            ## show this list
 smoke: env       ## set up .venv, build the sample corpus, train the smoke experiment
 	$(BIN)/python -m megatron_lite train experiment=smoke
 
-fp8: env         ## does FP8 train as well as bf16? about 40 minutes (estimated); SMALL=1: 8
+fp8: env         ## does FP8 train as well as bf16? about 45 minutes; SMALL=1: 9
 	$(BIN)/python -m benchmarks.fp8 --size $(SIZE)
 
-families: env    ## four model families at equal size: about 50 minutes (estimated); SMALL=1: 7
+families: env    ## four model families at equal size: about an hour; SMALL=1: 8
 	$(BIN)/python -m benchmarks.families --size $(SIZE)
 
 retrieval: env   ## does a short extension on 4 ranks let a model find keys 8 times as far back? 17 minutes on busy cores; SMALL=1: about 5
