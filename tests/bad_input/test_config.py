@@ -179,12 +179,12 @@ def test_a_model_that_no_memory_holds_ends_with_what_to_do(tour):
 # after the first agreement of the ranks would hang.
 LAYOUTS = [
     (1, "parallel.tp=2", r"tp\(2\) = 2 does not divide the world size 1 .*parallel\.tp=1 would work"),
-    (6, "parallel.tp=4", r"tp\(4\) = 4 does not divide the world size 6 .*parallel\.tp=3 would work"),
+    (6, "parallel.tp=4", r"tp\(4\) = 4 does not divide the world size 6 .*parallel\.tp=2 would work"),
     (4, "parallel.dp_shard=3", r"dp_shard\(3\).* != world size 4 .*parallel\.dp_shard=4"),
     (
         4,
         "parallel.dp_replicate=3",
-        r"dp_replicate\(3\).* does not divide the world size 4 .*parallel\.dp_replicate=2 would",
+        r"dp_replicate\(3\).* does not divide the world size 4 .*parallel\.dp_replicate=1 would",
     ),
     (2, "parallel.tp=0", r"parallel\.tp=0 must be at least 1"),
     (
