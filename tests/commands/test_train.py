@@ -236,6 +236,7 @@ def test_a_rate_that_jumps_is_warned_of(tiny_data, straight, copy_of, recwarn):
         runs.run(tiny_data, run_dir, "train.max_steps=40", "train.stop_at=21")
 
 
+@pytest.mark.slow
 def test_two_processes_on_one_run_directory(tiny_data, tmp_path):
     arguments = (tiny_data, tmp_path / "r", "train.max_steps=100000")
     first = PROCESSES.Process(target=runs.run, args=arguments, daemon=True)

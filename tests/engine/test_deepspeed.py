@@ -61,6 +61,7 @@ def test_an_odd_number_of_elements(stage: int) -> None:
         assert found == pytest.approx(alone, rel=harness.TOLERANCE)
 
 
+@pytest.mark.slow
 def test_nothing_loads_it_unasked_and_nothing_is_compiled_or_said() -> None:
     """In a process of its own, without a compiler on the path and without a launcher's variables."""
     code = (

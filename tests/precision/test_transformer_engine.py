@@ -150,6 +150,7 @@ def gathered(rank: int, world_size: int) -> list[list[Trace]]:
         undo()
 
 
+@pytest.mark.slow
 @needs_wheel
 def test_weights_are_quantized_as_often_as_they_are_gathered():
     """Two layers have that shape; in forward and in backward of each micro-batch, or once in a step. By us where codes are gathered."""
