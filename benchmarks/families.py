@@ -1,7 +1,7 @@
 """Four model families side by side at equal numbers of non-embedding parameters: what they learn, how fast, what they remember.
 
     make families                                     full: 500,000 tokens a run, three seeds
-    make families SMALL=1                             the same with 51,200 tokens in sequences of 256
+    make families SMALL=1                             the same with 36,864 tokens in sequences of 256
     python -m benchmarks.families --size small --jobs 2 --folder runs/families/small
 
 Hidden size, vocabulary, data, order of the data and batch are the same in all arms, input and output embeddings are tied in all,
@@ -104,7 +104,7 @@ _NOTHING_BESIDE = ("train.eval_at_start=false", "train.eval_every=0", "checkpoin
 
 SIZES = {
     "full": Size(steps=244, seq_len=512, windows=2),
-    "small": Size(steps=50, seq_len=256, windows=1),
+    "small": Size(steps=36, seq_len=256, windows=1),
     "tiny": Size(steps=2, seq_len=32, windows=1, seeds=(0,), learning_rates=(4e-3,), prompt=120, new=8),
 }
 
