@@ -86,12 +86,16 @@ def covering() -> list[Choices]:
     """A small set of combinations that holds every pair which any combination can hold. The same at every call."""
     draw = random.Random(0)
     candidates = [drawn(draw) for _ in range(4000)]
-    missing = set().union(*map(pairs, candidates))
+    held = [pairs(choices) for choices in candidates]
+    bits = {pair: 1 << i for i, pair in enumerate(sorted(set().union(*held)))}
+    masks = [sum(bits[pair] for pair in those) for those in held]  # a pair is a bit: every process of pytest does this
+    missing = sum(bits.values())
     chosen = []
     while missing:
-        best = max(candidates, key=lambda choices: (len(pairs(choices) & missing), choices["ranks"] == "2"))
-        chosen.append(best)
-        missing -= pairs(best)
+        covers = [((mask & missing).bit_count(), choices["ranks"] == "2") for choices, mask in zip(candidates, masks)]
+        best = covers.index(max(covers))
+        chosen.append(candidates[best])
+        missing &= ~masks[best]
     return chosen
 
 
