@@ -4,6 +4,7 @@ Notable features:
 - `atomic_path` gives a temporary name in the same folder; the final name appears by one rename after an fsync
 - an OSError of a full disk becomes a message that names the folder and says that finished tasks are kept
 - `whole_folder` does the same for a folder
+- parents that are missing are made; `check_place` says early whether that and the writing will work
 """
 
 from __future__ import annotations
@@ -50,6 +51,21 @@ def whole_folder(path: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def check_place(path: Path) -> None:
+    """Raise the OSError with which `whole_file` or `whole_folder` would end there, before its content is computed. Leaves nothing."""
+    missing = [parent for parent in path.parents if not parent.exists()]
+    temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _errors_about(path, temporary):
+            temporary.mkdir()
+            temporary.rmdir()
+    finally:
+        for parent in missing:  # the innermost first
+            with suppress(OSError):
+                parent.rmdir()
 
 
 @contextmanager

@@ -12,11 +12,12 @@ from pathlib import Path
 
 import torch
 
+from megatron_lite.atomic import check_place
 from megatron_lite.commands.command import run_command
 from megatron_lite.data.tokenizer import fingerprint, load_tokenizer
 from megatron_lite.models.huggingface import export_folder, exportable
 from megatron_lite.tensor_files import WholeTensors
-from megatron_lite.weights import Weights, copy_tokenizer, open_weights, save_weights
+from megatron_lite.weights import Weights, check_empty, copy_tokenizer, open_weights, save_weights
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -47,6 +48,8 @@ def convert(config: ConvertConfig) -> int:
         raise ValueError(f"max_shard_gb={config.max_shard_gb} must be above 0")
     if not config.target.strip() or Path(config.target).resolve() == Path.cwd():
         raise ValueError(f"target={config.target} is the folder that you are in; name a new one")
+    check_empty(Path(config.target), key="target")
+    check_place(Path(config.target))  # before all files of the source are verified
     weights = open_weights(config.source)
     if config.to == "hf":
         _to_hugging_face(config, weights)

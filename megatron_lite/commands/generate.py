@@ -20,7 +20,7 @@ from megatron_lite.commands.ranks import all_ranks
 from megatron_lite.data.tokenizer import load_tokenizer
 from megatron_lite.models.decoder import Decoder
 from megatron_lite.models.huggingface.generation import end_tokens, not_applied
-from megatron_lite.models.sampling import SamplingConfig, generate_batch, generate_tokens
+from megatron_lite.models.sampling import SamplingConfig, check_prompt, generate_batch, generate_tokens
 from megatron_lite.parallel.assemble import assemble, bare, from_tensors
 from megatron_lite.parallel.mesh import ParallelConfig, build_mesh
 from megatron_lite.parallel.parallelize import Recipe
@@ -81,6 +81,7 @@ def texts(config: GenerateConfig, runtime: Runtime, ranks: Ranks) -> Iterator[st
     if runtime.is_main:
         for key, value in not_applied(weights.extra).items():
             print(f"warning: generation_config.json sets {key}={value}, which is not applied", file=sys.stderr)
+    read = ranks.attempt("read the prompts", lambda: _tokens(config, weights, tokenizer, prompts))
     ends = end_tokens(weights.extra, tokenizer.eos_token_id)
     mesh = build_mesh(config.parallel.degrees(runtime.world_size), device=runtime.device)
     fill = from_tensors(weights.tensors)
@@ -90,16 +91,25 @@ def texts(config: GenerateConfig, runtime: Runtime, ranks: Ranks) -> Iterator[st
     )
     model.eval()
     for first in range(0, len(prompts), config.batch_size):
-        together = prompts[first : first + config.batch_size]
-        # A model of a Hugging Face folder gets the begin token that the folder's tokenizer adds; a run of ours was trained without.
-        tokens = [
-            tokenizer(prompt, add_special_tokens=bool(weights.extra))["input_ids"] or [tokenizer.eos_token_id]
-            for prompt in together
-        ]
+        together, tokens = (of_all[first : first + config.batch_size] for of_all in (prompts, read))
         for prompt, before, new in zip(together, tokens, _continue(model, tokens, config, ends)):
             yield prompt
             yield from stream_text(tokenizer, new, before=before)
             yield "\n"
+
+
+def _tokens(config: GenerateConfig, weights: Weights, tokenizer: Any, prompts: list[str]) -> list[list[int]]:
+    """Of each prompt. Raises ValueError for one that the model cannot continue, before anything is computed or printed."""
+    # A model of a Hugging Face folder gets the begin token that the folder's tokenizer adds; a run of ours was trained without.
+    begins = bool(weights.extra)
+    tokens = [tokenizer(one, add_special_tokens=begins)["input_ids"] or [tokenizer.eos_token_id] for one in prompts]
+    for number, of_prompt in enumerate(tokens, 1):
+        try:
+            check_prompt(weights.config, of_prompt, config.max_new_tokens)
+        except ValueError as error:
+            where = f"prompt {number} of prompt_file={config.prompt_file}: " if config.prompt_file else ""
+            raise ValueError(f"{where}{error}") from None
+    return tokens
 
 
 def _continue(

@@ -70,6 +70,11 @@ def main() -> None:
 
 def plan(config: PlanConfig) -> int:
     """Print sizes and shapes, or what a training costs. Raises ValueError when the model cannot be built, or not on these GPUs."""
+    one_layout = config.gpus is not None and not config.search
+    if config.plot and not one_layout:
+        raise ValueError(
+            f"plot={config.plot} draws one layout on some GPUs: add gpus=<how many> gpu=<which>, and no search=true"
+        )
     if config.gpus is None and config.gpu is None:
         if config.search:
             raise ValueError(

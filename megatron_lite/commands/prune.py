@@ -18,7 +18,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from megatron_lite.atomic import write_json
+from megatron_lite.atomic import check_place, write_json
 from megatron_lite.commands.command import run_command
 from megatron_lite.commands.evaluate import compose_over_run
 from megatron_lite.commands.prune_session import PruneConfig, Session, dividing
@@ -65,6 +65,7 @@ def prune(config: PruneConfig) -> int:
 def cut(config: PruneConfig, runtime: Runtime, ranks: Ranks) -> dict[str, Any]:
     """Write the pruned model; the report, the same on every rank. Collective."""
     ranks.attempt("check the config", lambda: config.validate(runtime.world_size))
+    ranks.first("check the output", lambda: check_place(Path(config.output)))
     set_threads(config.threads)
     weights = open_weights(config.checkpoint, ranks, more=SCALES)
     model, options = weights.config, config.importance

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from megatron_lite.atomic import check_place
 from megatron_lite.block_hash import BLOCK, block_digest
 from megatron_lite.checkpoint.manifest import identity
 from megatron_lite.commands.command import check_at_least_one
@@ -20,7 +21,7 @@ from megatron_lite.commands.evaluate import compute_as_trained, data_tokenizer, 
 from megatron_lite.compress.depth import Probe, RemovalOptions, removal_order
 from megatron_lite.compress.heat_map import draw_scores
 from megatron_lite.compress.importance import Meter, calibrate, calibration_batches
-from megatron_lite.compress.scores import ImportanceConfig, Scores, random_scores
+from megatron_lite.compress.scores import FILE, ImportanceConfig, Scores, random_scores
 from megatron_lite.compress.search import BudgetConfig
 from megatron_lite.compress.target import TargetConfig
 from megatron_lite.data.blend import Blend, open_blend
@@ -134,6 +135,7 @@ class Session:
         found = self.ranks.first("look for scores", lambda: self._found_scores(folder, blend))
         removals = 0 if config.importance.depth == "cosine" else self._removals()
         if found.samples < config.importance.samples or len(found.removed) < removals:
+            self.ranks.first("check the place of the scores", lambda: check_place(folder / FILE))
             self._measure(found, blend, removals)
             if self.runtime.is_main:
                 draw_scores(folder / "importance.png", found, self.weights.config, config.importance)

@@ -7,11 +7,10 @@ Notable features:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, is_dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
@@ -128,13 +127,26 @@ def _tree(name: str, schema: Any, overrides: list[str]) -> Any:
         return OmegaConf.structured(schema) if not overrides else _tree(name, schema, [])
 
 
-def _keys_of(name: str, schema: Any, overrides: list[str]) -> Iterator[str]:
-    """Every dotted key of a config with its groups chosen, e.g. `train.max_steps`; Hydra must be initialized."""
+def _keys_of(name: str, schema: Any, overrides: list[str]) -> dict[str, bool]:
+    """See `errors.KnownKeys`: of a config with its groups chosen; Hydra must be initialized."""
     choices = [o for o in overrides if "." not in errors.key_of(o) or o.startswith("hydra.")]
     tree = _tree(name, schema, choices)
+    known: dict[str, bool] = {}
     waiting: list[tuple[str, Any]] = [("", OmegaConf.to_container(tree, resolve=False))]
-    for prefix, tree in waiting:
-        for key, value in tree.items():
-            yield prefix + key
+    for prefix, values in waiting:
+        section = OmegaConf.get_type(OmegaConf.select(tree, prefix.removesuffix(".")) if prefix else tree)
+        for key, value in values.items():
+            known[f"{prefix}{key}"] = False
             if isinstance(value, dict):
+                own = OmegaConf.get_type(OmegaConf.select(tree, f"{prefix}{key}"))
+                known[f"{prefix}{key}"] = not is_dataclass(own) and _takes_names(section, key)
                 waiting.append((f"{prefix}{key}.", value))
+    return known
+
+
+def _takes_names(section: type, key: str) -> bool:
+    """Whether the mapping `key` of a section has plain values: Hydra adds no dataclass to one of dataclasses, such as a blend's groups."""
+    if not is_dataclass(section):
+        return True  # a mapping in a mapping
+    kind = get_type_hints(section)[key]
+    return get_origin(kind) is dict and not is_dataclass(get_args(kind)[1])

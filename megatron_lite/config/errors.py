@@ -11,7 +11,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,10 @@ from megatron_lite.config.renamed import renamed_key
 _SCHEMA = "_schema"  # how the names of the schemas end, which are not choices
 
 
+KnownKeys = Callable[[], Mapping[str, bool]]
+"""Every dotted key that exists -> whether it is a mapping to which `+key.name=value` adds a name."""
+
+
 class ConfigError(ValueError):
     """An invalid configuration: the message names the key, the value and the way out."""
 
@@ -33,11 +37,11 @@ class ConfigError(ValueError):
 def explain(
     error: BaseException,
     overrides: list[str],
-    known_keys: Callable[[], Iterable[str]],
+    known_keys: KnownKeys,
     *,
     own_folder: Path | None = None,
 ) -> str:
-    """One line about Hydra's, OmegaConf's or YAML's `error`. known_keys: every dotted key that exists, asked for when needed.
+    """One line about Hydra's, OmegaConf's or YAML's `error`. known_keys: asked for when needed.
 
     own_folder: that of `--config-dir`.
     """
@@ -73,9 +77,9 @@ def explain(
         return " ".join(line.strip() for line in text.split("\n") if "object_type" not in line)
     key = key_of(override)
     if isinstance(chain[-1], ConfigAttributeError | ConfigKeyError) or "does not exist" in text:
-        known = list(known_keys())
+        known = known_keys()
         if key not in known:
-            return f"{override}: {unknown_key(key, known)}"
+            return f"{override}: {_new_entry(override, known) or unknown_key(key, known)}"
     return f"{override}: {reason}; `mlite <command> --help` shows {key} as it is without overrides"
 
 
@@ -94,6 +98,19 @@ def unknown_key(key: str, known_keys: Iterable[str]) -> str:
     )
     hint = f"did you mean {' or '.join(near[:3])}?" if near else "--help lists all keys"
     return f"there is no key {key}; {hint}"
+
+
+def _new_entry(override: str, known: Mapping[str, bool]) -> str | None:
+    """How a name is added to a mapping that has no such name yet; None where the key is not of one, or the override has a sign."""
+    key = key_of(override)
+    mapping = key
+    while mapping not in known and mapping:
+        mapping = mapping.rpartition(".")[0]
+    if not known.get(mapping) or not override.startswith(key):
+        return None
+    name = key.removeprefix(f"{mapping}.").partition(".")[0]
+    there = ", ".join(other.rpartition(".")[2] for other in known if other.rpartition(".")[0] == mapping)
+    return f"{mapping} has no {name}{f', only {there}' if there else ''}; a new name is added with a +: +{override}"
 
 
 def key_of(override: str) -> str:
@@ -172,7 +189,7 @@ def _renamed(text: str, overrides: list[str]) -> str | None:
     return None
 
 
-def _in_file(text: str, overrides: list[str], known_keys: Callable[[], Iterable[str]]) -> str | None:
+def _in_file(text: str, overrides: list[str], known_keys: KnownKeys) -> str | None:
     """What is wrong in a YAML file that Hydra's message names: a name in its defaults, a key, or a value."""
     missing = re.match(r"In '([^']*)': Could not load '([^']*)'", text)
     if missing:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_lite.models.cache import batch
+from megatron_lite.models.config import ModelConfig
 from megatron_lite.models.decoder import Decoder
 
 
@@ -88,7 +89,7 @@ def generate_tokens(
     """
     sampling = sampling or SamplingConfig()
     sampling.validate()
-    _check_prompt(decoder, tokens, max_new_tokens)
+    check_prompt(decoder.config, tokens, max_new_tokens)
     device = decoder.head_weight.device
     generator = torch.Generator(device).manual_seed(sampling.seed)
     cache = decoder.new_cache(len(tokens) + max_new_tokens)
@@ -121,7 +122,7 @@ def generate_batch(
     sampling = sampling or SamplingConfig()
     sampling.validate()
     for prompt in prompts:
-        _check_prompt(decoder, prompt, max_new_tokens)
+        check_prompt(decoder.config, prompt, max_new_tokens)
     device = decoder.head_weight.device
     caches, last = [], []
     for prompt in prompts:
@@ -156,12 +157,12 @@ def _next(logits_BV: Tensor, sampling: SamplingConfig, generator: torch.Generato
     )
 
 
-def _check_prompt(decoder: Decoder, tokens: Sequence[int], max_new_tokens: int) -> None:
+def check_prompt(config: ModelConfig, tokens: Sequence[int], max_new_tokens: int) -> None:
+    """Raise ValueError for what `generate_tokens` cannot continue."""
     if not tokens:
         raise ValueError("the prompt has no tokens; give at least one (the end-of-document token will do)")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
-    config = decoder.config
     foreign = [token for token in tokens if not 0 <= token < config.vocab_size]
     if foreign:
         raise ValueError(

@@ -73,6 +73,10 @@ CONVERT = [
     ("source=$RUN target=$DATA/prose.bin", r"exists and is not an empty folder; choose another"),
     ("source=$RUN target=$DATA/prose.bin to=native", r"exists and is not an empty folder; choose another"),
     ("source=$RUN target=$DATA/prose.bin/x", r"prose\.bin: File exists; .*name another place"),
+    (
+        "source=$EMPTY target=/proc/a/b",
+        r"/proc/a: No such file or directory; .*name another place",
+    ),  # before the source is read
 ]
 COMMANDS = {"generate": GENERATE, "evaluate": EVALUATE, "convert": CONVERT}
 

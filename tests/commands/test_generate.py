@@ -186,6 +186,14 @@ def test_wrong_keys(overrides, message, straight):
         command("generate", f"checkpoint={straight}", *overrides)
 
 
+def test_nothing_is_printed_before_a_prompt_that_is_too_long(straight, tmp_path, capsys):
+    (tmp_path / "prompts").write_text("short\n" + "long " * 1000)
+    says = rf"prompt 2 of prompt_file={tmp_path}/prompts: .*model\.max_seq_len"
+    with pytest.raises(ValueError, match=says):
+        command("generate", f"checkpoint={straight}", f"prompt_file={tmp_path}/prompts")
+    assert capsys.readouterr().out == ""
+
+
 def test_without_a_tokenizer_it_says_what_is_missing(tmp_path):
     folder = make_folder(tmp_path / "hf", "llama")
     with pytest.raises(ValueError, match="no tokenizer beside"):

@@ -42,6 +42,8 @@ def hybrid_tiny():
             r"model\.attention\.kv_heads=2 .*parallel\.tp=4|model\.mamba\.groups=2 .*parallel\.tp=4",
         ),
         (["model=nano2_tiny", "seq_len=0"], "seq_len=0"),
+        (["plot=x.png"], r"plot=x\.png .*gpus="),
+        (["plot=x.png", "gpus=2", "gpu=h100", "search=true"], r"plot=x\.png .*no search"),
         (["model=nano2_tiny", "model.pattern=MG"], r"model\.pattern='MG' has 'G'"),
     ],
 )

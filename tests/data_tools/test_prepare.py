@@ -244,6 +244,11 @@ def command(monkeypatch, *arguments: str) -> int:
             ],
             "data_recipe.decontaminate.files.gsm=/nowhere does not exist",
         ),
+        (
+            ["data_recipe=local_jsonl", "data_recipe.decontaminate.files.gsm=/nowhere"],
+            "a new name is added with a +: +data_recipe.decontaminate.files.gsm=/nowhere",
+        ),
+        (["data_recipe=local_jsonl", "data_recipe.sources.x.path=a"], "did you mean data_recipe.sources.text.path"),
         (["data_recipe=local_jsonl", "data_recipe.near.treshold=0.8"], "did you mean data_recipe.near.threshold"),
         (["data_recipe=three_groups", "stages=[tokenise]"], "did you mean tokenize"),
         (["data_recipe=three_groups", "executor.workers=0"], "executor.workers=0 must be at least 1"),
