@@ -19,7 +19,8 @@ from typing import Any
 import torch
 
 from megatron_lite.atomic import whole_folder
-from megatron_lite.checkpoint.opening import Verifier, newest_manifest, not_found
+from megatron_lite.checkpoint.manifest import identity
+from megatron_lite.checkpoint.opening import Verifier, hash_of_files, newest_manifest, not_found
 from megatron_lite.checkpoint.reader import Prefixed
 from megatron_lite.checkpoint.store import CheckpointConfig, CheckpointStore
 from megatron_lite.config.compose import from_dict, to_dict
@@ -120,6 +121,14 @@ def trained_with(path: str | Path) -> dict[str, Any]:
         if not is_folder(_existing(path)) and (manifest := newest_manifest(path)) is not None:
             return manifest["config"]
     return {}
+
+
+def identity_of(weights: Weights, ranks: Ranks) -> str:
+    """A hash that changes with the model and its weights, wherever they are: of a checkpoint the manifest's, of a Hugging Face
+    folder of its config and its tensor files, which are read once, with the work divided over the ranks. Collective."""
+    if weights.manifest is not None:
+        return identity(weights.manifest)
+    return hash_of_files(weights.path, ("config.json", "*.safetensors"), ranks)[:16]
 
 
 def _existing(path: str | Path) -> Path:

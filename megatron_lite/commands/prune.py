@@ -138,14 +138,17 @@ def _report(config: PruneConfig, weights: Weights, pruned: Weights, layers: tupl
     """What was cut: plain values, for the printed table, the JSON file and the manifest."""
     before, after = sizes_of(weights.config), sizes_of(pruned.config)
     symbols, tp = weights.config.symbols, config.parallel.tp
+    parameters = [parameter_count(weights.config), parameter_count(pruned.config)]
     warnings = size_warnings(pruned.config, tp=tp)
+    if parameters[0] == parameters[1]:
+        warnings.append("nothing was cut: the sizes that were asked for are the model's own")
     if (possible := dividing(pruned.config, config.parallel).tp) != tp:
         warnings.append(
             f"parallel.tp={tp} ranks cannot share this model; its loss was measured with parallel.tp={possible}"
         )
     return {
         "checkpoint": str(weights.path),
-        "parameters": [parameter_count(weights.config), parameter_count(pruned.config)],
+        "parameters": parameters,
         "sizes": {axis: [before[axis], after.get(axis, 0)] for axis in before},
         "layers": [len(symbols), len(layers)],
         "layer_map": list(layers),

@@ -14,8 +14,6 @@ from typing import Any
 import torch
 
 from megatron_lite.atomic import check_place
-from megatron_lite.block_hash import BLOCK, block_digest
-from megatron_lite.checkpoint.manifest import identity
 from megatron_lite.commands.command import check_at_least_one
 from megatron_lite.commands.evaluate import compute_as_trained, data_tokenizer, mean_loss
 from megatron_lite.compress.depth import Probe, RemovalOptions, removal_order
@@ -40,7 +38,7 @@ from megatron_lite.runtime import Runtime
 from megatron_lite.training.build import build_grid
 from megatron_lite.training.data import held_out
 from megatron_lite.training.support import refuse_unsupported
-from megatron_lite.weights import Weights, check_empty
+from megatron_lite.weights import Weights, check_empty, identity_of
 
 
 @dataclass
@@ -75,6 +73,7 @@ class PruneConfig:
         if not self.output.strip():
             raise ValueError("output is empty; name a new folder")
         check_empty(Path(self.output), key="output")
+        self._check_scores()
         self.parallel.validate(world_size)
         refuse_unsupported(
             "prune", parallel=self.parallel, engine=self.engine, precision=self.precision, world_size=world_size
@@ -85,6 +84,20 @@ class PruneConfig:
             raise ValueError(
                 "head_residual=true with precision=fp8_delayed: the changed queries outgrow the scales of the run; set precision=bf16 or "
                 "fp8_current, or head_residual=false"
+            )
+
+    def _check_scores(self) -> None:
+        """Raises ValueError for a folder of scores that cannot be made, or that would fill `output` before the model is written."""
+        if self.scores is not None and not self.scores.strip():
+            raise ValueError("scores is empty; name a folder, or give scores=null for <output>-scores")
+        folder, output = self.scores_folder.resolve(), Path(self.output).resolve()
+        if folder == output or output in folder.parents:
+            raise ValueError(
+                f"scores={self.scores} is in output={self.output}, which must be a new folder; give another scores="
+            )
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(
+                f"scores={self.scores} is not a folder; name the folder that holds the scores, or a new one"
             )
 
     @property
@@ -132,7 +145,8 @@ class Session:
         if blend is not None:
             check = partial(check_layout, self.weights.config, config.parallel, seq_len=config.data.seq_len)
             self.ranks.attempt("check the layout", check)
-        found = self.ranks.first("look for scores", lambda: self._found_scores(folder, blend))
+        expected = self._identity(blend)
+        found = self.ranks.first("look for scores", lambda: _found_scores(folder, expected))
         removals = 0 if config.importance.depth == "cosine" else self._removals()
         if found.samples < config.importance.samples or len(found.removed) < removals:
             self.ranks.first("check the place of the scores", lambda: check_place(folder / FILE))
@@ -166,13 +180,15 @@ class Session:
             losses[name] = mean_loss(probe, map(mesh.place, batches), self.config.precision.dtype, runtime=self.runtime)
         return losses
 
-    def _found_scores(self, folder: Path, blend: Blend | None) -> Scores:
-        expected = self.config.importance.identity() | {"checkpoint": _identity(self.weights)}
+    def _identity(self, blend: Blend | None) -> dict[str, Any]:
+        """What scores must have been computed with to be these."""
+        expected = self.config.importance.identity() | {
+            "checkpoint": identity_of(self.weights, self.ranks),
+            "precision": self.config.precision.name,
+        }
         if blend is not None:  # without data, finished scores of any can be used
             expected["data"] = sha256(json.dumps(blend.state(), sort_keys=True).encode()).hexdigest()[:16]
-        found = Scores.load(folder) or Scores(expected)
-        found.check(expected, folder)
-        return found
+        return expected
 
     def _measure(self, scores: Scores, blend: Blend | None, removals: int) -> None:
         config = self.config
@@ -196,7 +212,6 @@ class Session:
             if self.runtime.is_main:
                 print(f"depth: {len(scores.removed)} of {removals} layers removed", flush=True)
 
-        first = range(min(config.importance.depth_samples, config.importance.samples))
         progress = Progress("importance, samples", scores.samples, config.importance.samples)
         batches = partial(self._batches, blend, mesh)
         meter = Meter(probe.decoder, mesh, config.importance)
@@ -211,7 +226,7 @@ class Session:
         removal_order(
             probe.decoder,
             forward,
-            lambda: batches(first),
+            lambda: batches(range(config.importance.depth_samples)),
             mesh=mesh,
             removed=scores.removed,
             options=RemovalOptions(removals, loss=config.importance.depth == "loss", keep=keep_removal),
@@ -288,9 +303,7 @@ def _divides(model: ModelConfig, tp: int) -> bool:
     return True
 
 
-def _identity(weights: Weights) -> str:
-    """An identity of the weights that does not depend on their path; of a Hugging Face folder from each file's size and end."""
-    if weights.manifest is not None:
-        return identity(weights.manifest)
-    files = sorted(weights.path.glob("*.safetensors"))
-    return "-".join(block_digest(file, (file.stat().st_size - 1) // BLOCK).hex()[:8] for file in files)
+def _found_scores(folder: Path, expected: dict[str, Any]) -> Scores:
+    found = Scores.load(folder) or Scores(expected)
+    found.check(expected, folder)
+    return found

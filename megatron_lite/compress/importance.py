@@ -205,7 +205,5 @@ def calibrate(
                 forward(batch)
                 done += len(batch["loss_mask"]) * ranks
                 report(min(done, stop))
-            for place, total in meter.take().items():
-                scores.sums[place] = scores.sums[place] + total if place in scores.sums else total
-            scores.samples = stop
+            scores.add(meter.take(), samples=stop)
             keep(scores)

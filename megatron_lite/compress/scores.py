@@ -15,6 +15,7 @@ The file is complete or a part: `samples` says how many were read, and a calibra
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -151,6 +152,17 @@ class Scores:
         except (KeyError, ValueError, OSError) as error:
             raise ValueError(f"{path} is not a file of scores ({error}); delete it, or give another scores=") from error
 
+    def add(self, sums: Mapping[str, Tensor], *, samples: int) -> None:
+        """Add what was read of further samples, and count them. Raises ValueError for sums that are not finite, and adds nothing."""
+        if wrong := [place for place, total in sums.items() if not total.isfinite().all()]:
+            raise ValueError(
+                f"importance: what was read at {min(wrong, key=_layer_of)} is not finite in samples {self.samples} to {samples - 1}; the "
+                "weights of checkpoint are damaged, or too large for this precision"
+            )
+        for place, total in sums.items():
+            self.sums[place] = self.sums[place] + total if place in self.sums else total
+        self.samples = samples
+
     def check(self, identity: Mapping[str, Any], folder: Path) -> None:
         """Raises ValueError naming the first thing that these scores were not computed for."""
         for key, value in identity.items():
@@ -159,6 +171,11 @@ class Scores:
                     f"scores={folder} was computed with {key}={self.identity.get(key)}, here it is {value}; give another "
                     "scores=, or delete that folder"
                 )
+
+
+def _layer_of(place: str) -> float:
+    """The number of the layer that a place is in; after all layers for what is in none."""
+    return next((int(part) for part in place.split(".") if part.isdigit()), math.inf)
 
 
 def random_scores(config: ModelConfig, seed: int) -> Scores:

@@ -9,9 +9,10 @@ Parameters are counted, and caches are made as generation makes them, on the met
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import product
+from itertools import islice, product
 
 import torch
 from torch import nn
@@ -30,6 +31,7 @@ from megatron_lite.models.pattern import LayerSpec
 DEPTH = "num_layers"
 MOST_POINTS = 10_000  # of the grid
 WEIGHT_BYTES = 2  # bf16, as models are served
+ROUNDING = 1e-9  # 0.57 * 100 is a little less than 57
 
 
 @dataclass
@@ -72,8 +74,8 @@ class BudgetConfig:
                 raise ValueError(f"budget.{key}={getattr(self, key)} must be at least 0 and below 1")
         known = (DEPTH, *CONFIG_KEYS)
         wrong = [axis for axis in self.axes if axis not in known]
-        if wrong or not self.axes:
-            raise ValueError(f"budget.axes={self.axes}: choose from {', '.join(known)}")
+        if wrong or not self.axes or len({*self.axes}) < len(self.axes):
+            raise ValueError(f"budget.axes={self.axes}: choose from {', '.join(known)}, each at most once")
         points = self.steps ** (len(self.axes) - 1)
         if points > MOST_POINTS:
             raise ValueError(
@@ -83,7 +85,7 @@ class BudgetConfig:
 
     def units_to_remove(self, config: ModelConfig) -> int:
         """The most units that a candidate lacks."""
-        return int(self.max_depth * len(unit_layers(config))) if DEPTH in self.axes else 0
+        return math.floor(self.max_depth * len(unit_layers(config)) + ROUNDING) if DEPTH in self.axes else 0
 
 
 @dataclass(frozen=True)
@@ -143,8 +145,12 @@ def _within(costs: _Costs, order: list[int], target: TargetConfig) -> Iterator[t
     config, budget = costs.config, costs.budget
     fixed = target.sizes(config)
     axes = [axis for axis in budget.axes if axis in fixed and getattr(target, axis) is None]
-    if not axes:
-        raise ValueError(f"budget.axes={budget.axes}: there is nothing to search, for the target gives these sizes")
+    if not axes:  # the number of layers is the last axis
+        if not _searches_depth(target, budget):
+            raise ValueError(f"budget.axes={budget.axes}: there is nothing to search, for the target gives these sizes")
+        depths = (without_units(config, order, count) for count in range(budget.units_to_remove(config) + 1))
+        yield from islice(((fixed, layers) for layers in depths if costs.fits(fixed, layers)), 1)
+        return
     *grid, last = axes
     values = {axis: _values(fixed[axis], axis, unit_of(config, axis), budget) for axis in axes}
     tried = [values[axis][:: -_stride(values[axis], budget)] for axis in grid]
@@ -160,11 +166,15 @@ def _within(costs: _Costs, order: list[int], target: TargetConfig) -> Iterator[t
                 yield sizes | {last: best}, layers
 
 
+def _searches_depth(target: TargetConfig, budget: BudgetConfig) -> bool:
+    given = target.num_layers is not None or target.pattern is not None or target.layers is not None
+    return DEPTH in budget.axes and not given
+
+
 def _depths(
     config: ModelConfig, order: list[int], target: TargetConfig, budget: BudgetConfig
 ) -> Iterator[tuple[int, ...]]:
-    given = target.num_layers is not None or target.pattern is not None or target.layers is not None
-    if given or DEPTH not in budget.axes:
+    if not _searches_depth(target, budget):
         yield target.layers_of(config, order)
         return
     most = budget.units_to_remove(config)
@@ -177,7 +187,7 @@ def _values(whole: int, axis: str, unit: int, budget: BudgetConfig) -> list[int]
     step = unit
     while step * 2 * 16 <= whole and step < 256 and axis in (HIDDEN, "ffn_size"):
         step *= 2
-    least = -(-int((1 - budget.max_width) * whole) // step) * step
+    least = math.ceil(((1 - budget.max_width) * whole - ROUNDING) / step) * step
     return [*range(max(least, step), whole, step), whole]
 
 
@@ -261,7 +271,7 @@ class _Shares:
 
     def of(self, sizes: Mapping[str, int], layers: tuple[int, ...]) -> float:
         """Between 0 and 1."""
-        of_depth = sum(self.depth.get(layer, 0.0) for layer in layers) / sum(self.depth.values())
+        of_depth = sum(self.depth.get(layer, 0.0) for layer in layers) / max(sum(self.depth.values()), 1e-30)
         of_hidden = float(self.hidden[: sizes[HIDDEN]].sum() / self.hidden.sum())
         return of_depth * of_hidden * sum(self._of_mixer(layer, sizes) for layer in layers) / len(layers)
 

@@ -47,6 +47,7 @@ from megatron_lite.training.resume import (
     open_source,
     progress_of,
     report_changes,
+    report_objective,
     report_precision,
 )
 from megatron_lite.training.spikes import SpikeGuard
@@ -133,6 +134,7 @@ def build_trainer(
         if manifest:
             report_changes(schedule, before=previous_schedule(run, manifest, start), phases=blend.phases)
             report_precision(manifest, run.precision)
+            report_objective(manifest, run)
         _report_formats(run, runtime)
     mesh = build_grid(run.parallel, run.engine, world_size=runtime.world_size, device=runtime.device)
     starts_from_source = point is None and run.init_from.path is not None

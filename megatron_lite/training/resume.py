@@ -216,6 +216,15 @@ def report_precision(manifest: dict[str, Any], precision: Precision) -> None:
     print(f"from here on {changes}{scales}")
 
 
+def report_objective(manifest: dict[str, Any], run: RunConfig) -> None:
+    """Say which settings of the objective are not the checkpoint's. Its teacher is compared by `check_same_teacher`."""
+    before, now = manifest["config"].get("objective") or {}, to_dict(run.objective)
+    keys = [key for key in sorted(before.keys() | now.keys()) if key != "teacher" and before.get(key) != now.get(key)]
+    if before and keys:
+        changes = (f"objective.{key}={now.get(key)} ({before.get(key)} in the checkpoint)" for key in keys)
+        print(f"from here on {', '.join(changes)}")
+
+
 def check_same_run(manifest: dict[str, Any], run: RunConfig, tokenizer: TokenizerIdentity) -> None:
     """Refuse to continue with another model, batch size or tokenizer than the checkpoint's (the blend checks the data).
 

@@ -15,8 +15,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from megatron_lite.checkpoint import manifest as manifests
-from megatron_lite.checkpoint.opening import hash_of_files
 from megatron_lite.data.sidecar import TokenizerIdentity
 from megatron_lite.engine.fsdp import FsdpConfig
 from megatron_lite.errors import CheckpointError
@@ -29,7 +27,7 @@ from megatron_lite.parallel.sequence_length import check_layout
 from megatron_lite.ranks import Ranks
 from megatron_lite.training.config import RunConfig
 from megatron_lite.training.resume import is_allowed
-from megatron_lite.weights import Weights, model_config, open_weights
+from megatron_lite.weights import Weights, identity_of, model_config, open_weights
 
 KEY = "objective.teacher"
 
@@ -72,13 +70,20 @@ def open_teacher(run: RunConfig, tokenizer: TokenizerIdentity, ranks: Ranks) -> 
         return None
     weights = open_weights(run.objective.teacher_path, ranks)
     ranks.attempt("check the teacher", partial(_check, run, weights, tokenizer))
-    return Teacher(weights, _identity(weights, ranks))
+    return Teacher(weights, identity_of(weights, ranks))
 
 
 def check_same_teacher(manifest: Mapping[str, Any], run: RunConfig, teacher: Teacher | None) -> None:
-    """Raise ValueError if a checkpoint's run had another teacher, unless `resume_allow` names the key."""
+    """Raise ValueError if a checkpoint's run had another teacher, or this one has none any more, unless `resume_allow` names the key."""
     before = manifest["teacher"]
-    if teacher is None or not before or before["identity"] == teacher.identity or is_allowed(KEY, run.resume_allow):
+    if not before or is_allowed(KEY, run.resume_allow):
+        return
+    if teacher is None:
+        raise ValueError(
+            f"this run has no teacher, but run.dir={run.run.dir} learned from {before['path']}; set objective=distillation "
+            f"{KEY}={before['path']}, give another run.dir, or allow the change with resume_allow=[{KEY}]"
+        )
+    if before["identity"] == teacher.identity:
         return
     raise ValueError(
         f"{KEY}={run.objective.teacher_path} is {teacher.weights.path} with the hash {teacher.identity}, but run.dir={run.run.dir} "
@@ -136,10 +141,3 @@ def check_teacher(run: RunConfig, model: ModelConfig, *, named: str) -> None:
         check_layout(model, run.parallel, seq_len=run.data.seq_len)
     except ValueError as error:
         raise ValueError(f"{named} cannot be divided like the student: {error}") from error
-
-
-def _identity(weights: Weights, ranks: Ranks) -> str:
-    """Of a checkpoint the manifest's, of a folder a hash of its config and its tensor files."""
-    if weights.manifest is not None:
-        return manifests.identity(weights.manifest)
-    return hash_of_files(weights.path, ("config.json", "*.safetensors"), ranks)[:16]

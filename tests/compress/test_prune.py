@@ -7,9 +7,11 @@ import re
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from megatron_lite.commands import prune as prune_command
+from megatron_lite.commands import prune_session
 from megatron_lite.commands.plan import PlanConfig
 from megatron_lite.commands.prune import compose_prune, cut
 from megatron_lite.commands.prune_session import Progress
@@ -87,7 +89,7 @@ def test_a_calibration_that_was_interrupted_goes_on(straight, tmp_path, capsys, 
     assert report["loss_after"] == whole["loss_after"]
     prune(capsys, *words, f"output={tmp_path}/again", f"scores={tmp_path}/later-scores")
     assert saves == [8, 16, 20]  # nothing was measured again
-    for other in ("importance.sequence=l2", "seed=7"):
+    for other in ("importance.sequence=l2", "seed=7", "precision=bf16"):
         with pytest.raises(CheckpointError, match=r"scores=.*was computed with"):
             prune(capsys, *words, f"output={tmp_path}/b", f"scores={tmp_path}/later-scores", other)
 
@@ -168,6 +170,32 @@ def test_a_folder_is_pruned_without_data(tmp_path, capsys):
     assert other["parameters"] == report["parameters"]
 
 
+def test_what_is_read_belongs_to_this_model(tiny_data, tmp_path, capsys, monkeypatch):
+    folder = make_folder(tmp_path / "hf", "llama")
+    words = ["--config-dir", str(tiny_data), "data=tiny", f"checkpoint={folder}", f"scores={tmp_path}/scores", *FEW]
+    removal, counted = prune_session.removal_order, []
+
+    def counting(decoder, forward, batches, **options):
+        counted.append(sum(int(batch["loss_mask"].any(dim=1).sum()) for batch in batches()))
+        removal(decoder, forward, batches, **options)
+
+    monkeypatch.setattr(prune_session, "removal_order", counting)
+    short = ["data.seq_len=8", "importance.samples=4", "importance.depth=loss", "importance.depth_samples=7"]
+    report = prune(capsys, *words, *short, "target.num_layers=2", f"output={tmp_path}/whole")
+    assert counted == [7]  # however few samples the other scores are from
+    assert "nothing was cut" in report["warnings"][-1]
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
+    with pytest.raises(CheckpointError, match=r"scores=.*was computed with checkpoint="):  # the tensors are the same
+        prune(capsys, *words, *short, "target.ffn_size=40", f"output={tmp_path}/other")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3] = torch.nan
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"read at .*layers\.3\.mixer is not finite"):
+        prune(capsys, *words, "target.ffn_size=40", f"output={tmp_path}/nan", f"scores={tmp_path}/nan-scores")
+    assert not [path.name for path in tmp_path.iterdir() if path.name.startswith("nan")]
+
+
 HYBRID = model_config(
     {"family": "nemotron_h", "pattern": "M-M*|M-*", "hidden_size": 32, "attention.heads": 8, "attention.kv_heads": 2,
      "mlp.ffn_size": 64, "mamba.heads": 8, "mamba.head_dim": 4, "mamba.groups": 4, "mamba.state": 8, "vocab_size": 64,
@@ -229,8 +257,12 @@ def test_layers_that_spell_a_pattern():
         (["target.hidden_size=24", "engine=deepspeed"], "engine=deepspeed only trains"),
         (["budget.parameters=10"], r"budget\.parameters=10 is not met"),
         # a calibration would have left its scores
-        (["target.hidden_size=24", "output=/proc/a/b", "scores=TMP/scores"], r"/proc/a: No such file"),
+        (["target.hidden_size=24", "output=/proc/a/b", "scores=OUT-scores"], r"/proc/a: No such file"),
         (["target.hidden_size=24", "scores=/proc/a/b"], r"/proc/a: No such file"),
+        (["budget.parameters=9000", "budget.axes=[heads,heads]"], r"budget\.axes=\['heads', 'heads'\].*at most once"),
+        (["target.ffn_size=24", "scores="], "scores is empty"),
+        (["target.ffn_size=24", "scores=DIR/status.json"], r"scores=.*status\.json is not a folder"),
+        (["target.ffn_size=24", "scores=OUT/scores"], r"scores=.*scores is in output="),
         (
             ["target.hidden_size=24", "head_residual=true", "precision=fp8_delayed"],
             r"head_residual=true with .*fp8_delayed",
@@ -238,7 +270,7 @@ def test_layers_that_spell_a_pattern():
     ],
 )
 def test_what_is_refused_before_anything_is_read(words, says, straight, tmp_path):
-    words = [word.replace("DIR", str(straight)).replace("TMP", str(tmp_path)) for word in words]
+    words = [word.replace("DIR", str(straight)).replace("OUT", f"{tmp_path}/out") for word in words]
     words = [f"output={tmp_path}/out", *words]
     with pytest.raises((ValueError, CheckpointError), match=says):
         command("prune", f"checkpoint={straight}", *words)

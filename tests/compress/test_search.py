@@ -58,6 +58,12 @@ def test_what_the_target_gives_is_not_searched():
     assert {(c.sizes["hidden_size"], len(c.layers)) for c in found} == {(224, 8)}
     with pytest.raises(ValueError, match=r"budget\.parameters=1000 is not met.*budget\.max_width"):
         candidates(DENSE, random_scores(DENSE, 0), OPTIONS, target=target, budget=BudgetConfig(parameters=1000))
+    deep = BudgetConfig(parameters=int(parameter_count(DENSE) * 0.8), axes=["num_layers"], max_depth=0.5)
+    (shallower,) = candidates(DENSE, random_scores(DENSE, 0), OPTIONS, target=TargetConfig(ffn_size=768), budget=deep)
+    made = resized(DENSE, shallower.sizes, shallower.layers)
+    assert shallower.parameters == parameter_count(made) <= deep.parameters
+    assert parameter_count(replace(made, num_layers=made.num_layers + 1)) > deep.parameters
+    assert BudgetConfig(parameters=1, max_depth=0.29).units_to_remove(replace(DENSE, num_layers=100)) == 29
     fixed = BudgetConfig(parameters=10**6, axes=["hidden_size"])
     with pytest.raises(ValueError, match=r"budget\.axes=\['hidden_size'\].*nothing to search"):
         candidates(DENSE, random_scores(DENSE, 0), OPTIONS, target=target, budget=fixed)

@@ -64,12 +64,18 @@ def test_a_resume_is_exact_wherever_the_teacher_is_now(
     assert said["path"] == str(moved / last)
 
 
-def test_another_teacher_is_refused(tiny_data: Path, straight: Path, distilled: Path, copy_of: Any) -> None:
-    """Also an older checkpoint of the same run: it is another model."""
+def test_another_teacher_is_refused(
+    tiny_data: Path, straight: Path, distilled: Path, copy_of: Any, capsys: pytest.CaptureFixture
+) -> None:
+    """Also an older checkpoint of the same run, which is another model, and none."""
     run_dir, other = copy_of(distilled), straight / "checkpoints" / "step_00000012"
     with pytest.raises(ValueError, match=r"objective\.teacher=.*step_00000012.*resume_allow=\[objective\.teacher\]"):
         distill(tiny_data, run_dir, other, "train.max_steps=21")
-    assert distill(tiny_data, run_dir, other, "train.max_steps=21", "resume_allow=[objective.teacher]") == 0
+    with pytest.raises(ValueError, match=r"has no teacher.*objective\.teacher=.*resume_allow=\[objective\.teacher\]"):
+        runs.run(tiny_data, run_dir, *STUDENT, "train.max_steps=21")
+    changed = ["resume_allow=[objective.teacher]", "objective.temperature=2"]
+    assert distill(tiny_data, run_dir, other, "train.max_steps=21", *changed) == 0
+    assert "from here on objective.temperature=2.0 (1.0 in the checkpoint)" in capsys.readouterr().out
     assert read_manifest(run_dir / "checkpoints" / "step_00000021")["teacher"]["path"] == str(other)
 
 
