@@ -1,6 +1,6 @@
 """Does a model find a key in a sequence eight times as long as those it was trained on, after a short extension on 4 ranks?
 
-    python -m benchmarks.retrieval                        # 8 minutes of CPU time
+    python -m benchmarks.retrieval                        # 13 minutes of CPU time
     python -m benchmarks.retrieval --size small           # one seed, shorter: for a look
 
 A tiny hybrid, one Mamba-2 layer and one attention layer with rotary positions, is trained on sequences of 256 tokens (`short`).
