@@ -22,7 +22,7 @@ class Job:
         self.cluster, self.run_dir = cluster, run_dir
         environment = {
             **cluster.environment, "NODES": "2", "GPUS_PER_NODE": "0", "RANKS_PER_NODE": "1", "PYTHON": sys.executable,
-            "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{SLOWED}:{PROJECT}", "TIME": "10", "SIGNAL_SECONDS": "60",
+            "OMP_NUM_THREADS": "1", "UNDRAWN": "1", "PYTHONPATH": f"{SLOWED}:{PROJECT}", "TIME": "10", "SIGNAL_SECONDS": "60",
             "MASTER_PORT": str(free_ports(1)[0]), **settings,  # its default, the job's number, is the same in two clusters
         }  # fmt: skip
         words = runs.arguments(data, run_dir, "train.micro_batch_size=1", *overrides)
