@@ -59,8 +59,17 @@ class Job:
         return log.read_text(errors="replace")
 
     def wait(self, seconds: float = 900) -> str:
-        wait_for(lambda: self.state in ENDED, seconds=seconds, what=self.story)
+        wait_for(lambda: self.state in ENDED, seconds=seconds, what=self.story, every=1.0)
         return self.state
+
+    def wait_for_restart(self) -> None:
+        """Until Slurm has requeued it, or it has ended."""
+
+        def there() -> bool:
+            job = self.cluster.job(self.number)
+            return job["Restarts"] == "1" or job["JobState"] in ENDED
+
+        wait_for(there, seconds=600, what=self.story, every=1.0)
 
     def wait_for_step(self, step: int) -> None:
         def there() -> bool:

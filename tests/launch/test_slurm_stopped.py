@@ -32,7 +32,7 @@ def test_a_cancelled_job_stays_cancelled(slurm, tiny_data, tmp_path):
     job.wait_for_step(2)
     slurm.command("scancel", job.number)
     assert job.wait() == "CANCELLED", job.story()
-    wait_for(slurm.idle, seconds=600, what=job.story)  # the batch script has ended
+    wait_for(slurm.idle, seconds=600, what=job.story, every=1.0)  # the batch script has ended
     assert (job.state, job.restarts) == ("CANCELLED", 0), job.story()
 
 
