@@ -1,12 +1,10 @@
-"""Tiny real runs for tests: a tokenizer, three sources, and `mlite train` in this process or in one that can be killed."""
+"""Tiny real runs for tests: a tokenizer, three sources, and `mlite train` in this process."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import random
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -104,12 +102,6 @@ def as_rank(rank: int, world_size: int) -> Iterator[pytest.MonkeyPatch]:
         for module in (training, ranks):
             patch.setattr(module, "stop", lambda: None)
         yield patch
-
-
-def start(data: Path, run_dir: Path, *overrides: str) -> subprocess.Popen:
-    """Train in a process of its own; stdout and stderr are one pipe."""
-    words = [sys.executable, "-m", "megatron_lite", "train", *arguments(data, run_dir, *overrides)]
-    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def rows(run_dir: Path) -> list[dict]:

@@ -9,6 +9,7 @@ import pytest
 from tests.soak import EVERY, Soak, last_step, newest_whole
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_again_and_again_is_the_same_run(tiny_data, tmp_path):
     summary = Soak(tmp_path, data=tiny_data, seed=3, say=lambda text: None).run(kills=4)
     assert summary.kills == 4

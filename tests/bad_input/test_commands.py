@@ -148,6 +148,7 @@ def test_a_hugging_face_folder_without_its_tensors_is_refused(tour):
     )
 
 
+@pytest.mark.slow
 def test_in_processes_of_their_own(tour, tiny_data):
     """The same through the real commands: no traceback, exit code 2; two ranks refuse alike and leave nothing."""
     run_dir = tour.home / "r"

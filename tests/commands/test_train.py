@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import signal
+import sys
 import time
 
 import pytest
 
 from megatron_lite.checkpoint.opening import find_checkpoint, load_tensors
+from megatron_lite.commands import train
 from megatron_lite.errors import CheckpointError, TrainingDivergedError
 from tests import runs
 from tests.distributed import PATIENCE_SECONDS
@@ -79,14 +82,21 @@ def test_the_same_command_twice_is_bitwise_the_same(tiny_data, straight, tmp_pat
     assert_same_run(tmp_path / "r", straight)
 
 
+def train_as_a_command(words: list[str]) -> None:
+    sys.argv = ["train", *words]
+    train.main()
+
+
 def test_a_signal_saves_and_exits_zero(tiny_data, straight, tmp_path):
-    process = runs.start(tiny_data, tmp_path / "r", "train.max_steps=20", "checkpoint.every=0")
+    words = runs.arguments(tiny_data, tmp_path / "r", "train.max_steps=20", "checkpoint.every=0")
+    process = PROCESSES.Process(target=train_as_a_command, args=(words,), daemon=True)
+    process.start()
     metrics = tmp_path / "r" / "metrics.jsonl"
-    while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= 1):
+    while process.is_alive() and not (metrics.exists() and metrics.read_text().count("\n") >= 1):
         time.sleep(0.005)
-    process.send_signal(signal.SIGUSR1)
-    output, _ = process.communicate(timeout=PATIENCE_SECONDS)
-    assert process.returncode == 0, output
+    os.kill(process.pid, signal.SIGUSR1)
+    process.join(PATIENCE_SECONDS)
+    assert process.exitcode == 0
     left = runs.status(tmp_path / "r")
     assert left["state"] in ("preempted", "finished")  # the tiny run may just have ended
     assert newest(tmp_path / "r").name == f"step_{left['step']:08d}"

@@ -57,4 +57,5 @@ def _rank(environment: dict[str, str], words: list[str], log: str) -> None:
     from megatron_lite.commands import train
 
     sys.argv = ["train", *words]
-    train.main()
+    with runs.undrawn():
+        train.main()

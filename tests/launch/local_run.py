@@ -18,7 +18,9 @@ PROJECT = Path(__file__).parents[2]
 
 def environment(**settings: str) -> dict[str, str]:
     """This process's environment with the settings, able to import the project and the slowed ranks."""
-    fixed = {"PYTHON": sys.executable, "PYTHONPATH": f"{SLOWED}:{PROJECT}", "OMP_NUM_THREADS": "1", "SAVE_SECONDS": "1"}
+    fixed = {
+        "PYTHON": sys.executable, "PYTHONPATH": f"{SLOWED}:{PROJECT}", "OMP_NUM_THREADS": "1", "SAVE_SECONDS": "1", "UNDRAWN": "1",
+    }  # fmt: skip
     return {**os.environ, **fixed, **settings}
 
 
@@ -41,11 +43,11 @@ def finish(process: subprocess.Popen[str], seconds: float = 900) -> int:
         raise
 
 
-def wait_until_it_trains(run_dir: Path, *, log: Path | None = None) -> None:
-    """Until three steps are done; `log` is shown if they never are."""
+def wait_until_it_trains(run_dir: Path, *, steps: int = 3, log: Path | None = None) -> None:
+    """Until that many steps are done; `log` is shown if they never are."""
     rows = run_dir / "metrics.jsonl"
     log = log or Path(f"{run_dir}.log")
-    wait_for(lambda: rows.exists() and len(runs.rows(run_dir)) >= 3, seconds=600, what=log.read_text)
+    wait_for(lambda: rows.exists() and len(runs.rows(run_dir)) >= steps, seconds=600, what=log.read_text)
 
 
 def output(run_dir: Path) -> str:

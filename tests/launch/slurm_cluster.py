@@ -68,13 +68,16 @@ def free_ports(count: int) -> list[int]:
         return [one.getsockname()[1] for one in sockets]
 
 
-def wait_for(condition: Callable[[], object], *, seconds: float, what: Callable[[], str]) -> None:
-    """Poll until the condition holds. Raises TimeoutError with `what()`."""
+def wait_for(condition: Callable[[], object], *, seconds: float, what: Callable[[], str], every: float = 0.3) -> None:
+    """Poll until the condition holds. Raises TimeoutError with `what()`.
+
+    every: seconds between two looks; a condition that asks Slurm starts a process each time, beside tests that compute.
+    """
     end = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > end:
             raise TimeoutError(f"not within {seconds:g} s: {what()}")
-        time.sleep(0.3)
+        time.sleep(every)
 
 
 class SlurmCluster:
@@ -109,7 +112,7 @@ class SlurmCluster:
         self.start_controller()
         for node in NODES:
             self.start_node(node)
-        wait_for(self.idle, seconds=300, what=self.logs)
+        wait_for(self.idle, seconds=300, what=self.logs, every=1.0)
 
     def _daemon(self, name: str, *words: str, key: str = "") -> None:
         output = (self.root / f"{key or name}.out").open("ab")

@@ -22,7 +22,7 @@ class Job:
         self.cluster, self.run_dir = cluster, run_dir
         environment = {
             **cluster.environment, "NODES": "2", "GPUS_PER_NODE": "0", "RANKS_PER_NODE": "1", "PYTHON": sys.executable,
-            "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{SLOWED}:{PROJECT}", "TIME": "10", "SIGNAL_SECONDS": "60",
+            "OMP_NUM_THREADS": "1", "UNDRAWN": "1", "PYTHONPATH": f"{SLOWED}:{PROJECT}", "TIME": "10", "SIGNAL_SECONDS": "60",
             "MASTER_PORT": str(free_ports(1)[0]), **settings,  # its default, the job's number, is the same in two clusters
         }  # fmt: skip
         words = runs.arguments(data, run_dir, "train.micro_batch_size=1", *overrides)
@@ -59,8 +59,17 @@ class Job:
         return log.read_text(errors="replace")
 
     def wait(self, seconds: float = 900) -> str:
-        wait_for(lambda: self.state in ENDED, seconds=seconds, what=self.story)
+        wait_for(lambda: self.state in ENDED, seconds=seconds, what=self.story, every=1.0)
         return self.state
+
+    def wait_for_restart(self) -> None:
+        """Until Slurm has requeued it, or it has ended."""
+
+        def there() -> bool:
+            job = self.cluster.job(self.number)
+            return job["Restarts"] == "1" or job["JobState"] in ENDED
+
+        wait_for(there, seconds=600, what=self.story, every=1.0)
 
     def wait_for_step(self, step: int) -> None:
         def there() -> bool:

@@ -9,7 +9,7 @@ import pytest
 
 from tests import runs
 from tests.launch.slurm_cluster import wait_for
-from tests.launch.slurm_job import ENDED, Job
+from tests.launch.slurm_job import Job
 
 pytestmark = pytest.mark.slow
 
@@ -20,7 +20,7 @@ def test_the_first_node_is_lost(slurm, tiny_data, tmp_path, uninterrupted):
     job = Job(slurm, tiny_data, run, SLOW_STEP="1")
     job.wait_for_step(6)
     slurm.kill_node("node1")
-    wait_for(lambda: job.restarts == 1 or job.state in ENDED, seconds=600, what=job.story)
+    job.wait_for_restart()
     slurm.start_node("node1")
     assert job.wait() == "COMPLETED", job.story()
     assert job.restarts >= 1  # Slurm requeues it once more when a node that has just come back answers late
@@ -34,7 +34,7 @@ def test_a_node_lost_during_a_save(slurm, tiny_data, tmp_path, uninterrupted):
     first, second = run / "checkpoints" / "step_00000004", run / "checkpoints" / ".tmp-step_00000008"
     wait_for(second.exists, seconds=600, what=job.story)
     slurm.kill_node("node2")
-    wait_for(lambda: job.restarts == 1 or job.state in ENDED, seconds=600, what=job.story)
+    job.wait_for_restart()
     slurm.start_node("node2")
     assert job.wait() == "COMPLETED", job.story()
     assert f"resuming from {first}: step 4" in job.output()
@@ -51,7 +51,7 @@ def test_goes_on_without_a_node(slurm, tiny_data, tmp_path, straight):
         assert job.wait(seconds=900) == "COMPLETED", job.story()
     finally:
         slurm.start_node("node2")
-        wait_for(slurm.idle, seconds=600, what=slurm.logs)
+        wait_for(slurm.idle, seconds=600, what=slurm.logs, every=1.0)
     assert job.restarts == 0
     assert re.search(
         r"^ *0: resuming from .*step_000000\d\d: step", job.output(), re.MULTILINE

@@ -372,7 +372,7 @@ def compiled(rank: int, world_size: int, config: ModelConfig, parallel: Parallel
     "config",
     [
         replace(NEMOTRON, num_layers=1),
-        replace(HYBRID, pattern="M"),
+        pytest.param(replace(HYBRID, pattern="M"), marks=pytest.mark.slow),
         pytest.param(
             replace(HYMBA, pattern="HH", attention=replace(HYMBA.attention, global_layers=[], kv_groups=[[0, 1]])),
             marks=pytest.mark.slow,

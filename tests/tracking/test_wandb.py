@@ -77,6 +77,7 @@ def wait_for_rows(folder: Path, count: int) -> Path:
     raise AssertionError(f"no {count} rows in {folder} within {PATIENCE_SECONDS:g} s")
 
 
+@pytest.mark.slow
 def test_one_run_id_through_a_kill_and_steps_that_go_back(tmp_path: Path) -> None:
     process = start(tmp_path, 0, 10, "hang")
     try:

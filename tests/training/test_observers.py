@@ -73,6 +73,7 @@ def test_what_was_lost_stands_in_the_status(tmp_path):
     assert runs.status(tmp_path)["lost"] == ["standard output is left out: BrokenPipeError"]
 
 
+@pytest.mark.slow
 def test_closed_streams_leave_the_training_alone(tiny_data, straight, tmp_path):
     """`mlite train 2>&1 | head -1`."""
     words = [

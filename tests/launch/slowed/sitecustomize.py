@@ -8,6 +8,7 @@ HANG_UNTIL=/tmp/go   HANG_STEP ends when that file is there
 HANG_IN=runtime:stop  that function never ends (Python sleeps), on SLOW_RANK; also checkpoint.store:CheckpointStore.load
 STOP_STEP=7          the step in which the process is stopped (as by SIGSTOP), on SLOW_RANK
 A job that Slurm restarted, or a group that torchrun restarted, runs at full speed.
+UNDRAWN=1            a rank's `mlite train` draws nothing at its end, which takes longer than a tiny run's steps; also when restarted
 """
 
 import importlib
@@ -67,9 +68,19 @@ def apply(settings):
         FsdpEngine.train_step = _at_step(FsdpEngine.train_step, int(settings["STOP_STEP"]), stop)
 
 
+def leave_drawings_out():
+    """No loss.png and no report.html."""
+    from megatron_lite.commands import train
+
+    train.write_loss_plot = train.write_report = lambda directory: None
+
+
 _asked = {key: value for key, value in os.environ.items() if key.startswith(("SLOW_", "HANG_", "STOP_"))}
 _rank = os.environ.get("RANK")
 _first = os.environ.get("SLURM_RESTART_COUNT", "0") == "0" and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
 _meant = _rank is not None and _asked.get("SLOW_RANK", _rank) == _rank
-if _asked and _first and _meant and {"megatron_lite", "train"} <= set(sys.orig_argv):
-    apply(_asked)
+if _rank is not None and {"megatron_lite", "train"} <= set(sys.orig_argv):
+    if _asked and _first and _meant:
+        apply(_asked)  # before training is imported, which takes functions by name
+    if "UNDRAWN" in os.environ:
+        leave_drawings_out()

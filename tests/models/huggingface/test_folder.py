@@ -129,6 +129,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
 """
 
 
+@pytest.mark.slow
 def test_export_streams(tmp_path):
     command = [sys.executable, "-c", STREAM, str(tmp_path)]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
