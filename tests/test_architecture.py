@@ -1,6 +1,7 @@
 """The rules of ARCHITECTURE.md that import-linter cannot check: who imports which library, what the models know, no hidden circles."""
 
 import ast
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,10 @@ ROOT = Path(__file__).parent.parent / "megatron_lite"
 FILES = sorted(ROOT.rglob("*.py"))
 
 
+@cache
 def imports(path):
     """Every imported module of a file, with whether it stands under `if TYPE_CHECKING`."""
-    tree = ast.parse(path.read_text())
+    tree, found = ast.parse(path.read_text()), []
     guarded = {
         id(inner)
         for node in ast.walk(tree)
@@ -21,10 +23,11 @@ def imports(path):
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             for alias in node.names:
-                yield alias.name, id(node) in guarded
+                found.append((alias.name, id(node) in guarded))
         elif isinstance(node, ast.ImportFrom) and node.module:
             for alias in node.names:
-                yield f"{node.module}.{alias.name}", id(node) in guarded
+                found.append((f"{node.module}.{alias.name}", id(node) in guarded))
+    return found
 
 
 def importers(module):
