@@ -44,17 +44,17 @@ MODEL = (
     "model=nano2_tiny",
     f"model.vocab_size={VOCABULARY}",
     "model.pattern=M*",
-    "model.hidden_size=64",
+    "model.hidden_size=128",
     "model.tie_embeddings=true",
-    "model.attention.heads=1",
-    "model.attention.kv_heads=1",
+    "model.attention.heads=4",
+    "model.attention.kv_heads=4",
     "model.attention.head_dim=64",
     "model.attention.qk_norm=true",
     "model.rope.fraction=1.0",
-    "model.mamba.heads=2",
+    "model.mamba.heads=4",
     "model.mamba.head_dim=32",
     "model.mamba.groups=1",
-    "model.mamba.state=16",
+    "model.mamba.state=4",
     "model.init_std=0.1",
     "model.scaled_output_init=false",
 )
@@ -98,13 +98,13 @@ class Size:
 
 
 # The base grows as in arXiv 2309.16039 (10,000 to 500,000 for 8 times the length).
-SHORT = Stage(256, 2000, 8, 1e-2, (32, 63), base=1e3)
+SHORT = Stage(256, 800, 16, 7e-3, (32, 63), base=1e3)
 LONG = Stage(2048, 60, 2, 3e-3, (32, 511), base=5e4, ranks=4)
 SIZES = {
     "full": Size(SHORT, LONG),
     "small": Size(SHORT, LONG, seeds=(0,), questions=50),
     "tiny": Size(
-        Stage(32, 2, 2, 1e-2, (2, 5), base=1e3),
+        Stage(32, 2, 2, 7e-3, (2, 5), base=1e3),
         Stage(64, 2, 2, 3e-3, (2, 5), base=5e4, ranks=2),
         seeds=(0,),
         questions=4,
