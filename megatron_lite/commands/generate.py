@@ -91,7 +91,8 @@ def texts(config: GenerateConfig, runtime: Runtime, ranks: Ranks) -> Iterator[st
     )
     model.eval()
     for first in range(0, len(prompts), config.batch_size):
-        together, tokens = (of_all[first : first + config.batch_size] for of_all in (prompts, read))
+        together = prompts[first : first + config.batch_size]
+        tokens = read[first : first + config.batch_size]
         for prompt, before, new in zip(together, tokens, _continue(model, tokens, config, ends)):
             yield prompt
             yield from stream_text(tokenizer, new, before=before)

@@ -46,7 +46,8 @@ class PlanConfig(RunConfig):
 
     seq_len: for the FLOPs per token and the cache of a model; null = model.max_seq_len. gpus, gpu: how many and which (a name of
     `hardware.GPUS`); without them only sizes are printed. price: of a GPU for an hour. search: look for the fastest layouts, of which
-    `show` are listed. teacher: the model of a distillation's teacher (a name of configs/model) where `objective.teacher` is not here.
+    `show` are listed; after `search_seconds` no further cut of the layers is looked at. teacher: the model of a distillation's teacher (a
+    name of configs/model) where `objective.teacher` is not here.
     scan_kernels: flash-linear-attention and mamba-ssm are installed on the GPUs. json: print one JSON line, too. plot: a PNG to draw the
     memory by part in.
     """
@@ -57,6 +58,7 @@ class PlanConfig(RunConfig):
     price: float | None = None
     search: bool = False
     show: int = 8
+    search_seconds: float = 120.0
     teacher: str | None = None
     scan_kernels: bool = False
     json: bool = False
@@ -91,7 +93,12 @@ def _checked(config: PlanConfig) -> Gpu:
     for key, value, example in (("gpus", config.gpus, "64"), ("gpu", config.gpu, "h100")):
         if value is None:
             raise ValueError(f"{key} is not given; add {key}=..., as in {key}={example}")
-    for key, number, least in (("gpus", config.gpus, 1), ("show", config.show, 1), ("price", config.price, 0)):
+    for key, number, least in (
+        ("gpus", config.gpus, 1),
+        ("show", config.show, 1),
+        ("price", config.price, 0),
+        ("search_seconds", config.search_seconds, 0),
+    ):
         if number is not None and number < least:
             raise ValueError(f"{key}={number} must be at least {least}")
     if config.seq_len is not None:
@@ -132,7 +139,8 @@ def _cost(config: PlanConfig, job: Job, gpu: Gpu) -> int:
 
 
 def _search(config: PlanConfig, job: Job, gpu: Gpu) -> int:
-    found = search(job, gpu, check=partial(check_layout, config), show=config.show)
+    check = partial(check_layout, config)
+    found = search(job, gpu, check=check, show=config.show, patience=config.search_seconds)
     plan_report.print_found(found, job, gpu)
     if config.json:
         rows = {key: [one.to_dict() for one in getattr(found, key)] for key in ("best", "others")}

@@ -11,7 +11,7 @@ from megatron_lite.hardware import Gpu
 from megatron_lite.planner.job import Job
 from megatron_lite.planner.memory import ERROR, OUTSIDE
 from megatron_lite.planner.plan import Bill, Plan, overrides_of
-from megatron_lite.planner.search import Candidate, Found
+from megatron_lite.planner.search import NOT_SEARCHED, Candidate, Found
 from megatron_lite.planner.time import SCANS
 
 UNMEASURED = "computed from data sheets: none of these numbers was measured on a GPU"
@@ -90,6 +90,8 @@ def _reasons(others: list[Candidate]) -> dict[str, tuple[int, Candidate]]:
 
 
 def _kind(reason: str) -> str:
+    if reason == NOT_SEARCHED:
+        return "were not looked at (search_seconds)"
     if "slower" in reason:
         return "are slower than those above"
     return "do not fit" if reason.startswith("does not fit") else "are refused"

@@ -144,7 +144,7 @@ def _keys_of(name: str, schema: Any, overrides: list[str]) -> dict[str, bool]:
     return known
 
 
-def _takes_names(section: type, key: str) -> bool:
+def _takes_names(section: Any, key: str) -> bool:
     """Whether the mapping `key` of a section has plain values: Hydra adds no dataclass to one of dataclasses, such as a blend's groups."""
     if not is_dataclass(section):
         return True  # a mapping in a mapping

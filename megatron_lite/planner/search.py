@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from time import monotonic
 from typing import Any
 
 from megatron_lite.hardware import Gpu
@@ -23,6 +24,8 @@ from megatron_lite.planner.time import DEFAULT, Assumptions, Clock, StepTime
 from megatron_lite.planner.work import Unit, units_of
 
 _LARGEST_MICRO_BATCH = 16
+
+NOT_SEARCHED = "not searched: the time was over"
 
 Check = Callable[[Job], None]
 """Raises ValueError for a layout that training refuses."""
@@ -52,13 +55,22 @@ class Found:
     others: list[Candidate]
 
 
-def search(job: Job, gpu: Gpu, *, check: Check, show: int = 8, assumptions: Assumptions = DEFAULT) -> Found:
+def search(
+    job: Job,
+    gpu: Gpu,
+    *,
+    check: Check,
+    show: int = 8,
+    assumptions: Assumptions = DEFAULT,
+    patience: float = float("inf"),
+) -> Found:
     """The `show` fastest layouts for the model, batch and precision of `job` on its GPUs.
 
+    patience: seconds after which no further cut of the layers is looked at, except that there is at least one that may fit.
     Raises ValueError when none fits, naming what comes nearest.
     """
     clock, limits = Clock(gpu, assumptions), _Limits(job, gpu, check)
-    timed, others = _timed(job, clock, limits)
+    timed, others = _timed(job, clock, limits, until=monotonic() + patience)
     best: list[Candidate] = []
     for number, candidate in enumerate(timed):
         if len(best) == show:
@@ -109,10 +121,14 @@ def _engines(job: Job) -> list[Any]:
     return [replace(job.engine, shard=mode) for mode in ("none", "optimizer", "full")]  # type: ignore[type-var]
 
 
-def _timed(job: Job, clock: Clock, limits: _Limits) -> tuple[list[Candidate], list[Candidate]]:
-    """(layouts with their times, fastest first; those of cuts that are refused or do not fit)."""
-    timed, lost = [], []
+def _timed(job: Job, clock: Clock, limits: _Limits, *, until: float) -> tuple[list[Candidate], list[Candidate]]:
+    """(layouts with their times, fastest first; those of cuts that are refused, do not fit, or come after the time `until`)."""
+    timed: list[Candidate] = []
+    lost: list[Candidate] = []
     for cut in layouts(job, clock.gpu.node):
+        if timed and monotonic() > until:
+            lost.append(Candidate(cut, loses=NOT_SEARCHED))
+            continue
         if reason := limits.refusal(cut):
             lost.append(Candidate(cut, loses=reason))
             continue
@@ -250,12 +266,14 @@ def why_slower(slower: Candidate, best: Candidate) -> str:
 
 def _nothing_fits(job: Job, gpu: Gpu, others: list[Candidate]) -> str:
     counted = [one for one in others if one.memory is not None]
+    left = sum(one.loses == NOT_SEARCHED for one in others)
+    unknown = f"; {left} ways to cut the layers were not searched" if left else ""
     if not counted:
         return f"no layout of gpus={job.gpus} works: {others[0].loses}"
     nearest = min(counted, key=lambda one: (one.memory or 0, one.job.micro_batch))
     return (
         f"no layout fits gpus={job.gpus} gpu={gpu.name}: the nearest, {overrides_of(nearest.job)}, {nearest.loses} a rank; give more gpus, "
-        "a gpu with more memory, or a shorter data.seq_len"
+        f"a gpu with more memory, or a shorter data.seq_len{unknown}"
     )
 
 

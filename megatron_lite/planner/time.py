@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from megatron_lite.hardware import Gpu
 from megatron_lite.models.config import ModelConfig
@@ -93,6 +93,11 @@ class _Timed:
 _COPIES = "copies around gathers and reductions"
 
 
+def _form(unit: Unit) -> tuple[Any, ...]:
+    """What the time of a unit depends on."""
+    return id(unit.passes), unit.numbers, unit.gathered, unit.codes, unit.frozen, stays_gathered(unit)
+
+
 def _sharded_numbers(job: Job, units: Sequence[Unit]) -> float:
     """Parameters that a rank updates."""
     degrees = job.degrees
@@ -160,8 +165,12 @@ class Clock:
 
     def step(self, job: Job, units: Sequence[Unit]) -> StepTime:
         """The time of one step. Raises ValueError when the batch does not divide, or the GPU lacks the precision."""
-        timed = [self._unit(job, unit) for unit in units if not unit.frozen]
-        teacher = [self._unit(job, unit) for unit in units if unit.frozen]
+        alike: dict[Any, _Timed] = {}  # most layers are
+        for unit in units:
+            if _form(unit) not in alike:
+                alike[_form(unit)] = self._unit(job, unit)
+        timed = [alike[_form(unit)] for unit in units if not unit.frozen]
+        teacher = [alike[_form(unit)] for unit in units if unit.frozen]
         parts: dict[str, float] = defaultdict(float)
         for one in timed:
             for passed in (one.forward, one.backward):

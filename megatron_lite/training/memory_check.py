@@ -21,7 +21,7 @@ from megatron_lite.hardware import GPUS
 from megatron_lite.planner.job import Job
 from megatron_lite.planner.memory import OUTSIDE, Memory, memory
 from megatron_lite.planner.plan import overrides_of
-from megatron_lite.planner.search import search
+from megatron_lite.planner.search import NOT_SEARCHED, search
 from megatron_lite.runtime import Runtime
 from megatron_lite.tracking.memory import MEMORY_FILE
 from megatron_lite.training.config import RunConfig
@@ -31,6 +31,7 @@ from megatron_lite.training.planning import check_layout, has_scan_kernels, job_
 # Growth of a process on a CPU from which on it is compared with the plan: less may be libraries.
 _LEAST_GIB = 0.5
 _LAYOUTS = 3
+_SECONDS = 10.0  # of looking for them, while all ranks wait
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,10 @@ def _that_would(run: RunConfig, world_size: int, gpu: DeviceMemory) -> str:
         return "Shard more (engine.shard=full, parallel.tp), recompute more, or lower train.micro_batch_size."
     try:
         known = replace(known, memory=gpu.size)  # a data sheet's is a round number
-        found = search(_job(run, world_size, "cuda"), known, check=partial(check_layout, run), show=_LAYOUTS)
+        job, check = _job(run, world_size, "cuda"), partial(check_layout, run)
+        found = search(job, known, check=check, show=_LAYOUTS, patience=_SECONDS)
     except ValueError as error:  # none does
         return f"{error}."
-    return "These would fit: " + "; or ".join(overrides_of(one.job) for one in found.best)
+    left = sum(one.loses == NOT_SEARCHED for one in found.others)
+    more = f" ({left} ways to cut the layers were not searched: `mlite plan search=true` does)" if left else ""
+    return "These would fit: " + "; or ".join(overrides_of(one.job) for one in found.best) + more

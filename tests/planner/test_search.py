@@ -12,7 +12,7 @@ from megatron_lite.hardware import gpu_named
 from megatron_lite.models.flops import parameter_count
 from megatron_lite.planner.memory import OUTSIDE, Traced, memory, memory_at_least
 from megatron_lite.planner.plan import overrides_of, plan
-from megatron_lite.planner.search import layouts, search, variants
+from megatron_lite.planner.search import NOT_SEARCHED, layouts, search, variants
 from megatron_lite.training.config import compose_run, validate
 from megatron_lite.training.planning import check_layout, job_of
 
@@ -101,3 +101,15 @@ def test_a_larger_micro_batch_may_hold_less():
     assert held[1] < held[0]
     found = search(halves, replace(SMALL, memory=sum(held) / 2), check=partial(check_layout, run))
     assert {one.job.micro_batch for one in found.best} == {2}
+
+
+def test_a_search_ends_when_its_time_is_over():
+    """After the first cut that fits, and it says what was not looked at."""
+    run = compose_run([*WORDS, "train.global_batch_size=2"])
+    job = job_of(run, 2)
+    found = search(job, gpu_named("h100"), check=partial(check_layout, run), show=1, patience=0.0)
+    left = [one.job for one in found.others if one.loses == NOT_SEARCHED]
+    cuts = list(layouts(job, gpu_named("h100").node))
+    assert found.best
+    assert left == cuts[1:]
+    assert {(one.job.parallel.tp, one.job.parallel.cp) for one in found.best} == {(1, 1)}
