@@ -42,7 +42,7 @@ test-gpu: env-dev  ## what GPUs can show, as many as there are; skips what needs
 soak: env-dev    ## kill a run at 100 random moments; it must end with the same bits
 	$(BIN)/python -m tests.soak --kills 100
 
-minitron: env    ## does pruning and distillation save tokens? about an hour; SMALL=1: 10
+minitron: env    ## does pruning and distillation save tokens? about an hour on quiet cores; SMALL=1: 10
 	$(BIN)/python -m benchmarks.minitron --size $(SIZE)
 
 # Without what the packages want: the first one comes with a program that has to be compiled.

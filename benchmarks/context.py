@@ -1,4 +1,4 @@
-"""What context parallelism sends, keeps and computes in a layer of each type.
+"""What context parallelism sends, keeps and computes in a layer of each type, and in layers that share keys and values.
 
     python benchmarks/context.py [--cp 1 2 4] [--lengths 2048 8192]
 
@@ -17,8 +17,9 @@ import argparse
 import json
 import math
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,6 +29,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.profiler import profile
 
+from megatron_lite.models.cache import KeyValue
 from megatron_lite.models.config import AttentionConfig, MambaConfig, MlpConfig, ModelConfig
 from megatron_lite.models.context import LayerContext
 from megatron_lite.models.decoder import Decoder
@@ -38,16 +40,24 @@ from megatron_lite.parallel.sequence_slices import ContextParallel, cut
 WIDTH, WINDOW, META_TOKENS = 64, 256, 16
 ATTENTION = AttentionConfig(heads=4, kv_heads=2)
 WINDOWED = AttentionConfig(heads=4, kv_heads=2, window=WINDOW, always_visible=META_TOKENS)
+
+
+def _hymba(pattern: str, **settings: Any) -> ModelConfig:
+    return ModelConfig(
+        family="hymba", pattern=pattern, attention=replace(WINDOWED, **settings), meta_tokens=META_TOKENS, norm="rmsnorm",
+        mamba=MambaConfig(version=1, heads=4, head_dim=16, state=16, dt_rank=8),
+    )  # fmt: skip
+
+
 LAYERS = {
     "attention": ModelConfig(family="nemotron_h", pattern="*", attention=ATTENTION),
     f"attention, window {WINDOW}": ModelConfig(family="nemotron_h", pattern="*", attention=WINDOWED, meta_tokens=META_TOKENS),
     "Mamba-2": ModelConfig(
         family="nemotron_h", pattern="M", attention=ATTENTION, mamba=MambaConfig(heads=4, head_dim=32, groups=2, state=32)
     ),
-    f"Hymba, window {WINDOW}": ModelConfig(
-        family="hymba", pattern="H", attention=WINDOWED, meta_tokens=META_TOKENS, norm="rmsnorm",
-        mamba=MambaConfig(version=1, heads=4, head_dim=16, state=16, dt_rank=8),
-    ),
+    f"Hymba, window {WINDOW}": _hymba("H"),
+    "3 of these": _hymba("HHH"),
+    "3 of these, shared keys": _hymba("HHH", kv_groups=[[0, 1, 2]]),
 }  # fmt: skip
 ATTENTION_KERNEL = "aten::_scaled_dot_product_flash_attention_for_cpu"
 SENT = {  # collective -> which of its inputs is what a rank sends
@@ -116,7 +126,7 @@ def _on_rank(rank: int, size: int, cases: list[tuple[str, int]], folder: str) ->
 
 
 def layer_on(config: ModelConfig, cp: ContextParallel | None, length: int) -> Rank:
-    """One layer's forward and backward; cp None: in one process."""
+    """Forward and backward of the layers of a config, which is one of `LAYERS`; cp None: in one process."""
     config.hidden_size, config.vocab_size, config.max_seq_len = WIDTH, 128, length
     config.mlp = MlpConfig(ffn_size=WIDTH)
     decoder = Decoder(config)
@@ -136,11 +146,22 @@ def layer_on(config: ModelConfig, cp: ContextParallel | None, length: int) -> Ra
 
     with profile(record_shapes=True) as watch:
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            y_BTD, _ = decoder.layers[0](x_BTD, context)
+            y_BTD = through_layers(decoder, x_BTD, context)
         y_BTD.square().sum().backward()
     sent = [math.prod(event.input_shapes[SENT[event.name]]) for event in watch.events() if event.name in SENT]
     sent = [numbers for numbers in sent if numbers]
     return Rank(len(sent), 4 * sum(sent), sum(kept.values()), scores(watch))
+
+
+def through_layers(decoder: Decoder, x_BTD: Tensor, context: LayerContext) -> Tensor:
+    """The layers alone, without embedding and final norm."""
+    made: dict[int, KeyValue] = {}
+    for index, (spec, layer) in enumerate(zip(decoder.specs, decoder.layers)):
+        of_layer = context if spec.kv_from is None else replace(context, kv=made[spec.kv_from])
+        x_BTD, kv = layer(x_BTD, of_layer)
+        if kv is not None:
+            made[index] = kv
+    return x_BTD
 
 
 def scores(watch: profile) -> float:
