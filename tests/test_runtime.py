@@ -60,6 +60,7 @@ def test_the_interface_to_a_host():
     assert runtime.interface_to("192.0.2.1") in [None, *names]  # None on a machine without a network
 
 
+@pytest.mark.slow
 def test_deterministic_speaks_to_every_library_and_keeps_what_is_set():
     code = (
         "import os; from megatron_lite.runtime import set_deterministic as s; s(True); import torch; "
@@ -76,6 +77,7 @@ def test_deterministic_speaks_to_every_library_and_keeps_what_is_set():
     assert done.stdout.split() == [":4096:8", "Tree", "0", "True", "False"]
 
 
+@pytest.mark.slow
 def test_an_image_does_not_decide_what_fp32_is():
     code = (
         "import torch; from megatron_lite import runtime; before = torch.get_float32_matmul_precision(); "
@@ -96,6 +98,7 @@ def test_fp32_on_a_gpu_is_warned_of():
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+@pytest.mark.slow
 def test_freed_memory_is_used_again():
     """A tensor of 64 MiB is 16,384 pages, which the system would give again and again. Small pieces of what is freed may be taken by
     others; after some rounds it finds its place."""

@@ -71,6 +71,7 @@ def test_arms_are_ordinary_runs_and_a_second_call_reads_them(study, monkeypatch,
     assert {"date", "command", "processor", "cores", "load", "python", "torch", "size"} == set(written["machine"])
 
 
+@pytest.mark.slow
 def test_what_fails_is_one_line_that_names_its_log(study, tmp_path):
     bad = Arm("bad", ("train.threads=0",))
     with pytest.raises(SystemExit, match=r"^failed: .*train\.threads=0.*bad/seed_0/log\.txt$") as ended:

@@ -51,10 +51,8 @@ def save_and_die_at(folder: Path, step: int, fatal: int) -> None:
     os._exit(0)
 
 
-@pytest.mark.parametrize(
-    "again",
-    [pytest.param(False, id="a new step"), pytest.param(True, id="the same step again", marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("again", [False, True], ids=["a new step", "the same step again"])
 def test_death_before_every_change_of_the_disk(tmp_path, again):
     step = 2 if again else 3
     store = CheckpointStore(tmp_path / "before", CheckpointConfig(keep=2))

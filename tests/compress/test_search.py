@@ -69,6 +69,7 @@ def test_what_the_target_gives_is_not_searched():
         candidates(DENSE, random_scores(DENSE, 0), OPTIONS, target=target, budget=fixed)
 
 
+@pytest.mark.slow
 def test_the_search_of_a_large_model_is_bounded():
     """Nano 2 12B under 19.66 GiB at 128k, also over all its sizes: seconds, for layers that are alike are counted once."""
     config = compose_config("plan", PlanConfig, ["model=nemotron_nano2_12b"]).model

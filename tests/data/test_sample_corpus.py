@@ -62,6 +62,7 @@ def corpus(tmp_path_factory):
     return prepare(tmp_path_factory.mktemp("corpus") / "sample", **MINIATURE)
 
 
+@pytest.mark.slow
 def test_three_processes_at_once_give_one_build_with_the_same_bytes(corpus, tmp_path):
     logs = [tmp_path / f"{number}.log" for number in range(3)]
     processes = [start_build(tmp_path / "there" / "sample", log) for log in logs]
@@ -74,6 +75,7 @@ def test_three_processes_at_once_give_one_build_with_the_same_bytes(corpus, tmp_
     assert {path.name for path in (tmp_path / "there").iterdir()} == {"sample", ".sample.lock"}
 
 
+@pytest.mark.slow
 def test_killed_anywhere_it_leaves_nothing_that_looks_whole(corpus, tmp_path):
     there, log = tmp_path / "there", tmp_path / "log"
     folder, building = there / "sample", there / ".sample.building"

@@ -89,6 +89,7 @@ def test_until_something_is_published_the_recipe_may_be_another(tmp_path) -> Non
     open_output(tmp_path, replace(recipe, sources={"text": SourceConfig(path="texts")}), replace=False)
 
 
+@pytest.mark.slow
 def test_files_of_the_user_in_a_corpus_stay(copied, tmp_path) -> None:
     corpus = Path(copied.output)
     for name in ("notes.txt", "mine.bin", "mine.idx", "data/mine.yaml", "tokenizer/notes.txt", "work/mine/x"):

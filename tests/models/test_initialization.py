@@ -152,6 +152,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
 """
 
 
+@pytest.mark.slow
 def test_a_shard_never_needs_the_full_tensor():
     """Neither one of its first dimension nor one of its second."""
     result = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, check=True)

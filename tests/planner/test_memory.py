@@ -72,6 +72,7 @@ def test_one_process(case):
     assert max(off.values()) < (BF16 if case.precision == "bf16" else EXACT), off
 
 
+@pytest.mark.slow
 def test_a_teacher_and_masks_of_documents():
     """A teacher of another width and dtype; and masks of three documents a row, which the layers share."""
     run = small(setting("fsdp none", "nemotron4", "none", 1, "fp32"))
@@ -99,6 +100,7 @@ def test_documents_in_layers_with_states():
     assert max(errors(memory(job_of(run, 1), device="cpu"), found).values()) < 0.05
 
 
+@pytest.mark.slow
 def test_fp8_weights_that_stay_for_a_step_are_counted():
     """In the emulation one byte a number until the step is done, in Transformer Engine two, also between steps."""
     run = replace(

@@ -33,6 +33,8 @@ from tests.engine.test_hybrid import HYBRID
 from tests.training.test_ladder import PLANTED, SETTINGS, events, planted
 from tests.transformer_engine_on_cpu import gpu, install, kernels, needs_wheel, transformer_engine_on_cpu
 
+pytestmark = pytest.mark.slow
+
 API = json.loads((Path(__file__).parents[1] / "gpu" / "transformer_engine_api.json").read_text())
 GPUS = {"fp8_delayed": (8, 9), "fp8_current": (9, 0), "fp8_block": (9, 0), "mxfp8": (10, 0)}
 LENGTH = {"fp8_delayed": {"amax_history_len": 4}}
@@ -95,7 +97,6 @@ LAYOUTS: dict[str, Layout] = {
 
 
 @needs_wheel
-@pytest.mark.slow
 def test_as_the_emulation_on_two_ranks():
     for traces in run_ranks(2, on_ranks):
         for name, (emulated, te) in zip(LAYOUTS, traces, strict=True):
@@ -126,7 +127,6 @@ GATHERED = {
 
 
 @needs_wheel
-@pytest.mark.slow
 def test_codes_that_were_gathered_are_what_te_would_quantize():
     for traces in run_ranks(2, gathered):
         for name, (bf16, fp8) in zip(GATHERED, traces, strict=True):
@@ -150,7 +150,6 @@ def gathered(rank: int, world_size: int) -> list[list[Trace]]:
         undo()
 
 
-@pytest.mark.slow
 @needs_wheel
 def test_weights_are_quantized_as_often_as_they_are_gathered():
     """Two layers have that shape; in forward and in backward of each micro-batch, or once in a step. By us where codes are gathered."""
@@ -288,7 +287,6 @@ def in_autocast(te: Any, numerics: Any, multiply: Any) -> Any:
 
 
 @needs_wheel
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("precision", "rungs"),
     [("fp8_current", ["fp8", "fp8_forward", "fp8_forward", "bf16"]), ("fp8_delayed", ["fp8", "bf16"])],

@@ -64,6 +64,7 @@ def test_help_lists_the_groups_that_the_command_takes_and_no_others():
     assert "data_recipe" not in groups["train"]
 
 
+@pytest.mark.slow
 def test_help_may_be_cut_off_by_the_reader():
     command = f"{sys.executable} -m megatron_lite inspect --help | true"
     ended = subprocess.run(
@@ -116,6 +117,7 @@ def test_what_does_not_fit_together(overrides, world_size, message):
 @given(st.text(min_size=0, max_size=30).filter(lambda text: "\x00" not in text))
 @settings(max_examples=20)
 @example("it's ${HOME} \\' =,(")
+@pytest.mark.slow
 def test_a_prompt_is_taken_letter_by_letter(prompt):
     if len(prompt) > 1 and prompt[0] == prompt[-1] and prompt[0] in "'\"":
         return  # quoted for Hydra by the person

@@ -241,6 +241,7 @@ def test_unknown_dtype() -> None:
         device_peak_flops("cpu", "int3")
 
 
+@pytest.mark.slow
 def test_memory_sees_what_this_process_touched() -> None:
     code = (
         "import torch; from megatron_lite.training.metrics import memory_gib as m; d = torch.device('cpu'); a = m(d); "
