@@ -26,14 +26,9 @@ retrieval: env   ## does a short extension on 4 ranks let a model find keys 8 ti
 test: env-dev    ## set up .venv with [dev] and run the tests
 	$(BIN)/python -m pytest -n 3 --dist loadfile -m "not slow and not gpu"
 
-# Only the files that have such tests: each process imports them all. The longest first, those that mostly wait beside those that compute.
-LONGEST = $(addprefix tests/,launch/test_slurm_stopped.py launch/test_slurm_lost.py training/test_watchdog.py engine/test_fp8.py \
-  data_tools/test_prepare.py launch/test_local.py launch/test_slurm.py launch/test_hosts.py test_wheel.py training/test_support.py \
-  launch/test_container.py)
-SLOW    = $(LONGEST) $(filter-out $(LONGEST),$(sort $(shell grep -rl --include='test_*.py' 'pytest\.mark\.slow' tests)))
-
+# Five at a time and launchers first: those mostly wait.
 test-slow: env-dev  ## the long tests: random layouts, kills, a real Slurm where it is installed
-	$(BIN)/python -m pytest -n 5 --dist loadfile --no-loadscope-reorder -m "slow and not gpu" $(SLOW)
+	$(BIN)/python -m pytest -n 5 --dist loadfile --no-loadscope-reorder -m "slow and not gpu" tests/launch tests
 
 test-gpu: env-dev  ## what GPUs can show, as many as there are; skips what needs more
 	$(BIN)/python -m pytest -m gpu
