@@ -271,7 +271,8 @@ class _Shares:
 
     def of(self, sizes: Mapping[str, int], layers: tuple[int, ...]) -> float:
         """Between 0 and 1."""
-        of_depth = sum(self.depth.get(layer, 0.0) for layer in layers) / max(sum(self.depth.values()), 1e-30)
+        whole = max(sum(self.depth.values()), 1e-30)  # 0 where no layer changes its input
+        of_depth = sum(self.depth.get(layer, 0.0) for layer in layers) / whole
         of_hidden = float(self.hidden[: sizes[HIDDEN]].sum() / self.hidden.sum())
         return of_depth * of_hidden * sum(self._of_mixer(layer, sizes) for layer in layers) / len(layers)
 
