@@ -60,10 +60,10 @@ LAYERS = {
     "3 of these, shared keys": _hymba("HHH", kv_groups=[[0, 1, 2]]),
 }  # fmt: skip
 ATTENTION_KERNEL = "aten::_scaled_dot_product_flash_attention_for_cpu"
+ALL_GATHER = "_c10d_functional::all_gather_into_tensor"
 SENT = {  # collective -> which of its inputs is what a rank sends
-    "c10d::alltoall_base_": 1,
-    "_c10d_functional::all_to_all_single": 0,
-    "_c10d_functional::all_gather_into_tensor": 0,
+    "c10d::alltoall_base_": 1,  # functional ones come here too
+    ALL_GATHER: 0,  # to each of the other ranks
 }
 
 
@@ -148,7 +148,12 @@ def layer_on(config: ModelConfig, cp: ContextParallel | None, length: int) -> Ra
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             y_BTD = through_layers(decoder, x_BTD, context)
         y_BTD.square().sum().backward()
-    sent = [math.prod(event.input_shapes[SENT[event.name]]) for event in watch.events() if event.name in SENT]
+    others = 0 if cp is None else cp.size - 1
+    sent = [
+        math.prod(event.input_shapes[SENT[event.name]]) * (others if event.name == ALL_GATHER else 1)
+        for event in watch.events()
+        if event.name in SENT
+    ]
     sent = [numbers for numbers in sent if numbers]
     return Rank(len(sent), 4 * sum(sent), sum(kept.values()), scores(watch))
 

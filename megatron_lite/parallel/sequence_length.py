@@ -64,9 +64,11 @@ def _problem(model: ModelConfig, parallel: ParallelConfig, seq_len: int) -> str 
     named = f"data.seq_len={seq_len}" + (f" with parallel.cp={cp}" if cp > 1 else "")
     if cp > 1 and seq_len % (2 * cp):
         return f"{named} does not divide into {2 * cp} slices, two for each rank"
+    of_slice = seq_len // (2 * cp)
     for key, number in taps(model).items() if cp > 1 else ():
-        if seq_len // (2 * cp) < number - 1:
-            return f"{named} makes slices of {seq_len // (2 * cp)} tokens, fewer than the {number - 1} that {key}={number} looks back"
+        if of_slice < number - 1:
+            tokens = f"{of_slice} token{'s' if of_slice > 1 else ''}"
+            return f"{named} makes slices of {tokens}, fewer than the {number - 1} that {key}={number} looks back"
     length = model.meta_tokens + seq_len // cp
     if length % tp == 0:
         return None

@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megatron_lite.parallel.context_attention import CONTEXT_ATTENTION
+from megatron_lite.planner.divided import SENT
 from megatron_lite.planner.fp8 import CAST, PRODUCT
 from megatron_lite.planner.scans import LAUNCH, MARK
 
@@ -118,6 +119,9 @@ class Recorder(TorchDispatchMode):
         axis = next((leaf for leaf in tree_leaves(args) if isinstance(leaf, str) and leaf in self.axes), None)
         if packet in _CONTEXT:
             self._divided_attention(inputs, outputs, packet is _CONTEXT[1])
+            self._sent(ROUNDS, SENT[packet](args, self.axes["cp"]))
+        elif packet in SENT:
+            self._sent(packet.__name__, SENT[packet](args, self.axes["cp"]))
         elif axis is not None:
             self._exchange(packet.__name__, axis, max(_bytes(x) for x in (*inputs, *outputs)))
         elif packet in _PRODUCTS:
@@ -146,20 +150,19 @@ class Recorder(TorchDispatchMode):
         self._kernel("attention", _DTYPES.get(query.dtype, "bf16"), scores * widths, moved)
 
     def _divided_attention(self, inputs: list[Tensor], outputs: list[Tensor], backward: bool) -> None:
-        """Attention over a divided sequence: a rank computes its share of all pairs, and gets three quarters of the keys and values of
-        the others (`context_attention`), fewer with a window, which is not counted; backward gets them again, and gradients go back in
-        fp32. Nothing comes where keys that layers share have what came behind them (`context_window`)."""
+        """Attention over a divided sequence, of which a rank computes its share of all pairs."""
         query, kv = inputs[1:3] if backward else inputs[:2]
         ranks, heads = self.axes["cp"], query.shape[3]
         widths = 3 * heads + 2 * (kv.shape[3] - heads) if backward else kv.shape[3]
         flops = 2.0 * prod(query.shape[:3]) * query.shape[2] * ranks * self.seen * widths
         moved = sum(map(_bytes, inputs + outputs))
         self._kernel("attention", _DTYPES.get(query.dtype, "bf16"), flops, moved)
-        if kv.shape[2] > query.shape[2]:
-            return
-        there = 0.75 * _bytes(kv)
-        back = 0.75 * 4 * kv.numel() if backward else 0.0
-        self._exchange(ROUNDS, "cp", (there + back) * ranks)
+
+    def _sent(self, operation: str, size: float) -> None:
+        """A context-parallel rank sends `size` bytes."""
+        ranks = self.axes["cp"]
+        if size:
+            self._exchange(operation, "cp", size * ranks / (ranks - 1))
 
     def _kernel(self, kind: str, dtype: str, flops: float, size: float) -> None:
         self._flush()

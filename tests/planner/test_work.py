@@ -15,7 +15,7 @@ from megatron_lite.models.ssd import ssd
 from megatron_lite.planner import meta
 from megatron_lite.planner.job import Job
 from megatron_lite.planner.operators import ROUNDS, Exchange, Kernel, Recorder, record
-from megatron_lite.planner.work import seen_fraction, units_of
+from megatron_lite.planner.work import Unit, seen_fraction, units_of
 from megatron_lite.precision.dtypes import PrecisionConfig
 from megatron_lite.training.config import compose_run
 from megatron_lite.training.planning import job_of
@@ -208,10 +208,30 @@ def test_the_kernel_of_mamba_1_by_hand():
     assert sum(s.bytes for s in of_scans(masked)) > 10 * sum(s.bytes for s in launched)
 
 
+def sent(unit: Unit, ranks: int) -> dict[str, list[float]]:
+    """Operation -> bytes that a rank sends in each collective of its group."""
+    found: dict[str, list[float]] = {}
+    for step in unit.steps:
+        if isinstance(step, Exchange) and step.axis == "cp":
+            found.setdefault(step.operation, []).append(step.size * (ranks - 1) / ranks)
+    return found
+
+
 def test_layers_that_share_keys_are_sent_a_window_once():
-    divided = job("model=hymba_tiny", "parallel.cp=2", gpus=2)
-    first, second = (
-        {step.operation for step in unit.steps if isinstance(step, Exchange)} & {ROUNDS, "context_window"}
-        for unit in units_of(divided)[3:7:2]  # `embedding`, then `H-H-H-H-` whose middle two share
-    )
-    assert (first, second) == ({"context_window"}, set())
+    divided = job("model=hymba_tiny", "model.attention.window=5", "parallel.cp=4", gpus=4)
+    _, _, _, first, _, second, *_ = units_of(divided)  # `embedding`, then `H-H-H-H-` whose middle two share
+    model = divided.model
+    # The ends of 8 slices: nobody reads the last, and rank 3 itself that of slice 3.
+    numbers = 2 * (5 * 6 / 4) * model.attention.kv_heads * (model.head_dim + model.value_head_dim)
+    exchanged = sent(first, 4)
+    assert (exchanged["context_window"], exchanged["context_window_backward"]) == ([2 * numbers], [4 * numbers])
+    assert not {ROUNDS, "context_window"} & sent(second, 4).keys()
+
+
+def test_states_go_to_every_other_rank():
+    divided = job("model=nano2_tiny", "parallel.cp=4", gpus=4)
+    mamba = divided.model.mamba
+    state = 2 * 2 * mamba.heads * mamba.head_dim * mamba.state * 4  # both slices of both rows, in fp32
+    of_layer = sent(units_of(divided)[1], 4)
+    assert of_layer["context_pass_states"] == [3 * (state + 2 * 2 * mamba.heads * 4)]
+    assert of_layer["context_pass_gradients"] == [3 * state]
