@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch.distributed as dist
 
 from benchmarks.context import LAYERS, Rank, layer_on
@@ -13,6 +14,7 @@ def counted(rank: int, world_size: int) -> Rank:
     return layer_on(LAYERS["Mamba-2"], ContextParallel(rank, world_size, dist.group.WORLD), 256)
 
 
+@pytest.mark.slow
 def test_states_go_to_every_other_rank_and_the_convolutions_inputs_once() -> None:
     heads, states, channels = 4, 32 * 32, 4 * 32 + 2 * 2 * 32
     gathered = 2 * heads * (states + 1) + 2 * heads * states  # decays in forward only
