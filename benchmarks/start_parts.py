@@ -7,6 +7,7 @@ Prints one line, {part: seconds since the epoch at its end}, and ends the proces
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import time
@@ -20,6 +21,7 @@ BEGINS = {"prepare data": "checks", "build": "data", "data": "model", "train_ste
 def main() -> None:
     """Train one step."""
     ends = {"Python": time.time()}
+    gc.disable()  # as `megatron_lite.cli` does while a command is imported
     import torch  # noqa: F401
 
     ends["torch"] = time.time()
@@ -32,6 +34,8 @@ def main() -> None:
     from megatron_lite.commands.train import train
     from megatron_lite.training.watchdog import Watchdog
 
+    gc.freeze()
+    gc.enable()
     ends["other imports"] = time.time()
 
     def enter(watchdog: Any, phase: str, step: int) -> None:

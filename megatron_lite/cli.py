@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 import sys
 from contextlib import redirect_stdout
 from io import StringIO
+from types import ModuleType
 
 from megatron_lite.kept_help import keep_help, kept_help
 
@@ -66,7 +68,7 @@ def _show(text: str) -> None:
 
 def _run(command: str) -> None:
     try:
-        importlib.import_module(COMMANDS[command][0]).main()
+        _imported(COMMANDS[command][0]).main()
     except ModuleNotFoundError as error:
         package = (error.name or "").split(".")[0]
         if command not in EXTRAS or package in ("", "megatron_lite", "data_tools"):
@@ -76,6 +78,17 @@ def _run(command: str) -> None:
             file=sys.stderr,
         )
         sys.exit(2)
+
+
+def _imported(name: str) -> ModuleType:
+    """The module. What imports make stays: Python's collector does not search it for garbage, neither meanwhile, which takes a fifth
+    of a start, nor later between steps."""
+    gc.disable()
+    try:
+        return importlib.import_module(name)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def _version() -> str:

@@ -1,6 +1,7 @@
 """What the server of `tests.forked` imports before it forks: all that runs and tests import, also what they import late."""
 
 import contextlib
+import gc
 
 import matplotlib.figure  # noqa: F401
 import torch
@@ -16,3 +17,4 @@ transformers.AutoTokenizer, transformers.PreTrainedTokenizerFast  # noqa: B018  
 with contextlib.suppress(ValueError):  # not installed
     DeepSpeedConfig().validate()
 torch.set_num_threads(1)
+gc.freeze()  # no fork has to search all this for garbage
