@@ -23,7 +23,6 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from megatron_lite.models.cache import KeyValue
 from megatron_lite.models.context import LayerContext, Once
@@ -35,6 +34,7 @@ from megatron_lite.planner.fp8 import CODES, fp8_numbers, use_fp8
 from megatron_lite.planner.job import Job
 from megatron_lite.planner.loss import loss_of
 from megatron_lite.planner.meta import META, MetaMesh, cast_parameters, use_gpu_attention
+from megatron_lite.planner.operators import leaves
 from megatron_lite.planner.scans import plan_scans
 from megatron_lite.precision.dtypes import PrecisionConfig, fp32_modules
 from megatron_lite.precision.numerics import numerics_of
@@ -99,7 +99,7 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operator and count what is new: not what was made outside, as parameters were, and is seen as an input first."""
-        self._count((args, kwargs), counts=False)
+        self._count((args, *(kwargs or {}).values()), counts=False)
         result = operator(*args, **(kwargs or {}))
         self._count(result, counts=True)
         return result
@@ -108,8 +108,8 @@ class LiveBytes(TorchDispatchMode):
         """Forget the peak so far."""
         self.most = self.now
 
-    def _count(self, tree: Any, *, counts: bool) -> None:
-        for leaf in tree_leaves(tree):
+    def _count(self, values: Any, *, counts: bool) -> None:
+        for leaf in leaves(values):
             if isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata not in self._known:
                 self._watch(leaf.untyped_storage(), counts=counts)
 
