@@ -19,7 +19,7 @@ fp8: env         ## does FP8 train as well as bf16? about 45 minutes; SMALL=1: 9
 families: env    ## four model families at equal size: about an hour; SMALL=1: 8
 	$(BIN)/python -m benchmarks.families --size $(SIZE)
 
-retrieval: env   ## does a short extension on 4 ranks let a model find keys 8 times as far back? 20 minutes on busy cores; SMALL=1: about 5
+retrieval: env   ## does a short extension on 4 ranks let a model find keys 8 times as far back? about 40 minutes; SMALL=1: 5
 	$(BIN)/python -m benchmarks.retrieval --size $(SIZE)
 
 # Whole files for a process: what the tests of a file share is made once. One process more than two cores: some of them wait.
