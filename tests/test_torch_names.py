@@ -28,7 +28,6 @@ PRIVATE = {
     "torch.ops._c10d_functional": "collectives that torch.compile traces",
     "torch.ops._c10d_functional.wait_tensor": "what a plan waits for",
     "torch.utils._python_dispatch.TorchDispatchMode": "a plan counts what operators do",
-    "torch.utils._pytree.tree_leaves": "the tensors among an operator's arguments",
     "torch.ops.aten._scaled_dot_product_cudnn_attention.default": "what selective recompute keeps",
     "torch.ops.aten._scaled_dot_product_efficient_attention.default": "what selective recompute keeps",
     "torch.ops.aten._scaled_dot_product_flash_attention.default": "what selective recompute keeps",
