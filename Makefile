@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN    := .venv/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install -q --no-compile -c constraints.txt
+# What Python compiled is kept, whatever the shell says: else every process compiles torch again, which takes longer than to import it.
+export PYTHONDONTWRITEBYTECODE =
 # Of a demo: `make fp8 SMALL=1` for a look, `TINY=1` to see that every part of it runs.
 SIZE   := $(if $(TINY),tiny,$(if $(SMALL),small,full))
 

@@ -31,8 +31,15 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
     return report
 
 
-def pytest_collection_finish() -> None:
-    gc.freeze()  # what imports made stays; searching it for garbage again and again takes a fifth of the time
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """What imports make stays; searching it for garbage again and again takes a fifth of the time."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 @pytest.fixture(scope="session")
