@@ -28,9 +28,9 @@ retrieval: env   ## does a short extension on 4 ranks let a model find keys 8 ti
 test: env-dev    ## set up .venv with [dev] and run the tests
 	$(BIN)/python -m pytest -n 3 --dist loadfile -m "not slow and not gpu"
 
-# Five at a time and launchers first: those mostly wait.
+# Five at a time: launchers mostly wait. training/ first: two of its files take longest, and nothing should wait for them at the end.
 test-slow: env-dev  ## the long tests: random layouts, kills, a real Slurm where it is installed
-	$(BIN)/python -m pytest -n 5 --dist loadfile --no-loadscope-reorder -m "slow and not gpu" tests/launch tests
+	$(BIN)/python -m pytest -n 5 --dist loadfile --no-loadscope-reorder -m "slow and not gpu" tests/training tests/*/ tests/test_*.py
 
 test-gpu: env-dev  ## what GPUs can show, as many as there are; skips what needs more
 	$(BIN)/python -m pytest -m gpu
