@@ -14,6 +14,7 @@ machine. Everything is counted from what the profiler saw, and nothing depends o
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import tempfile
@@ -83,6 +84,9 @@ def main() -> None:
     parser.add_argument("--cp", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 8192])
     options = parser.parse_args()
+    for cp, length in itertools.product(options.cp, options.lengths):
+        if cp < 1 or length < 1 or length % (2 * cp):
+            parser.error(f"--lengths {length} must be a multiple of 2 x --cp {cp}, both at least 1")
     table = Table(title=f"a layer of {WIDTH} numbers a token, fp32")
     for column in ("layer", "tokens", "cp", "calls", "KB sent", "kept", "balance"):
         table.add_column(column, justify="left" if column == "layer" else "right")
